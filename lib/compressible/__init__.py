@@ -1,0 +1,44 @@
+"""Compressible Dynamics: training primitives for deep low-rank factorizations.
+
+The public API; each name is imported when it is first used, so that the command line starts without PyTorch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "MatrixCompletion": "problems",
+    "MatrixFactorization": "problems",
+    "MatrixSensing": "problems",
+    "low_rank_target": "problems",
+    "random_mask": "problems",
+    "orthogonal_factors": "factors",
+    "product": "factors",
+    "stack_factors": "factors",
+    "compress_from_gradient": "compress",
+    "compress_spectral": "compress",
+    "descend": "descent",
+    "DivergenceError": "descent",
+    "History": "descent",
+    "compare_starts": "compare",
+}
+_MODULES = {
+    "baselines", "claims", "compare", "data", "figures", "parameters", "ratings", "recommend", "runs", "spectra",
+    "theory",
+}  # fmt: skip
+
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

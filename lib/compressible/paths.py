@@ -1,0 +1,78 @@
+"""Where things live: the repository, the cache, the figures; and writing that is never half done."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+PROJECT = "compressible-dynamics"
+
+
+def repository() -> Path:
+    """Folder of the checkout, looked for upwards from the working directory, then from this file.
+
+    Raises FileNotFoundError when neither lies inside a checkout.
+    """
+    starts = (Path.cwd(), Path(__file__).resolve().parent)
+    for start in starts:
+        for folder in (start, *start.parents):
+            if _is_project(folder / "pyproject.toml"):
+                return folder
+    looked = " and ".join(str(start) for start in starts)
+    raise FileNotFoundError(f"no pyproject.toml of {PROJECT!r} at or above {looked}: run inside a checkout")
+
+
+def cache_dir() -> Path:
+    """Directory for downloads and results: $COMPRESSIBLE_CACHE, or the platform's cache directory."""
+    named = os.environ.get("COMPRESSIBLE_CACHE")
+    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("compressible"))
+
+
+def figures_dir() -> Path:
+    """Root of the figures: $COMPRESSIBLE_FIGURES, or `figures` in the repository."""
+    named = os.environ.get("COMPRESSIBLE_FIGURES")
+    return Path(named).expanduser() if named else repository() / "figures"
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
+
+    The temporary name keeps the suffix, since many writers choose their format by it. Raises
+    FileNotFoundError when the block wrote nothing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> Path:
+    """Write bytes, or text as UTF-8, so that a reader sees the old file or the new one, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def _is_project(file: Path) -> bool:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}).get("name") == PROJECT
+    except (OSError, ValueError):
+        return False
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())

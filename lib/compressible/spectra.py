@@ -1,0 +1,94 @@
+"""Small numerics of subspaces and spectra.
+
+A subspace is a matrix with orthonormal columns (..., d, k). Angles are in radians.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Evolution:
+    """How the singular triplets of a (..., T, d, d) path move; the middle block is one subspace.
+
+    values (..., T, d) descending; right and left (..., T, 2r + 1) angles in radians to the reference time: r top
+    vectors one by one, the largest principal angle of the d - 2r middle ones, r bottom vectors.
+    """
+
+    values: Tensor
+    right: Tensor
+    left: Tensor
+
+
+def svd_evolution(path: Tensor, rank: int, reference: int = 1) -> Evolution:
+    """Return the `Evolution` of a path (..., T, d, d), `rank` = r moving triplets at each end of the spectrum.
+
+    The reference time is 1 because at 0 the singular values of an orthogonal start coincide and single vectors mean
+    nothing. Raises ValueError unless 2 rank < d and the reference lies on the path.
+    """
+    size = min(path.shape[-2:])
+    if 2 * rank >= size or not 0 <= reference < path.shape[-3]:
+        raise ValueError(f"rank is {rank} and reference {reference}, expected 2 rank < {size} and a time on the path")
+    left, values, right = torch.linalg.svd(path, full_matrices=False)
+    return Evolution(values, _turned(right.mT, rank, reference), _turned(left, rank, reference))
+
+
+def _turned(vectors: Tensor, rank: int, reference: int) -> Tensor:
+    base = vectors[..., reference : reference + 1, :, :].expand_as(vectors)
+    ends = vector_angles(base, vectors)
+    middle = slice(rank, vectors.shape[-1] - rank)
+    block = principal_angles(base[..., middle], vectors[..., middle])[..., -1:]
+    return torch.cat([ends[..., :rank], block, ends[..., -rank:]], -1)
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the principal angles (..., min(k1, k2)) between two subspaces, ascending, in [0, pi/2].
+
+    Bjorck and Golub: the cosine loses an angle below 1e-8 and the sine one near pi/2, so each serves where it is
+    accurate. Raises ValueError unless both are (..., d, k) with the same d.
+    """
+    if first.shape[-2] != second.shape[-2]:
+        raise ValueError(f"subspaces live in dimensions {first.shape[-2]} and {second.shape[-2]}, expected the same")
+    if first.shape[-1] < second.shape[-1]:
+        first, second = second, first
+    overlap = first.mT @ second
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1)
+    sines = torch.linalg.svdvals(second - first @ overlap).flip(-1).clamp(max=1)
+    return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+
+
+def vector_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the angles (..., k) in [0, pi/2] between matching unit columns (..., d, k), whatever their signs."""
+    cosines = (first * second).sum(-2, keepdim=True)
+    sines = torch.linalg.vector_norm(second - first * cosines, dim=-2)
+    return torch.atan2(sines, cosines[..., 0, :].abs())
+
+
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    """Return |<u_i, v_i>| (..., k) of matching columns: 1 where the directions agree, about 1/sqrt(d) by chance."""
+    return (first * second).sum(-2).abs()
+
+
+def numerical_rank(matrix: Tensor, relative: float | None = None) -> Tensor:
+    """Return how many singular values (...) exceed `relative` times the largest (default max(m, n) * machine eps)."""
+    if relative is None:
+        relative = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    values = torch.linalg.svdvals(matrix)
+    return (values > relative * values[..., :1]).sum(-1)
+
+
+def effective_rank(matrix: Tensor) -> Tensor:
+    """Return exp of the entropy of the normalised singular values (...), between 1 and min(m, n) (Roy, Vetterli)."""
+    values = torch.linalg.svdvals(matrix)
+    weights = values / values.sum(-1, keepdim=True)
+    return torch.special.entr(weights).sum(-1).exp()
+
+
+def stable_rank(matrix: Tensor) -> Tensor:
+    """Return ||X||_F^2 / ||X||_2^2 (...), between 1 and the rank."""
+    values = torch.linalg.svdvals(matrix)
+    return values.square().sum(-1) / values[..., 0].square()

@@ -1,0 +1,110 @@
+"""P1's theorem and corollary as code, so that runs can be held against them (notes 4.2 to 4.4).
+
+Gradient descent on 1/2 ||W_L...W_1 - Phi||_F^2 + lambda/2 sum ||W_l||_F^2 with rank(Phi) = r, from W_l(0) = eps_l
+times orthogonal (d, d). Then W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T for all t: d - 2r singular values
+per layer share one value rho_l, and their vectors stand still. With a loss that is a mean over N entries the
+step size on the sum loss is step_size / N and the weight decay N * weight_decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .compress import invariant_directions, orthogonal_scale
+from .problems import Problem
+
+
+def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: float = 0.0) -> Tensor:
+    """Return rho_l(t) as (steps + 1, L): the value that d - 2r singular values of layer l share (notes 4.2).
+
+    rho_l(t+1) = rho_l(t) [1 - eta lambda - eta prod_{k != l} rho_k(t)^2], rho_l(0) = eps_l; `step_size` is eta on the
+    sum loss.
+    """
+    values = torch.empty(steps + 1, len(scales), dtype=torch.float64)
+    values[0] = torch.tensor(scales, dtype=torch.float64)
+    for t in range(steps):
+        squares = values[t].square()
+        others = torch.stack([squares[torch.arange(len(scales)) != layer].prod() for layer in range(len(scales))])
+        values[t + 1] = values[t] * (1 - step_size * weight_decay - step_size * others)
+    return values
+
+
+def block_bases(factors: Sequence[Tensor], target: Tensor, rank: int) -> list[Tensor]:
+    """Return V^(1), ..., V^(L+1), each (d, d) orthogonal, whose last d - 2r columns never move (notes 4.2).
+
+    G = (W_L...W_2)^T Phi at the start; the last d - 2r columns of V^(1) span null(G) and null(G^T W_1) together, and
+    V^(l+1) = W_l V^(l) / eps_l. Square problems only; raises ValueError if 2 rank >= d or the start is not orthogonal.
+    """
+    size = target.shape[-1]
+    if target.shape[-2] != size or 2 * rank >= size:
+        raise ValueError(f"target is {tuple(target.shape)} and rank {rank}, expected square (d, d) with 2 rank < d")
+    rest = target
+    for factor in reversed(factors[1:]):
+        rest = factor.mT @ rest
+    moving = invariant_directions(rest, factors[0] / orthogonal_scale(factors[0], "W_1"), rank)
+    bases = [_complete(moving)]
+    for layer, factor in enumerate(factors, 1):
+        bases.append(factor @ bases[-1] / orthogonal_scale(factor, f"W_{layer}"))
+    return bases
+
+
+def block_error(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor, rank: int) -> float:
+    """Return the largest deviation of W_l(t), in the bases of `block_bases`, from blkdiag(anything, rho_l I).
+
+    factors [W_1, ..., W_L] at iteration t; rhos (L,) at the same iteration; `rank` is r.
+    """
+    worst = 0.0
+    for layer, factor in enumerate(factors):
+        blocks = bases[layer + 1].mT @ factor @ bases[layer]
+        blocks[: 2 * rank, : 2 * rank] = 0
+        blocks[2 * rank :, 2 * rank :].diagonal().sub_(rhos[layer].item())
+        worst = max(worst, blocks.abs().max().item())
+    return worst
+
+
+def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
+    """Return ||f(t) - f_C(t)||_F = sqrt(d - 2r) prod_l rho_l(t), (...) from rhos (..., L) (notes 4.3, an equality).
+
+    f is the wide product, f_C the compressed one with frozen outer factors (outer_ratio 0), full observation.
+    """
+    return (size - 2 * rank) ** 0.5 * rhos.prod(-1)
+
+
+def stability_limit(problem: Problem, depth: int) -> Tensor:
+    """Return the step size 2 / lambda_max (...) above which descent cannot settle at the top singular triplet.
+
+    Where one triplet s of the surrogate is fitted by L balanced factors, the loss 1/2 ||X - Phi||^2 / (m n) has the
+    curvature L s^(2 - 2/L) / (m n) along it. Exact for a factorization, an estimate under a mask that is observed
+    evenly (mean_over="observed"). Equal step sizes in all layers.
+    """
+    top = torch.linalg.matrix_norm(problem.surrogate(), ord=2)
+    return 2 * problem.shape[0] * problem.shape[1] / (depth * top ** (2 - 2 / depth))
+
+
+def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
+    """Return V (d, 2 rank) by the literal construction 4.4(a): the complement of an intersection of null spaces.
+
+    gradient g = dLoss/dW_1 (d, d), first W_1 / eps (d, d) orthogonal. Costs full SVDs of (d, d) and (d, 2d) matrices;
+    it is here as the reference for `compress.invariant_directions`.
+    """
+    left, _, right = torch.linalg.svd(gradient)
+    through, still = first.mT @ left[:, rank:], right.mT[:, rank:]
+    null = torch.linalg.svd(torch.cat([through, -still], 1)).Vh.mT[:, gradient.shape[-1] :]
+    resting = through @ null[: through.shape[1]]
+    basis = torch.linalg.svd(resting).U
+    return basis.flip(-1)[:, : 2 * rank]
+
+
+def directions_by_stacking(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
+    """Return V (d, 2 rank) by construction 4.4(c): top right singular vectors of [g; g^T W_1 / eps], the reference."""
+    stacked = torch.cat([gradient, gradient.mT @ first], 0)
+    return torch.linalg.svd(stacked, full_matrices=False).Vh.mT[:, : 2 * rank]
+
+
+def _complete(columns: Tensor) -> Tensor:
+    """Extend orthonormal columns (d, k) to an orthogonal (d, d) matrix that begins with them."""
+    full = torch.linalg.qr(columns, mode="complete").Q
+    return torch.cat([columns, full[:, columns.shape[-1] :]], -1)

@@ -1,0 +1,74 @@
+"""Places and atomic writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from compressible import paths
+
+PYPROJECT = '[project]\nname = "compressible-dynamics"\n'
+
+
+def test_repository_is_found_from_deep_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    deep = tmp_path / "notebooks" / "kwon2024"
+    deep.mkdir(parents=True)
+    (deep / "pyproject.toml").write_text('[project]\nname = "another"\n')
+    monkeypatch.chdir(deep)
+    assert paths.repository() == tmp_path
+
+
+def test_repository_falls_back_to_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text("not [ toml")
+    monkeypatch.chdir(tmp_path)
+    assert paths.repository() == Path(__file__).resolve().parents[1]
+
+
+def test_no_checkout_anywhere_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "paths.py"))
+    with pytest.raises(FileNotFoundError, match=f"above {tmp_path}"):
+        paths.repository()
+
+
+def test_variables_name_the_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(tmp_path / "figures"))
+    assert (paths.cache_dir(), paths.figures_dir()) == (tmp_path / "cache", tmp_path / "figures")
+    monkeypatch.delenv("COMPRESSIBLE_CACHE")
+    monkeypatch.delenv("COMPRESSIBLE_FIGURES")
+    assert paths.cache_dir().name == "compressible"
+    assert paths.figures_dir() == paths.repository() / "figures"
+
+
+def test_write_atomic_replaces_and_leaves_one_file(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "note.txt"
+    paths.write_atomic(target, "first")
+    assert paths.write_atomic(target, "zweite ü").read_text(encoding="utf-8") == "zweite ü"
+    assert paths.write_atomic(target, b"\x00\xff").read_bytes() == b"\x00\xff"
+    assert os.listdir(target.parent) == ["note.txt"]
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    target = paths.write_atomic(tmp_path / "data.npz", "old")
+    with pytest.raises(RuntimeError, match="half way"), paths.atomic_path(target) as temporary:
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".npz")
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["data.npz"]
+
+
+def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), paths.atomic_path(tmp_path / "data.npz"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_permissions_follow_the_umask(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert paths.write_atomic(tmp_path / "atomic", "").stat().st_mode == plain.stat().st_mode

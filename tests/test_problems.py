@@ -1,0 +1,129 @@
+"""Losses, gradients, surrogates and errors of the three problems."""
+
+import math
+
+import pytest
+import torch
+
+import compressible as cd
+
+
+def _problems(batch=(), dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    target = cd.low_rank_target((7, 5), 2, batch, g, dtype)
+    mask = cd.random_mask((7, 5), 0.4, batch, g, dtype)
+    operators = torch.randn(30, 7, 5, generator=g, dtype=torch.float64).to(dtype) / 30
+    measurements = torch.einsum("kmn,...mn->...k", operators, target)
+    return {
+        "observed": cd.MatrixCompletion(target, mask),
+        "all": cd.MatrixCompletion(target, mask, mean_over="all"),
+        "factorization": cd.MatrixFactorization(target),
+        "sensing": cd.MatrixSensing(operators, measurements, target),
+    }
+
+
+@pytest.mark.parametrize("kind", ["observed", "all", "factorization", "sensing"])
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_gradient_is_that_of_the_loss(kind, batch):
+    problem = _problems(batch)[kind]
+    product = torch.randn(*batch, 7, 5, dtype=torch.float64, requires_grad=True)
+    problem.loss(product).sum().backward()
+    torch.testing.assert_close(problem.gradient(product.detach()), product.grad, rtol=1e-12, atol=1e-14)
+    out = torch.full_like(product, math.nan, requires_grad=False)
+    problem.gradient(product.detach(), out=out)
+    torch.testing.assert_close(out, product.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_completion_normalisations_by_hand():
+    target, mask = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1, 0], [0, 0]])
+    zero = torch.zeros(2, 2)
+    loss, error = cd.MatrixCompletion(target, mask).evaluate(zero)
+    assert (loss.item(), error.item()) == pytest.approx((1 / 2, (4 + 9 + 16) / 3 / 2))
+    loss, error = cd.MatrixCompletion(target, mask, mean_over="all").evaluate(zero)
+    assert (loss.item(), error.item()) == pytest.approx((1 / 8, (4 + 9 + 16) / 8))
+
+
+def test_fully_observed_completion_equals_factorization():
+    target = cd.low_rank_target((6, 6), 2, generator=torch.Generator().manual_seed(0))
+    product = torch.randn(6, 6, dtype=torch.float64)
+    for mean_over in ("observed", "all"):
+        whole = cd.MatrixCompletion(target, torch.ones(6, 6), mean_over=mean_over)
+        torch.testing.assert_close(
+            torch.stack(whole.evaluate(product)), torch.stack(cd.MatrixFactorization(target).evaluate(product))
+        )
+
+
+def test_surrogates():
+    problems = _problems()
+    completion = problems["observed"]
+    expected = completion.mask * completion.target / completion.mask.mean()
+    torch.testing.assert_close(completion.surrogate(), expected)
+    sensing = problems["sensing"]
+    by_hand = sum(y * a for y, a in zip(sensing.measurements, sensing.operators, strict=True)) / 30
+    torch.testing.assert_close(sensing.surrogate(), by_hand)
+
+
+def test_sensing_error_is_relative_and_nan_without_target():
+    sensing = _problems()["sensing"]
+    assert sensing.error(sensing.target * 1.5).item() == pytest.approx(0.5)
+    blind = cd.MatrixSensing(sensing.operators, sensing.measurements)
+    assert math.isnan(blind.error(sensing.target).item()) and blind.loss(sensing.target).item() < 1e-25
+
+
+def test_sensing_holds_the_operator_once():
+    operators = torch.randn(9, 4, 4, dtype=torch.float64)
+    sensing = cd.MatrixSensing(operators, torch.zeros(9, dtype=torch.float64))
+    assert sensing._rows.data_ptr() == operators.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["observed", "factorization", "sensing"])
+def test_select_equals_the_problem_alone(kind):
+    stack = _problems((2, 3))[kind]
+    product = torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    part = stack.select(torch.tensor([4, 1]), (2, 3))
+    chosen = product.reshape(6, 7, 5)[[4, 1]]
+    expected = stack.loss(product).reshape(6)[[4, 1]]
+    torch.testing.assert_close(part.loss(chosen), expected)
+    torch.testing.assert_close(part.gradient(chosen), stack.gradient(product).reshape(6, 7, 5)[[4, 1]])
+
+
+def test_masks_have_exactly_floor_p_entries():
+    mask = cd.random_mask((100, 100), 0.3, (5,), torch.Generator().manual_seed(1))
+    assert mask.sum((-2, -1)).tolist() == [3000.0] * 5
+    assert cd.random_mask((3, 3), 0.5).sum() == 4
+
+
+def test_targets_have_the_rank_and_scale():
+    target = cd.low_rank_target((100, 100), 5, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(target)
+    assert values[5] < 1e-12 and 15 < values[4] < values[0] < 21
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: cd.MatrixCompletion(torch.ones(3, 3), torch.full((3, 3), 0.5)), "0.5"),
+        (lambda: cd.MatrixCompletion(torch.ones(3, 3), torch.zeros(3, 3)), "no entry"),
+        (lambda: cd.MatrixCompletion(torch.ones(3, 3), torch.ones(2, 3)), r"\(2, 3\)"),
+        (lambda: cd.MatrixCompletion(torch.ones(3, 3), torch.ones(3, 3), mean_over="some"), "some"),
+        (lambda: cd.MatrixCompletion(torch.full((3, 3), math.nan), torch.ones(3, 3)), "not finite"),
+        (lambda: cd.MatrixFactorization(torch.ones(3)), r"\(3,\)"),
+        (lambda: cd.MatrixFactorization(torch.ones(3, 3, dtype=torch.int64)), "int64"),
+        (lambda: cd.MatrixSensing(torch.ones(4, 3, 3), torch.ones(5)), r"\(5,\)"),
+        (lambda: cd.low_rank_target((3, 3), 4), "rank is 4"),
+        (lambda: cd.random_mask((3, 3), 1.5), "1.5"),
+        (lambda: cd.random_mask((3, 3), math.nan), "nan"),
+    ],
+)
+def test_bad_input_names_the_value(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()
+
+
+def test_error_counts_only_entries_whose_target_is_known():
+    target = torch.tensor([[1.0, math.nan], [2.0, 3.0]], dtype=torch.float64)
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    loss, error = cd.MatrixCompletion(target, torch.tensor([[1, 0], [1, 0]])).evaluate(zero)
+    assert (loss.item(), error.item()) == pytest.approx((5 / 4, 9 / 2))
+    problem = cd.MatrixCompletion(target, torch.tensor([[1, 0], [1, 1]]))
+    assert math.isnan(problem.error(zero)) and torch.isfinite(problem.gradient(zero)).all()

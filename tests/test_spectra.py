@@ -1,0 +1,58 @@
+"""Angles, alignments and ranks against scipy and closed forms."""
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from compressible import spectra
+
+
+def _subspace(d, k, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(d, k, generator=g, dtype=torch.float64)).Q
+
+
+@pytest.mark.parametrize(("k1", "k2"), [(3, 3), (2, 5), (5, 2)])
+def test_principal_angles_agree_with_scipy(k1, k2):
+    a, b = _subspace(9, k1, 0), _subspace(9, k2, 1)
+    expected = scipy.linalg.subspace_angles(a.numpy(), b.numpy())[::-1].copy()
+    torch.testing.assert_close(spectra.principal_angles(a, b), torch.tensor(expected), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("angle", [1e-12, 1e-9, 1e-4, 0.7, 1.5, math.pi / 2])
+def test_small_and_large_angles_keep_their_digits(angle):
+    a = torch.eye(4, 2, dtype=torch.float64)
+    b = a.clone()
+    b[:, 1] = torch.tensor([0, math.cos(angle), math.sin(angle), 0], dtype=torch.float64)
+    angles = spectra.principal_angles(a, b)
+    assert angles[1].item() == pytest.approx(angle, rel=1e-9) and angles[0] < 1e-15
+    assert spectra.vector_angles(a, -b)[1].item() == pytest.approx(angle, rel=1e-9)
+
+
+def test_batches():
+    a = torch.stack([_subspace(8, 3, s) for s in range(4)])
+    b = torch.stack([_subspace(8, 3, s + 9) for s in range(4)])
+    stacked = spectra.principal_angles(a, b)
+    for i in range(4):
+        torch.testing.assert_close(stacked[i], spectra.principal_angles(a[i], b[i]))
+
+
+def test_ranks():
+    values = torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)
+    matrix = _subspace(6, 4, 0) @ torch.diag(values) @ _subspace(5, 4, 1).mT
+    assert spectra.numerical_rank(matrix) == 3 and spectra.numerical_rank(matrix, relative=0.01) == 2
+    assert spectra.stable_rank(matrix).item() == pytest.approx((16 + 4 + 1e-6) / 16)
+    identity = torch.eye(7, dtype=torch.float64)
+    assert spectra.effective_rank(identity).item() == pytest.approx(7)
+
+
+def test_alignment_ignores_signs():
+    a = _subspace(6, 3, 0)
+    torch.testing.assert_close(spectra.alignment(a, -a), torch.ones(3, dtype=torch.float64))
+
+
+def test_dimensions_must_agree():
+    with pytest.raises(ValueError, match="9 and 8"):
+        spectra.principal_angles(_subspace(9, 2, 0), _subspace(8, 2, 0))

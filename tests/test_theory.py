@@ -1,0 +1,100 @@
+"""P1's theorem and corollary, held against runs: notes 4.2 and 4.3, to rounding."""
+
+import pytest
+import torch
+
+import compressible as cd
+from compressible import theory
+
+SIZE, RANK, STEPS = 18, 2, 400
+
+
+def _start(depth, scales, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    target = cd.low_rank_target((SIZE, SIZE), RANK, generator=g)
+    factors = cd.orthogonal_factors((SIZE, SIZE), depth=depth, scale=1.0, generator=g)
+    return target, [eps * factor for eps, factor in zip(scales, factors, strict=True)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("scales", [(0.5, 0.8), (0.6, 0.6, 0.6), (0.9, 0.4, 0.7), (0.9, 0.5, 0.7, 0.8)])
+def test_block_structure_with_unequal_scales_and_decay(scales, decay):
+    """All t, all layers: d - 2r values follow the rho recursion and their vectors stand still."""
+    target, factors = _start(len(scales), scales)
+    size = SIZE * SIZE
+    eta = 0.02  # on the sum loss
+    marks = range(0, STEPS + 1, 50)
+    history = cd.descend(
+        cd.MatrixFactorization(target),
+        factors,
+        eta * size,
+        STEPS,
+        weight_decay=decay / size,
+        snapshots=marks,
+        engine="reference",
+    )
+    rhos = theory.rho(scales, eta, STEPS, decay)
+    bases = theory.block_bases(factors, target, RANK)
+    for t in marks:
+        assert theory.block_error(history.snapshots[t], bases, rhos[t], RANK) < 1e-11
+    moved = theory.block_error(history.snapshots[STEPS], bases, rhos[0], RANK)
+    assert moved > 1e-3, "the recursion must matter, or the check above could not fail"
+
+
+def test_exactly_2r_values_move():
+    target, factors = _start(3, (1.0, 1.0, 1.0))
+    history = cd.descend(cd.MatrixFactorization(target), factors, 1.0, 50)
+    for factor in history.factors:
+        values = torch.linalg.svdvals(factor)
+        assert ((values - values.median()).abs() > 1e-6).sum() == 2 * RANK
+
+
+@pytest.mark.parametrize("scales", [(0.7, 0.7), (0.3, 0.3, 0.3), (0.5, 0.3, 0.6)])
+def test_compression_gap_is_an_equality(scales):
+    """||f(t) - f_C(t)||_F = sqrt(d - 2r) prod rho_l with frozen outer factors, notes 4.3."""
+    target, factors = _start(len(scales), scales)
+    problem, eta = cd.MatrixFactorization(target), 0.02
+    small = cd.compress_from_gradient(problem, factors, rank=RANK)
+    marks = range(0, STEPS + 1, 40)
+    size = eta * SIZE * SIZE
+    wide = cd.descend(problem, factors, size, STEPS, snapshots=marks, engine="reference")
+    narrow = cd.descend(problem, small, size, STEPS, outer_ratio=0.0, snapshots=marks, engine="reference")
+    gaps = theory.compression_gap(theory.rho(scales, eta, STEPS), SIZE, RANK)
+    for t in marks:
+        gap = torch.linalg.matrix_norm(cd.product(wide.snapshots[t]) - cd.product(narrow.snapshots[t]))
+        assert gap.item() == pytest.approx(gaps[t].item(), rel=1e-10, abs=1e-12)
+    assert wide.loss[-1] < 0.05 * wide.loss[0]
+
+
+def test_gap_holds_for_a_guess_above_the_rank():
+    target, factors = _start(3, (0.3, 0.3, 0.3))
+    problem = cd.MatrixFactorization(target)
+    small = cd.compress_from_gradient(problem, factors, rank=RANK + 2)
+    marks = (0, 200, STEPS)
+    wide = cd.descend(problem, factors, 6.0, STEPS, snapshots=marks)
+    narrow = cd.descend(problem, small, 6.0, STEPS, outer_ratio=0.0, snapshots=marks)
+    gaps = theory.compression_gap(theory.rho((0.3,) * 3, 6.0 / SIZE**2, STEPS), SIZE, RANK + 2)
+    for t in marks:
+        gap = torch.linalg.matrix_norm(cd.product(wide.snapshots[t]) - cd.product(narrow.snapshots[t]))
+        assert gap.item() == pytest.approx(gaps[t].item(), rel=1e-10)
+
+
+def test_gap_fails_where_the_theory_does_not_reach():
+    """Masked losses are outside the corollary: the equality must not hold there."""
+    target, factors = _start(3, (0.3, 0.3, 0.3))
+    problem = cd.MatrixCompletion(
+        target, cd.random_mask((SIZE, SIZE), 0.5, generator=torch.Generator().manual_seed(2)), "all"
+    )
+    small = cd.compress_from_gradient(problem, factors, rank=RANK)
+    wide = cd.descend(problem, factors, 6.0, STEPS)
+    narrow = cd.descend(problem, small, 6.0, STEPS, outer_ratio=0.0)
+    gap = torch.linalg.matrix_norm(cd.product(wide.factors) - cd.product(narrow.factors))
+    assert gap > 10 * theory.compression_gap(theory.rho((0.3,) * 3, 6.0 / SIZE**2, STEPS), SIZE, RANK)[-1]
+
+
+def test_theory_refuses_what_it_does_not_cover():
+    target, factors = _start(2, (1.0, 1.0))
+    with pytest.raises(ValueError, match="rank 9"):
+        theory.block_bases(factors, target, 9)
+    with pytest.raises(ValueError, match=r"\(18, 10\)"):
+        theory.block_bases(factors, target[:, :10], 2)
