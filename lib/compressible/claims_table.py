@@ -1,0 +1,125 @@
+"""The table of all claims over all records: text for a terminal, markdown for the README."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import paths
+from .statements import NOT_TESTED, PAPERS, Claim, load_claims
+
+START, END = "<!-- claims:start -->", "<!-- claims:end -->"
+TITLES = {
+    "P1": "P1: Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation (ICML 2024)",
+    "P2": "P2: Efficient Compression of Overparameterized Deep Models (AISTATS 2024)",
+    "P3": "P3: An Overview of Low-Rank Structures (2025)",
+    "beyond": "Beyond the papers",
+}
+_HEADS = ("claim", "published", "ours", "verdict")
+
+
+def table(
+    records_dir: str | Path | None = None,
+    format: str = "text",
+    preset: str | None = None,
+    claims: Sequence[Claim] | None = None,
+) -> str:
+    """All claims by paper, each with the published value, ours and the verdict, from the JSON records.
+
+    `records_dir` is the root of the figures. The record of the preset `paper` comes first unless `preset`
+    names another; a claim without a record, or changed since, is NOT TESTED.
+    """
+    if format not in ("text", "markdown"):
+        raise ValueError(f"format: got {format!r}, expected 'text' or 'markdown'")
+    records = _records(Path(records_dir) if records_dir is not None else paths.figures_dir(), preset)
+    known = load_claims() if claims is None else claims
+    groups = {p: [_row(c, records) for c in known if c.paper == p] for p in PAPERS}
+    draw = _markdown if format == "markdown" else _text
+    blocks = [draw(TITLES[paper], rows) for paper, rows in groups.items() if rows]
+    return "\n\n".join([*blocks, _count(row for rows in groups.values() for row in rows)]) + "\n"
+
+
+def readme_block(text: str, readme: str | Path | None = None) -> Path:
+    """Put `text` between the two claims marks of the README, atomically; ValueError if a mark is missing."""
+    readme = paths.repository() / "README.md" if readme is None else Path(readme)
+    old = readme.read_text(encoding="utf-8")
+    before, start, rest = old.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{readme.name}: expected the marks {START} and {END}, in this order")
+    new = f"{before}{START}\n{text.strip()}\n{END}{after}"
+    return readme if new == old else paths.write_atomic(readme, new)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: print the table of claims; 0 on success."""
+    parser = argparse.ArgumentParser(prog="python -m compressible claims", description=main.__doc__)
+    parser.add_argument("--format", choices=("text", "markdown"), default="text")
+    parser.add_argument("--preset", help="only the records of this preset")
+    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    options = parser.parse_args(argv)
+    if options.write_readme:
+        readme_block(table(format="markdown", preset=options.preset))
+    print(table(format=options.format, preset=options.preset), end="")
+    return 0
+
+
+def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:
+    """Records, those of the preset `paper` first; a file that is no record of a figure is passed over."""
+    found = []
+    for file in sorted(root.glob(f"{preset or '*'}/*/*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            found.append({"id": record["id"], "preset": record["preset"], "claims": record["claims"]})
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda record: (record["preset"] != "paper", record["preset"]))
+
+
+def _row(claim: Claim, records: list[dict[str, Any]]) -> dict[str, str]:
+    statement = {"id": claim.id, "claim": claim.statement, "published": claim.published}
+    reason = "no record"
+    for record in (record for record in records if record["id"] == claim.figure):
+        verdict = next((v for v in record["claims"] if v["id"] == claim.id), None)
+        if verdict and verdict.get("rule") == claim.rule():
+            return statement | {"ours": _ours(verdict, record["preset"]), "verdict": verdict["verdict"]}
+        reason = "no record since the claim changed"
+    return statement | {"ours": reason, "verdict": NOT_TESTED}
+
+
+def _ours(verdict: dict[str, Any], preset: str) -> str:
+    if verdict["value"] is None:
+        return f"{verdict['reason']} ({preset})"
+    ends = "" if verdict["low"] is None else f" [{_short(verdict['low'])}, {_short(verdict['high'])}]"
+    seeds = f", {verdict['seeds']} seeds" if verdict["seeds"] > 1 else ""
+    return f"{_short(verdict['value'])}{ends} ({preset}{seeds})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 and math.isfinite(value) else f"{value:.3g}"
+
+
+def _markdown(title: str, rows: list[dict[str, str]]) -> str:
+    lines = [f"**{title}**", "", f"| {' | '.join(_HEADS)} |", "|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{row['claim']} <sub>{row['id']}</sub>", *(row[head] for head in _HEADS[1:])]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _text(title: str, rows: list[dict[str, str]]) -> str:
+    lines = [title]
+    for row in rows:
+        lines += [f"  {row['verdict']:<10} {row['claim']}", f"             {row['id']}"]
+        lines.append(f"             ours: {row['ours']}; published: {row['published'] or '-'}")
+    return "\n".join(lines)
+
+
+def _count(rows: Iterable[dict[str, str]]) -> str:
+    verdicts = [row["verdict"] for row in rows]
+    counts = [f"{verdicts.count(v)} {v}" for v in ("PASS", "WEAK", "FAIL", NOT_TESTED)]
+    return f"{len(verdicts)} claims: {', '.join(counts)}."

@@ -1,0 +1,182 @@
+"""What a number may depend on besides its parameters: code, versions, device, memory, git."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import os
+import platform
+import resource
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from threading import Lock
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from . import paths
+
+PACKAGES = (
+    "torch", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "safetensors", "transformers",
+    "peft", "papermill", "nbclient", "triton",
+)  # fmt: skip
+# These draw, judge, check or find; none of them moves a number in a result.
+_NOT_COMPUTING = {
+    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "machine",
+    "parameters", "paths", "progress", "sources", "statements",
+}  # fmt: skip
+_PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
+
+
+def device_name(device: str) -> str:
+    """Name of the hardware behind "cpu", "cuda", "cuda:N" or "auto": a CPU model or a GPU name."""
+    resolved = _resolve(device)
+    return cpu_model() if resolved == "cpu" else torch.cuda.get_device_name(resolved)
+
+
+@cache
+def cpu_model() -> str:
+    """The CPU's model name, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the packages that matter and are installed, the CPU and the thread settings."""
+    return {
+        "cpu": cpu_model(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": _versions(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """`commit` and `dirty` of the checkout (figures aside, which every run rewrites); None where unknown."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", ":(exclude)figures")
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new measurement of peak memory; only CUDA can."""
+    if _resolve(device) != "cpu":
+        torch.cuda.reset_peak_memory_stats(_resolve(device))
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
+    if _resolve(device) != "cpu":
+        return torch.cuda.max_memory_allocated(_resolve(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, so that a clock read afterwards is honest."""
+    if _resolve(device) != "cpu":
+        torch.cuda.synchronize(_resolve(device))
+
+
+def source_digest(function: Callable[..., Any]) -> str:
+    """sha256 of a function's source and of the functions, classes and constants that it uses of its module.
+
+    Comments, blank lines and docstrings do not count. Raises TypeError when the source is not to be had.
+    """
+    parts = sorted(_sources(function, set()))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _sources(item: Any, seen: set[int]) -> Iterator[str]:
+    if id(item) in seen:
+        return
+    seen.add(id(item))
+    yield f"{item.__qualname__}: {_normal_form(_source(item))}"
+    if isinstance(item, FunctionType):
+        for name, used in _used(item):
+            if isinstance(used, FunctionType | type) and used.__module__ == item.__module__:
+                yield from _sources(used, seen)
+            elif isinstance(used, bool | int | float | str):
+                yield f"{name} = {used!r}"
+
+
+def _used(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Names that the function reads from outside itself, with their present values."""
+    names = set(_names(function.__code__))
+    yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    yield from ((name, cell.cell_contents) for name, cell in cells)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _source(item: Any) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(item))
+    except (OSError, TypeError) as error:
+        raise TypeError(f"{item!r}: expected a function whose source is in a file or a notebook") from error
+
+
+def _normal_form(source: str) -> str:
+    try:
+        with _PARSER:
+            tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
+            node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _library_digest() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    parts = [f"{f.stem} {_normal_form(f.read_text('utf-8'))}" for f in files if f.stem not in _NOT_COMPUTING]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    found = {name: version for name in PACKAGES if (version := _version(name))}
+    return {"python": platform.python_version(), "compressible": __version__, **found}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _resolve(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(paths.repository()), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+# Read on import: a kernel that lives on while a file is edited still runs the code that it read.
+LIBRARY = _library_digest()

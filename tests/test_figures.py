@@ -1,0 +1,176 @@
+"""Figures are saved whole with their record, the same twice, and their labels keep clear of each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from compressible import claims, figures, runs
+from compressible.parameters import ParameterError
+
+ID = "kwon2024/05_completion"
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Cache and figures in a folder of the test, matplotlib as it was afterwards."""
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(tmp_path / "figures"))
+    with mpl.rc_context({"backend": "agg"}):
+        yield tmp_path / "figures"
+    plt.close("all")
+
+
+def work(rank: int) -> dict[str, Any]:
+    many = [1.0, float("nan")]
+    return {"loss": np.ones(rank), "ratio": 0.5, "gap": float("inf"), "names": ["a"], "many": many}
+
+
+@pytest.fixture
+def result() -> runs.Result:
+    """A small result."""
+    return runs.run(work, rank=3)
+
+
+def draw(ends: tuple[float, ...] = (1e-6, 1.1e-6, 1.2e-6), scale: str = "log") -> Figure:
+    figure, axes = figures.panels(2)
+    for ax in axes:
+        for number, end in enumerate(ends):
+            ax.plot([0, 10], [1, end], color=figures.PALETTE[number], label=f"curve {number}")
+        ax.set(yscale=scale, xlabel="iteration", ylabel="recovery error", title="Curves")
+    return figure
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_save_writes_two_pictures_and_a_record(places: Path, result: runs.Result) -> None:
+    path = figures.save(draw(), ID, "quick", result, verdicts=[])
+    assert path == places / "quick" / "kwon2024" / "05_completion.json"
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".pdf", ".png"]
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record["pictures"] == {kind: digest(path.with_suffix(f".{kind}")) for kind in ("pdf", "png")}
+    assert record["metrics"] == {"ratio": 0.5, "gap": None, "names": ["a"], "many": [1.0, None]}
+    assert (record["id"], record["preset"], record["run"]) == (ID, "quick", result.key)
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_figure_gives_the_same_bytes(result: runs.Result) -> None:
+    figure = draw()
+    saved = [figures.save(each, ID, "quick", result, []).read_text() for each in (figure, figure, draw())]
+    first, again, anew = (json.loads(text)["pictures"] for text in saved)
+    assert first == again == anew
+
+
+def test_claims_are_judged_on_the_way(result: runs.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim = claims.Claim(f"{ID}.half", "P2", "a half", "ratio", "at_most", "here", bound=0.6)
+    monkeypatch.setattr(claims, "load_claims", lambda: [claim])
+    record = json.loads(figures.save(draw(), ID, "quick", result).read_text())
+    assert [(v["id"], v["verdict"], v["value"]) for v in record["claims"]] == [(f"{ID}.half", "PASS", 0.5)]
+
+
+@pytest.mark.parametrize("id", ["05_completion", "kwon2024/completion", "../x/05_a", "a/05_a/b", "Kwon/05_a"])
+def test_malformed_ids_are_refused(id: str, result: runs.Result, places: Path) -> None:
+    with pytest.raises(ValueError, match="expected paper/NN_name"):
+        figures.save(draw(), id, "quick", result)
+    assert not places.exists()
+
+
+def test_malformed_presets_are_refused(result: runs.Result) -> None:
+    with pytest.raises(ParameterError, match="preset"):
+        figures.save(draw(), ID, "../paper", result)
+
+
+def test_a_failing_save_leaves_the_former_files(result: runs.Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = figures.save(draw(), ID, "quick", result, verdicts=[])
+    before = {file.name: digest(file) for file in path.parent.iterdir()}
+    broken = draw((1.0,))
+    whole = Figure.savefig
+
+    def no_pdf(self: Figure, file: Path, **options: Any) -> None:
+        if file.suffix == ".pdf":
+            raise OSError("disk full")
+        whole(self, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", no_pdf)
+    with pytest.raises(OSError, match="disk full"):
+        figures.save(broken, ID, "quick", result, verdicts=[])
+    assert {file.name: digest(file) for file in path.parent.iterdir()} == before
+
+
+def boxes(figure: Figure, notes: list) -> list:
+    figure.draw_without_rendering()
+    return [note.get_window_extent() for note in notes]
+
+
+@pytest.mark.parametrize("scale", ["log", "linear"])
+@pytest.mark.parametrize("ends", [(1e-6, 1.1e-6, 1.2e-6), (1.0, 1.0, 1.0, 1.0), (1e-6, 1e-3, 1.0), (0.5,)])
+def test_labels_stand_apart_beside_the_axes(ends: tuple[float, ...], scale: str) -> None:
+    figure = draw(ends, scale)
+    ax = figure.axes[0]
+    notes = figures.label_lines(ax)
+    assert [note.get_text() for note in notes] == [f"curve {i}" for i in range(len(ends))]
+    assert [note.get_color() for note in notes] == [line.get_color() for line in ax.get_lines()]
+    extents = sorted(boxes(figure, notes), key=lambda box: box.y0)
+    for low, high in pairwise(extents):
+        assert high.y0 >= low.y1 - 0.5
+    frame = ax.get_window_extent()
+    assert extents[0].y0 >= frame.y0 - 1
+    assert extents[-1].y1 <= frame.y1 + 1
+
+
+def test_labels_with_room_stay_at_their_lines() -> None:
+    figure = draw((1e-6, 1e-3, 1.0))
+    ax = figure.axes[0]
+    middle = boxes(figure, figures.label_lines(ax))[1]
+    height = ax.transData.transform((10, 1e-3))[1]
+    assert abs((middle.y0 + middle.y1) / 2 - height) < 2
+
+
+def test_labels_pass_over_what_has_no_end() -> None:
+    _, ax = figures.panels()
+    ax.plot([1, 2], [np.nan, np.nan], label="nothing")
+    ax.plot([1, 2, 3], [1, 2, np.nan], label="cut short")
+    ax.plot([1, 2], [1, 1])
+    notes = figures.label_lines(ax)
+    assert [note.get_text() for note in notes] == ["cut short"]
+
+
+def test_band_draws_a_line_and_its_interval() -> None:
+    _, ax = figures.panels()
+    mean, low, high = figures.interval(np.array([[1.0, 2.0], [3.0, 2.0], [2.0, 2.0]]))
+    line = figures.band(ax, [0, 1], mean, low, high, figures.COLORS["original"], "original")
+    assert line.get_ydata().tolist() == [2.0, 2.0]
+    half = 4.302652729911275 / np.sqrt(3)  # the 97.5 % point of t with 2 degrees of freedom
+    np.testing.assert_allclose([low[0], high[0], low[1], high[1]], [2 - half, 2 + half, 2, 2])
+    assert len(ax.collections) == 1
+
+
+def test_fingerprint_is_strict_json_and_leaves_out_seconds() -> None:
+    figure, (left, right) = figures.panels(2)
+    left.plot([1, 2, 3], [0.12345, np.inf, 9.87654], label="a")
+    left.set(yscale="log", title="T", xlabel="iteration", ylabel="error")
+    right.plot([0.1, 0.7], [5, 4], label="b")
+    right.set(xlabel="wall time in seconds")
+    first, second = json.loads(json.dumps(figures.fingerprint(figure), allow_nan=False))["axes"]
+    assert (first["title"], first["x"], first["y"]) == ("T", ["iteration", "linear"], ["error", "log"])
+    line = {"label": "a", "n": 3, "first": [1, 0.123], "last": [3, 9.88], "min": [1, 0.123], "max": [3, 9.88]}
+    assert first["lines"] == [line]
+    assert second["lines"][0]["first"] == [None, 5.0]
+
+
+def test_colours_are_distinct() -> None:
+    assert len(set(figures.COLORS.values())) == len(figures.COLORS)
+    assert len(set(figures.PALETTE)) == len(figures.PALETTE)

@@ -1,0 +1,133 @@
+"""Parameters are refused with the name, the value and what was expected, all problems at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from compressible.parameters import VOCABULARY, ParameterError, collect, help_text, validate
+
+GOOD = {
+    "preset": "quick", "dimension": 100, "rank": 5, "depth": 3, "width": 10, "widths": [10, 20],
+    "observed": 0.3, "init_scale": 1e-2, "step_size": 10.0, "step_sizes": [1.0, 2.0], "outer_ratio": 0.0,
+    "weight_decay": 0.0, "steps": 0, "record_every": 1, "tolerance": 0.0, "seed": 0, "seeds": 1,
+    "rank_guesses": [5, 8], "noise": 0.0, "device": "cuda:1", "engine": "auto", "users": 943, "items": 1682,
+    "split": "u1", "validation_fraction": 0.1, "ridges": [0.0, 0.1], "centring": "none",
+}  # fmt: skip
+
+
+def test_valid_values_pass_unchanged() -> None:
+    assert validate(GOOD) == GOOD
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 0), ("rank", -1), ("rank", 2.0), ("rank", True), ("rank", "5"), ("rank", None),
+        ("rank", [5]), ("depth", 1), ("steps", -1), ("record_every", 0), ("seed", -1), ("seeds", 0),
+        ("observed", 0.0), ("observed", 1.0001), ("observed", -0.3), ("observed", math.nan),
+        ("observed", "0.3"), ("init_scale", 0.0), ("step_size", 0.0), ("step_size", math.inf),
+        ("step_size", False), ("trials", 0),
+        ("step_size", 10**400), ("outer_ratio", -0.1), ("weight_decay", -1e-9), ("tolerance", -math.inf),
+        ("noise", np.float64("nan")), ("validation_fraction", 1.0), ("validation_fraction", 0.0),
+        ("device", "gpu"), ("device", "cuda:x"), ("device", "cuda:0\n"), ("engine", "fast"), ("split", "u6"),
+        ("preset", ""), ("preset", "../up"), ("preset", 3), ("centring", "user"),
+        ("widths", []), ("widths", 10), ("widths", "10"), ("widths", [10, 0]), ("widths", [10, [20]]),
+        ("step_sizes", [1.0, math.nan]), ("ridges", {0.1}),
+    ],
+)  # fmt: skip
+def test_bad_values_are_refused_with_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError) as caught:
+        validate({name: value})
+    assert name in str(caught.value)
+    assert "expected" in str(caught.value)
+    shown = value[1] if isinstance(value, list) and len(value) > 1 else value
+    assert repr(shown.item() if isinstance(shown, np.generic) else shown) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 30, "dimension": 20}, "rank: got 30, expected at most dimension = 20"),
+        ({"rank": 30, "users": 100, "items": 20}, "rank: got 30, expected at most items = 20"),
+        ({"rank": 5, "width": 4}, "rank: got 5, expected at most width = 4"),
+        ({"rank": 5, "widths": [10, 4]}, r"rank: got 5, expected at most widths = \[10, 4\]"),
+        ({"rank_guesses": [5, 30], "dimension": 20}, "rank_guesses: got .* at most dimension = 20"),
+        ({"ranks": [5, 30], "users": 20}, "ranks: got .* at most users = 20"),
+    ],
+)
+def test_impossible_combinations(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        validate(values)
+
+
+def test_conversions_are_few() -> None:
+    checked = validate({"step_size": 3, "widths": (10, 20), "ridges": [1], "rank": np.int64(4)})
+    assert checked == {"step_size": 3.0, "widths": [10, 20], "ridges": [1.0], "rank": 4}
+    assert [type(checked[name]) for name in ("step_size", "widths", "rank")] == [float, list, int]
+    assert type(checked["ridges"][0]) is float
+
+
+def test_unknown_names_get_the_closest_known_one() -> None:
+    with pytest.raises(ParameterError, match=r"stepsize: got 0.1, .*'step_size'"):
+        validate({"stepsize": 0.1})
+    with pytest.raises(ParameterError, match=r"width: got 3, .*'widths'"):
+        validate({"width": 3}, allowed=["rank", "widths"])
+    with pytest.raises(ParameterError, match="qqq: got 1, expected a known name: one of rank, widths"):
+        validate({"qqq": 1}, allowed=["rank", "widths"])
+    with pytest.raises(ParameterError, match="vocabulary"):
+        validate({"qqq": 1}, allowed=["qqq"])
+
+
+def test_all_problems_come_together_one_a_line() -> None:
+    with pytest.raises(ParameterError) as caught:
+        validate({"rnak": 3, "observed": 2.0, "steps": -1, "rank": 9, "dimension": 8})
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["rnak", "observed", "steps", "rank"]
+
+
+def test_collect_takes_plain_public_values_only() -> None:
+    namespace = {"rank": 5, "widths": (10, 20), "_private": 3, "In": ["x"], "Out": {}, "np": np, "f": len}
+    assert collect(namespace) == {"rank": 5, "widths": [10, 20]}
+
+
+def test_collect_refuses_what_papermill_injected_by_mistake() -> None:
+    with pytest.raises(ParameterError, match="'weight_decay'"):
+        collect({"rank": 5, "weigth_decay": 0.1})
+
+
+@pytest.fixture
+def shell() -> InteractiveShell:
+    shell = InteractiveShell()
+    shell.run_cell("from compressible.parameters import collect, ParameterError", store_history=True)
+    return shell
+
+
+def run_cells(shell: InteractiveShell, *cells: str) -> Any:
+    return [shell.run_cell(cell, store_history=True) for cell in cells][-1]
+
+
+def test_collect_again_in_a_used_kernel(shell: InteractiveShell) -> None:
+    again = "found = collect(globals())"
+    run_cells(shell, "rank = 5", again, "rows = [1, 2]; steps = 7; print_me = 'x'").raise_error()
+    run_cells(shell, "rank = 6\nseed: int = 1", again).raise_error()
+    assert shell.user_ns["found"] == {"rank": 6, "seed": 1}
+
+
+def test_a_mistake_can_be_made_and_mended_in_a_used_kernel(shell: InteractiveShell) -> None:
+    again = "found = collect(globals())"
+    run_cells(shell, "rank = 5", again).raise_error()
+    wrong = run_cells(shell, "rank = 5\nstepsize = 0.1", again)
+    assert isinstance(wrong.error_in_exec, ParameterError)
+    run_cells(shell, "rank = 5\nstep_size = 0.1", again).raise_error()
+    assert shell.user_ns["found"] == {"rank": 5, "step_size": 0.1}
+
+
+def test_every_name_explains_itself() -> None:
+    lines = help_text().splitlines()
+    assert len(lines) == len(VOCABULARY)
+    assert "observed: share of the entries that are observed [fraction]; a number in (0, 1]" in lines

@@ -1,0 +1,311 @@
+"""Runs are computed once, kept whole, and computed again whenever anything that moves a number changed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import subprocess
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import compressible
+from compressible import machine, runs
+from compressible.parameters import ParameterError
+
+CALLS: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test."""
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    CALLS.clear()
+    return tmp_path / "cache"
+
+
+def work(rank: int, step_size: float = 0.5, seed: int = 0) -> dict[str, Any]:
+    CALLS.append(rank)
+    loss = np.linspace(step_size, 0, rank + 1)
+    return {
+        "loss/full": loss,
+        "file": torch.arange(rank, dtype=torch.bfloat16, requires_grad=True),
+        "empty": np.zeros((0, 3)),
+        "complex": np.array([1 + 2j]),
+        "names": np.array(["a", "bc"]),
+        "half": torch.tensor(0.25),
+        "last": loss[-1],
+        "reached": np.bool_(True),
+        "split": "u1",
+        "widths": (10, 20),
+        "never": float("nan"),
+    }
+
+
+def entries(cache: Path) -> list[Path]:
+    return [path for path in (cache / "results").rglob("*") if path.is_file()]
+
+
+def test_second_run_comes_from_the_cache_and_is_the_same(cache: Path) -> None:
+    first, second = (runs.run(work, rank=4, preset="quick") for _ in range(2))
+    assert CALLS == [4]
+    assert (first.cached, second.cached) == (False, True)
+    assert first.arrays.keys() == second.arrays.keys() == {"loss/full", "file", "empty", "complex", "names"}
+    for name, array in first.arrays.items():
+        assert array.dtype == second.arrays[name].dtype
+        np.testing.assert_array_equal(array, second.arrays[name])
+    assert str(first.metrics) == str(second.metrics)
+    assert first.parameters == second.parameters == {"rank": 4, "step_size": 0.5, "seed": 0}
+    assert (first.key, first.seconds, first.started) == (second.key, second.seconds, second.started)
+    assert [path.name for path in entries(cache)] == [f"{first.key}.npz"]
+
+
+def test_metrics_are_plain_values() -> None:
+    result = runs.run(work, rank=4)
+    expected = {"half": 0.25, "last": 0.0, "reached": True, "split": "u1", "widths": [10, 20]}
+    assert {name: result[name] for name in expected} == expected
+    assert type(result["reached"]) is bool
+    assert result["file"].tolist() == [0, 1, 2, 3]
+    assert result.peak_memory_bytes > 1e6
+    with pytest.raises(KeyError, match="expected one of loss/full"):
+        result["lost"]
+
+
+def test_the_key_follows_values_not_their_spelling() -> None:
+    spellings = ({"rank": 4}, {"seed": 0, "rank": 4, "step_size": 0.5})
+    keys = {runs.run(work, **values).key for values in spellings}
+    assert len(keys) == 1
+    assert runs.run(work, rank=4, seed=1).key not in keys
+    assert CALLS == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 4, "width": 3}, "width: got 3"),
+        ({"rank": -4}, "rank: got -4"),
+        ({"step_size": 1.0}, "expected a value for rank"),
+        ({"rank": 4, "stepsize": 1.0}, "'step_size'"),
+    ],
+)
+def test_bad_parameters_stop_before_the_work(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        runs.run(work, **values)
+    assert CALLS == []
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ([1, 2], "got list, expected a flat dict"),
+        ({"model": object()}, "output 'model': got object"),
+        ({"nested": {"a": 1}}, "output 'nested': got dict"),
+        ({"nothing": None}, "output 'nothing': got NoneType"),
+        ({"mixed": [1, {}]}, "output 'mixed': got dict"),
+        ({"objects": np.array([{}, []], object)}, "output 'objects'"),
+    ],
+)
+def test_outputs_that_cannot_be_kept_are_refused(output: Any, message: str, cache: Path) -> None:
+    def unkeepable(rank: int) -> Any:
+        return output
+
+    with pytest.raises(TypeError, match=message):
+        runs.run(unkeepable, rank=1)
+    assert entries(cache) == []
+
+
+def test_failed_runs_leave_nothing(cache: Path) -> None:
+    def failing(rank: int) -> dict[str, Any]:
+        raise ArithmeticError("diverged")
+
+    with pytest.raises(ArithmeticError):
+        runs.run(failing, rank=1)
+    assert entries(cache) == []
+
+
+def test_without_cache_nothing_is_kept(cache: Path) -> None:
+    for _ in range(2):
+        assert not runs.run(work, cache=False, rank=2).cached
+    assert (CALLS, entries(cache)) == ([2, 2], [])
+
+
+def test_damaged_entries_are_dropped_and_computed_again(cache: Path) -> None:
+    good = runs.run(work, rank=300)
+    path = entries(cache)[0]
+    whole = path.read_bytes()
+    places = np.random.default_rng(0).integers(0, len(whole), 25)
+    flipped = [whole[:i] + bytes([whole[i] ^ 0xFF]) + whole[i + 1 :] for i in places]
+    for content in (b"", b"PK", whole[: len(whole) // 2], whole[:-1], b"x" * 1000, *flipped):
+        path.write_bytes(content)
+        check_recovery(good, path)
+    assert len(entries(cache)) == 1
+
+
+def check_recovery(good: runs.Result, path: Path) -> None:
+    """Damage is noticed, said and replaced, unless nothing reads it; the numbers are right always."""
+    CALLS.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = runs.run(work, rank=300)
+    assert [300] * len(caught) == CALLS == [300] * (not result.cached)
+    np.testing.assert_array_equal(result["loss/full"], good["loss/full"])
+    assert str(result.metrics) == str(good.metrics)
+
+
+def test_an_array_that_was_swapped_is_noticed(cache: Path) -> None:
+    runs.run(work, rank=3)
+    path = entries(cache)[0]
+    with np.load(path) as stored:
+        members = dict(stored)
+    members["array:loss/full"] = members["array:loss/full"] + 1e-12
+    np.savez(path, **members)
+    with pytest.warns(RuntimeWarning, match="digest of array 'loss/full'"):
+        assert not runs.run(work, rank=3).cached
+
+
+def test_an_entry_under_a_foreign_key_is_noticed(cache: Path) -> None:
+    first = runs.run(work, rank=3)
+    path = entries(cache)[0]
+    other = runs.run(work, rank=4)
+    target = cache / "results" / other.key[:2] / f"{other.key}.npz"
+    target.write_bytes(path.read_bytes())
+    with pytest.warns(RuntimeWarning, match="key does not match"):
+        assert runs.run(work, rank=4).key != first.key
+
+
+def load(folder: Path, source: str) -> ModuleType:
+    """A fresh module with that source."""
+    path = folder / f"module_{len(list(folder.glob('module_*')))}.py"
+    path.write_text(source)
+    specification = importlib.util.spec_from_file_location("notebook", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+SOURCE = """
+BASE = 2
+def helper(x):
+    return BASE * x
+def unrelated(x):
+    return x
+def run(rank):
+    return {"value": [helper(i) for i in range(rank)]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("    return {", "    # a remark\n\n    return {", True),
+        ("def run(rank):\n", 'def run(rank):\n    """A docstring."""\n', True),
+        ("    return x\n", "    return x + 1\n", True),
+        ("range(rank)", "range(rank + 1)", False),
+        ("BASE * x", "BASE * x * x", False),
+        ("BASE = 2", "BASE = 3", False),
+    ],
+)
+def test_the_key_follows_the_code_that_runs(old: str, new: str, same: bool, tmp_path: Path) -> None:
+    before, after = load(tmp_path, SOURCE), load(tmp_path, SOURCE.replace(old, new))
+    assert (machine.source_digest(before.run) == machine.source_digest(after.run)) is same
+
+
+def test_a_closure_counts() -> None:
+    def make(factor: int) -> Any:
+        def scaled(rank: int) -> dict[str, Any]:
+            return {"value": factor * rank}
+
+        return scaled
+
+    assert [runs.run(make(factor), rank=2)["value"] for factor in (1, 3, 1)] == [2, 6, 2]
+
+
+def test_a_function_without_source_is_refused() -> None:
+    namespace: dict[str, Any] = {}
+    exec("def run(rank): return {'value': rank}", namespace)
+    with pytest.raises(TypeError, match="source"):
+        runs.run(namespace["run"], rank=2)
+
+
+def test_data_digests_are_part_of_the_key_and_of_the_record() -> None:
+    digests = ["a" * 64, "b" * 64]
+    results = [runs.run(work, data={"ratings": digest}, rank=2) for digest in digests]
+    assert results[0].key != results[1].key
+    assert results[0].data == {"ratings": digests[0]}
+    assert runs.run(work, data=(digests[1],), rank=2).cached
+    with pytest.raises(ParameterError, match=r"data: got 'movielens-100k/u1_tset\.csv\.gz'"):
+        runs.run(work, data="movielens-100k/u1_tset.csv.gz", rank=2)
+
+
+def test_why_tells_hit_from_miss() -> None:
+    assert runs.why(work, rank=2).startswith("miss ")
+    runs.run(work, rank=2)
+    assert runs.why(work, rank=2).startswith("hit ")
+
+
+def test_parallel_runs_of_one_key_do_not_damage_each_other(cache: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: runs.run(work, rank=50), range(24)))
+    assert len({result.key for result in results}) == 1
+    assert len(entries(cache)) == 1
+    assert runs.run(work, rank=50).cached
+
+
+def test_a_process_killed_while_storing_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = np.savez
+
+    def killed(file: Path, **members: Any) -> None:
+        whole(file, **members)
+        os._exit(9)
+
+    monkeypatch.setattr(np, "savez", killed)
+    child = multiprocessing.get_context("fork").Process(target=runs.run, args=(work,), kwargs={"rank": 9})
+    child.start()
+    child.join(30)
+    monkeypatch.setattr(np, "savez", whole)
+    assert child.exitcode == 9
+    assert not runs.run(work, rank=9).cached
+    assert runs.run(work, rank=9).cached
+
+
+def test_provenance_of_a_cached_run_tells_how_it_was_computed() -> None:
+    for _ in range(2):
+        result = runs.run(work, rank=2)
+    record = runs.provenance(result, "quick", "kwon2024/05_completion")
+    assert json.loads(json.dumps(record)) == record
+    assert record["cached"] is True
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["compressible"] == compressible.__version__
+    assert record["threads"] == torch.get_num_threads()
+    assert record["wall_seconds"] == result.seconds
+    assert {"id", "preset", "parameters", "commit", "dirty", "data", "device", "cpu"} <= record.keys()
+    assert {"peak_memory_bytes", "run", "created", "started", "omp_num_threads"} <= record.keys()
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\n')
+    monkeypatch.chdir(tmp_path)
+    assert machine.git_state() == {"commit": None, "dirty": None}
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "new.png").write_text("")
+    state = machine.git_state()
+    assert len(state["commit"]) == 40
+    assert state["dirty"] is False
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\nversion = "1"\n')
+    assert machine.git_state()["dirty"] is True
