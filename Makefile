@@ -1,0 +1,105 @@
+# make help lists the targets. Every target sets up what it needs: .venv is made once, and again when
+# pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+EXTRAS ?= lab,batch,test
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+PRESET ?= quick
+LABEL ?= $(PRESET)
+JOBS ?= 2
+GPUS ?= 0
+GPU ?= 0
+ID ?=
+ARGS ?=
+
+# One thread a process and parallel over processes: two-thread torch beside another process is 2x to 27x slower.
+export OMP_NUM_THREADS = 1
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+SNAKEMAKE = $(RUN) snakemake --cores $(JOBS) --resources gpu=$(GPUS) --keep-going --rerun-incomplete \
+	--scheduler greedy --quiet progress rules host
+
+# snakemake takes quotes off the end of a value, hence the space.
+PASSED = $(if $(ARGS),args='$(ARGS) ')
+
+.PHONY: help setup figures figure paper test lab list claims notebooks clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@echo "  variables: PRESET=$(PRESET) LABEL=$(LABEL) JOBS=$(JOBS) GPUS=$(GPUS) (figures), GPU=1 (set-up with CUDA),"
+	@echo "             ID=paper/name, ARGS='-p name value -f file.yaml', PYTHON=$(PYTHON)"
+
+setup: $(STAMP)  ## make .venv and install everything (once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(\
+		f"Python >= 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+		echo "$(PYTHON) has no venv module: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(MAKE) --no-print-directory torch-$(if $(filter 0,$(GPU)),cpu,gpu)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+# The CPU build is ten times smaller. It is taken from PyTorch's index when that answers within 5 s and pip is
+# not already set up to look elsewhere (TORCH_INDEX=... on the command line overrules that).
+.PHONY: torch-cpu torch-gpu
+torch-cpu:
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then exit 0; fi; \
+	if [ "$(origin TORCH_INDEX)" = file ] && $(BIN)/python -m pip config list | grep -qE 'index-url|find-links'; \
+	then echo "PyTorch: from where pip is set up to look"; exit 0; fi; \
+	if $(BIN)/python -c 'import signal, urllib.request as u; signal.alarm(5); u.urlopen("$(TORCH_INDEX)/torch/")' \
+		>/dev/null 2>&1; \
+	then $(BIN)/python -m pip install -q --no-deps --index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)" \
+		|| echo "PyTorch: no CPU build there, taking pip's default"; \
+	else echo "PyTorch: its CPU index does not answer, taking pip's default"; fi
+
+torch-gpu:
+	@if $(BIN)/python -m pip freeze | grep -q '^torch==.*+cpu'; \
+	then $(BIN)/python -m pip uninstall -q -y torch; fi
+
+# Values are checked first, since snakemake removes the earlier figure of a job that it starts.
+figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
+	@$(if $(ARGS),for id in $(or $(ID),$(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*/*.ipynb))); do \
+		$(BIN)/python -m compressible run $$id --preset $(PRESET) --check $(ARGS) || exit 2; done)
+	@$(SNAKEMAKE) --config preset=$(PRESET) label=$(LABEL) gpus=$(GPUS) ids='$(ID)' $(PASSED)
+
+figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
+	@test -n "$(ID)" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }
+	@$(MAKE) --no-print-directory figures
+
+paper: PRESET = paper
+paper: figures  ## all figures with the papers' own parameters
+
+# The figures of a test go to a folder of their own, so that the checkout stays as it was.
+test: $(STAMP)  ## ruff, unit tests, every notebook against its stored outputs
+	$(BIN)/ruff check .
+	@figures=$$(mktemp -d); trap 'rm -rf "$$figures"' EXIT; \
+	$(RUN) COMPRESSIBLE_FIGURES="$$figures/figures" HF_HUB_OFFLINE=1 python -m pytest tests notebooks -q \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	$(RUN) jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
+list: $(STAMP)  ## ids, presets, expected minutes, state
+	@$(BIN)/python -m compressible list
+
+claims: $(STAMP)  ## the papers' statements and how they came out
+	@$(BIN)/python -m compressible claims
+
+notebooks: $(STAMP)  ## re-execute the committed notebooks in place, with their defaults
+	@$(RUN) python -m compressible notebooks $(ID)
+
+clean:  ## remove quick figures, leftovers of failed runs and tool caches
+	rm -rf figures/quick figures/*/failed figures/*/executed figures/*/.staging-* .snakemake .pytest_cache \
+		.ruff_cache
+	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,128 @@
+"""Command line: python -m compressible list | run | claims | data | notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compressible import batch, catalogue, paths
+from compressible.parameters import ParameterError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit status 0 when done, 1 when a notebook failed, 2 when refused before work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["claims"]:
+        from compressible import claims
+
+        return claims.main(words[1:]) or 0
+    arguments = _parser().parse_args(words)
+    try:
+        return arguments.command(arguments)
+    except (catalogue.BatchError, ParameterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m compressible", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
+    listing.set_defaults(command=_list)
+    _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
+    commands.add_parser("claims", help="table of the papers' claims over all figures (see: claims --help)")
+    commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
+    refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
+    refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
+    refresh.set_defaults(command=_notebooks)
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
+    run.add_argument("--preset", default="quick", help="set of parameters to start from (default: quick)")
+    run.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values")
+    run.add_argument("-f", action="append", default=[], metavar="FILE", type=Path, dest="files",
+                     help="YAML file of parameters")  # fmt: skip
+    run.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
+    run.add_argument("--gpus", type=int, help="GPUs that the batch shares: wait for a free one; 0 hides them")
+    run.add_argument("--check", action="store_true", help="check the values and start nothing")
+    run.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    values = catalogue.plan(
+        arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label
+    )
+    if arguments.check:
+        return 0
+    slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
+    started = time.perf_counter()
+    with slot:
+        done = batch.run(arguments.id, values, arguments.kernel)
+    print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s")
+    return 0 if done else 1
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = [("notebook", "preset", "minutes", "GPU", "state")]
+    for id in catalogue.ids():
+        for label, preset in catalogue.presets(id).items():
+            gpu = "yes" if preset.gpu else "no"
+            rows.append((id, label, f"{preset.minutes:g}", gpu, catalogue.state(id, label)))
+    _print_table(rows)
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from compressible import data
+
+    rows = [("file", "MB", "where", "licence")]
+    for name, entry in data.load_manifest().items():
+        rows.append((name, f"{entry.size / 1e6:.2f}", _whereabouts(name), entry.licence))
+    _print_table(rows)
+    return 0
+
+
+def _whereabouts(name: str) -> str:
+    local = os.environ.get("COMPRESSIBLE_DATA")
+    if local and (Path(local).expanduser() / name).is_file():
+        return "local"
+    return "cached" if (paths.cache_dir() / "data" / name).is_file() else "-"
+
+
+def _notebooks(arguments: argparse.Namespace) -> int:
+    chosen = arguments.ids or catalogue.ids()
+    for id in chosen:
+        catalogue.notebook_path(id)
+    failed = 0
+    for id in chosen:
+        failed += not _refresh(id)
+    return 1 if failed else 0
+
+
+def _refresh(id: str) -> bool:
+    started = time.perf_counter()
+    try:
+        batch.refresh(id)
+    except Exception as error:  # the other notebooks go on, whatever stops one
+        print(f"{id}: FAILED\n{batch.ANSI.sub('', str(error))}", file=sys.stderr)
+        return False
+    print(f"{id}: executed in {time.perf_counter() - started:.0f} s")
+    return True
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""The batch on small notebooks of its own: values, failures, publication, GPUs, refreshing, snakemake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY, SAVE, write_notebook
+
+from compressible import batch, catalogue
+from compressible.__main__ import main
+from compressible.parameters import ParameterError
+
+ID = "kwon2024/01_good"
+SAVE_THEN_FAIL = SAVE.format(id="kwon2024/01_good") + "raise RuntimeError(f'rank {rank} is too much')"
+TRANSPORT = (
+    "from ipykernel.connect import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])"
+)
+
+
+def record(label: str = "quick", id: str = ID) -> dict:
+    return json.loads(Path("figures", label, f"{id}.json").read_text())
+
+
+# values
+
+
+def test_values_come_from_preset_then_files_then_command_line(add_notebook, checkout):
+    add_notebook("01_good")
+    Path("mine.yaml").write_text("step_size: 2e-2\nrank: 7\n")
+    values = catalogue.plan(ID, "paper", ["mine.yaml"], {"rank": "3"})
+    assert values == {"rank": 3, "step_size": 0.02, "preset": "paper"}
+    assert catalogue.plan(ID, "paper") == {"rank": 5, "step_size": 0.001, "preset": "paper"}
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [
+        ("1e-3", 0.1, 0.001), ("5", 0.1, 5), ("true", False, True), ("False", True, False),
+        ("[1, 2]", [1], [1, 2]), ("(3, 4)", [1], (3, 4)), ("many", 3, "many"), ("5", "auto", "5"),
+    ],
+)
+def test_command_line_values_are_typed(text, default, value):
+    parsed = catalogue.parse(text, default)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-p", "stepsize", "5"], "'stepsize': did you mean 'step_size'?"),
+        (["-p", "rank", "many"], "rank: got 'many'"),
+        (["-p", "rank", "-1"], "rank: got -1"),
+        (["-p", "step_size", "nan"], "step_size: got"),
+        (["-p", "preset", "mine"], "--label"),
+        (["--preset", "papers"], "did you mean 'paper'?"),
+        (["-f", "absent.yaml"], "absent.yaml"),
+    ],
+)
+def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_notebook, capsys, monkeypatch):
+    add_notebook("01_good")
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    assert main(["run", ID, *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not Path("figures").exists()
+
+
+def test_unknown_notebook_is_refused_with_the_closest(add_notebook):
+    add_notebook("01_good")
+    with pytest.raises(catalogue.BatchError, match="did you mean 'kwon2024/01_good'"):
+        catalogue.plan("kwon2024/01_goood")
+
+
+def test_impossible_values_of_defaults_and_overrides_together_are_refused(add_notebook):
+    add_notebook("01_good", parameters='preset: str = "quick"\nrank: int = 2\ndimension: int = 10\n')
+    with pytest.raises(ParameterError, match=r"rank.*20"):
+        catalogue.plan(ID, overrides={"rank": "20"})
+
+
+@pytest.mark.parametrize("entry", ["{minutes: soon}", "{minutes: 1, gpus: 2}", "{minutes: 1, gpu: 2}", "3"])
+def test_malformed_preset_is_refused(entry, add_notebook):
+    add_notebook("01_good")
+    Path("notebooks/kwon2024/presets.yaml").write_text(f"01_good: {{quick: {entry}}}\n")
+    with pytest.raises(catalogue.BatchError, match="01_good, quick"):
+        catalogue.presets(ID)
+
+
+# runs
+
+
+def test_run_publishes_figure_record_and_executed_notebook(add_notebook, capsys):
+    add_notebook("01_good", SAVE.format(id=ID), TRANSPORT)
+    assert main(["run", ID, "--check"]) == 0 and catalogue.state(ID, "quick") == "missing"
+    assert main(["run", ID, "-p", "step_size", "5", "--gpus", "0"]) == 0
+    assert record() == {"rank": 2, "step_size": 5.0, "ranks": [1, 2], "gpus": ""}
+    executed = nbformat.read("figures/quick/executed/kwon2024/01_good.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "ipc\n"
+    assert catalogue.state(ID, "quick") == "done"
+    assert not list(Path("figures/quick").glob(".staging*"))
+    assert main(["run", ID, "--preset", "paper", "--label", "mine"]) == 0
+    assert record("mine")["rank"] == 5
+
+
+def test_newer_notebook_makes_a_figure_stale(add_notebook, capsys):
+    add_notebook("01_good")
+    assert main(["run", ID]) == 0
+    later = Path(f"figures/quick/{ID}.json").stat().st_mtime + 5
+    os.utime(f"notebooks/{ID}.ipynb", (later, later))
+    main(["list"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [ID, "quick", "0.1", "no", "stale"] in lines and [ID, "paper", "2", "no", "missing"] in lines
+
+
+def test_failure_is_kept_and_earlier_figure_stays_as_it_was(add_notebook, checkout, capsys):
+    add_notebook("01_good")
+    assert main(["run", ID]) == 0
+    shutil.copy(f"notebooks/{ID}.ipynb", "good.ipynb")
+    add_notebook("01_good", SAVE_THEN_FAIL)
+    assert main(["run", ID, "-p", "rank", "9"]) == 1
+    told = Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
+    assert "RuntimeError: rank 9 is too much" in told and "\x1b" not in told
+    assert Path("figures/quick/failed/kwon2024/01_good.ipynb").exists()
+    assert record()["rank"] == 2 and catalogue.state(ID, "quick") == "failed"
+    shutil.copy("good.ipynb", f"notebooks/{ID}.ipynb")
+    assert main(["run", ID]) == 0
+    assert not list(Path("figures/quick/failed/kwon2024").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("import os; os._exit(1)", "DeadKernelError"), ("rank += 1", "did not save 01_good.pdf")],
+)
+def test_dead_kernel_and_missing_figure_are_failures(cell, told, add_notebook):
+    add_notebook("01_good", cell)
+    assert main(["run", ID]) == 1
+    assert told in Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
+    assert catalogue.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
+
+
+# GPUs
+
+
+def test_no_gpu_hides_them_and_the_environment_comes_back(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with batch.gpu_slot(0):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    with batch.gpu_slot(2) as device:
+        assert device == os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_two_jobs_get_two_gpus_and_a_third_waits(monkeypatch, tmp_path):
+    monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
+    third = threading.Thread(target=lambda: order.append(batch._first_free(["4", "7"])[0]))
+    order: list[str] = []
+    first, held = batch._first_free(["4", "7"])
+    with batch.gpu_slot(2) as second:
+        assert (first, second) == ("4", "7")
+        third.start()
+        third.join(0.2)
+        assert order == []
+        held.release()
+        third.join(10)
+    assert order == ["4"]
+
+
+# refreshing
+
+
+def test_refresh_is_stable_and_keeps_only_what_matters(add_notebook):
+    add_notebook("01_good", SAVE.format(id=ID), "print(rank)")
+    path = Path(f"notebooks/{ID}.ipynb")
+    assert main(["notebooks"]) == 0
+    once = path.read_bytes()
+    notebook = nbformat.reads(once.decode(), as_version=4)
+    assert notebook.cells[-1].outputs[0].text == "2\n" and notebook.cells[-1].metadata == {}
+    assert notebook.cells[0].metadata == {"tags": ["parameters"]}
+    assert main(["notebooks", ID]) == 0
+    assert path.read_bytes() == once and not Path("figures").exists()
+
+
+def test_refresh_that_fails_leaves_the_file(add_notebook, capsys):
+    add_notebook("01_good", "1 / 0")
+    before = Path(f"notebooks/{ID}.ipynb").read_bytes()
+    assert main(["notebooks"]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert Path(f"notebooks/{ID}.ipynb").read_bytes() == before
+
+
+# snakemake
+
+
+def snakemake(*config: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    options = ["--cores", "3", "--keep-going", "--scheduler", "greedy", "--resources", "gpu=0"]
+    return subprocess.run(
+        [sys.executable, "-m", "snakemake", *options, "--config", "gpus=0", *config],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_snakemake_goes_on_after_a_failure_and_repeats_only_that(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    bad = add_notebook("00_bad", "raise RuntimeError('as intended')")
+    good = add_notebook("01_good")
+    result = snakemake("args=-p step_size 5")
+    assert result.returncode != 0 and record(id=good)["step_size"] == 5
+    assert "as intended" in Path(f"figures/quick/failed/{bad}.txt").read_text()
+    made = Path(f"figures/quick/{good}.json").stat().st_mtime_ns
+    write_notebook(checkout / "notebooks" / f"{bad}.ipynb", SAVE.format(id=bad))
+    assert snakemake("args=-p step_size 5").returncode == 0 and record(id=bad)["step_size"] == 5
+    assert Path(f"figures/quick/{good}.json").stat().st_mtime_ns == made
+    assert not Path(f"figures/quick/failed/{bad}.txt").exists()
+
+
+def test_snakemake_refuses_an_id_it_does_not_know(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    add_notebook("01_good")
+    result = snakemake("ids=kwon2024/99_absent")
+    assert result.returncode != 0 and "kwon2024/99_absent" in result.stderr + result.stdout

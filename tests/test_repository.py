@@ -1,0 +1,205 @@
+"""What must hold for the checkout as a whole: notebooks, presets, claims, packages, ignored files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+from conftest import REPOSITORY
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from compressible import catalogue, claims, parameters
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+IDS = sorted(file.relative_to(NOTEBOOKS).with_suffix("").as_posix() for file in NOTEBOOKS.glob("*/*.ipynb"))
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+CODE_LINES, CELL_LINES, DEF_LINES, BYTES = 120, 25, 8, 300_000
+
+
+@pytest.fixture(params=IDS)
+def id(request, monkeypatch) -> str:
+    monkeypatch.chdir(REPOSITORY)
+    return request.param
+
+
+@pytest.fixture
+def code(id) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(NOTEBOOKS / f"{id}.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    return [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def lines(source: str) -> list[str]:
+    """Lines of code: neither empty nor comment only."""
+    return [line for line in source.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+# notebooks
+
+
+def test_there_are_notebooks_and_their_ids_are_well_formed():
+    assert IDS
+    assert [id for id in IDS if not re.fullmatch(r"[a-z]+\d*/(\d\d|table\d)_[a-z0-9_]+", id)] == []
+
+
+def test_notebook_is_committed_executed_from_top_to_bottom(code):
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell.outputs for cell in code)
+
+
+def test_notebook_shows_no_error_and_no_warning(code):
+    outputs = [output for cell in code for output in cell.outputs]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+
+
+def test_notebook_is_small(id, code):
+    assert (NOTEBOOKS / f"{id}.ipynb").stat().st_size < BYTES
+    assert sum(len(lines(cell.source)) for cell in code) <= CODE_LINES
+    assert max(len(cell.source.splitlines()) for cell in code) <= CELL_LINES
+
+
+def test_notebook_holds_no_long_function(code):
+    trees = [ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)) for cell in code]
+    found = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert {f.name: f.end_lineno - f.lineno + 1 for f in found if f.end_lineno - f.lineno >= DEF_LINES} == {}
+
+
+def test_nbval_compares_at_least_one_output(code):
+    ignored = ("NBVAL_IGNORE_OUTPUT", "NBVAL_SKIP", "nbval-ignore-output", "nbval-skip")
+    compared = [c for c in code if not any(m in c.source or m in c.metadata.get("tags", []) for m in ignored)]
+    assert any("text/plain" in o.get("data", {}) or o.get("text") for c in compared for o in c.outputs)
+
+
+# parameters
+
+
+def test_papermill_reads_every_parameter_with_its_help(id, code):
+    (cell,) = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [node for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)]
+    found = papermill.inspect_notebook(str(NOTEBOOKS / f"{id}.ipynb"))
+    assert set(found) == {node.target.id for node in assigned}
+    assert len(assigned) == len(ast.parse(cell.source).body)
+    assert [name for name, entry in found.items() if not entry["help"].strip()] == []
+    assert [name for name in found if name not in parameters.VOCABULARY] == []
+
+
+def test_every_parameter_can_be_overridden_with_its_own_default(id):
+    known = catalogue.defaults(NOTEBOOKS / f"{id}.ipynb")
+    assert known["preset"] == "quick"
+    overrides = {name: str(value) for name, value in known.items() if name != "preset"}
+    assert catalogue.plan(id, overrides=overrides) == parameters.validate(known)
+
+
+def test_notebook_has_valid_presets_quick_and_paper(id):
+    assert {"quick", "paper"} <= set(catalogue.presets(id))
+    for preset in catalogue.presets(id):
+        catalogue.plan(id, preset)
+
+
+def test_presets_name_only_notebooks_that_exist():
+    files = sorted(NOTEBOOKS.glob("*/presets.yaml"))
+    named = {f"{file.parent.name}/{name}" for file in files for name in catalogue.read_yaml(file)}
+    assert named == set(IDS)
+
+
+def test_claims_and_notebooks_name_each_other(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    judged = {claim.figure for claim in claims.load_claims()}
+    assert judged == set(IDS)
+
+
+def test_notebook_runs_saves_and_judges_under_its_own_id(id, code):
+    source = "\n".join(cell.source for cell in code)
+    others = [other for other in IDS if other != id and f'"{other}"' in source]
+    assert f'"{id}"' in source and others == []
+
+
+# packages and tools
+
+
+def requirements(extras: list[str]) -> list[Requirement]:
+    optional = PYPROJECT["project"]["optional-dependencies"]
+    named = [*PYPROJECT["project"]["dependencies"], *(text for extra in extras for text in optional[extra])]
+    return [Requirement(text) for text in named]
+
+
+def conda() -> tuple[list[str], list[str]]:
+    listed = yaml.safe_load((REPOSITORY / "environment.yml").read_text())["dependencies"]
+    (by_pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
+    return [entry for entry in listed if isinstance(entry, str)], by_pip
+
+
+def installed_extras() -> list[str]:
+    return re.search(r"^EXTRAS \?= (.+)$", (REPOSITORY / "Makefile").read_text(), re.M).group(1).split(",")
+
+
+def test_conda_environment_installs_what_make_installs():
+    packages, by_pip = conda()
+    assert by_pip == ["-c constraints.txt", f"-e .[{','.join(installed_extras())}]"]
+    assert {re.split("[=<>]", package)[0] for package in packages} == {"python", "pip"}
+    (python,) = [package.split("=")[1] for package in packages if package.startswith("python=")]
+    assert Requirement(f"python{PYPROJECT['project']['requires-python']}").specifier.contains(python)
+
+
+def test_every_package_is_pinned_within_its_range():
+    text = (REPOSITORY / "constraints.txt").read_text()
+    pins = {canonicalize_name(n): v for n, v in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)}
+    wanted = requirements(installed_extras())
+    pinned = {str(need): (need.specifier, pins.get(canonicalize_name(need.name))) for need in wanted}
+    assert [name for name, (_, pin) in pinned.items() if pin is None] == []
+    assert [name for name, (wide, pin) in pinned.items() if not wide.contains(pin)] == []
+    assert "+cpu" not in text
+
+
+def test_imports_of_the_library_are_declared():
+    declared = {canonicalize_name(need.name) for need in requirements(installed_extras())}
+    called = {"scikit-learn": "sklearn", "pyyaml": "yaml", "ipython": "IPython"}
+    modules = {called.get(name, name.replace("-", "_")) for name in declared}
+    # A source of one kind asks for its hub's client only when a data file comes from there.
+    modules |= {"compressible", "huggingface_hub", *sys.stdlib_module_names}
+    found = {name for file in (REPOSITORY / "lib").rglob("*.py") for name in imported(file)}
+    assert sorted(found - modules) == []
+
+
+def imported(file: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.split(".")[0] for name in plain} | {
+        node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+    }
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+@pytest.mark.parametrize(
+    ("path", "ignored"),
+    [
+        ("lib/compressible/new.py", False), ("figures/paper/kwon2024/05_completion.pdf", False),
+        ("figures/quick/kwon2024/05_completion.pdf", True), (".venv/bin/python", True),
+        ("figures/paper/failed/kwon2024/05_completion.txt", True), ("data/movielens-100k/u.data", True),
+    ],
+)
+def test_git_ignores_what_is_made_and_not_what_is_written(path, ignored, tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copy(REPOSITORY / ".gitignore", tmp_path)
+    asked = subprocess.run(["git", "-C", tmp_path, "check-ignore", "-q", path], check=False)
+    assert (asked.returncode == 0) is ignored
+
+
+def test_make_lists_every_target_it_declares():
+    listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    shown = set(re.findall(r"^  make (\w+)", listed.stdout, re.M))
+    assert shown == {
+        "help", "setup", "figures", "figure", "paper", "test", "lab", "list", "claims", "notebooks",
+        "clean", "distclean",
+    }  # fmt: skip
