@@ -37,7 +37,7 @@ _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when
 
 def device_name(device: str) -> str:
     """Name of the hardware behind "cpu", "cuda", "cuda:N" or "auto": a CPU model or a GPU name."""
-    resolved = _resolve(device)
+    resolved = resolve_device(device)
     return cpu_model() if resolved == "cpu" else torch.cuda.get_device_name(resolved)
 
 
@@ -62,7 +62,13 @@ def environment() -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """`commit` and `dirty` of the checkout (figures aside, which every run rewrites); None where unknown."""
+    """`commit` and `dirty` of the checkout (figures aside, which every run rewrites); None where unknown.
+
+    COMPRESSIBLE_COMMIT ("<hash>" or "<hash>+dirty") speaks for a checkout that travelled without its .git.
+    """
+    if told := os.environ.get("COMPRESSIBLE_COMMIT"):
+        commit, _, dirty = told.partition("+")
+        return {"commit": commit, "dirty": dirty == "dirty"}
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":(exclude)figures")
@@ -71,24 +77,33 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changed)}
 
 
+def resolve_device(device: str) -> str:
+    """Return "cuda" or "cpu" for "auto", any other name as it is; ValueError if CUDA is asked for and absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device")
+    return device
+
+
 def reset_peak_memory(device: str) -> None:
     """Start a new measurement of peak memory; only CUDA can."""
-    if _resolve(device) != "cpu":
-        torch.cuda.reset_peak_memory_stats(_resolve(device))
+    if resolve_device(device) != "cpu":
+        torch.cuda.reset_peak_memory_stats(resolve_device(device))
 
 
 def peak_memory(device: str) -> int:
     """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
-    if _resolve(device) != "cpu":
-        return torch.cuda.max_memory_allocated(_resolve(device))
+    if resolve_device(device) != "cpu":
+        return torch.cuda.max_memory_allocated(resolve_device(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def synchronize(device: str) -> None:
     """Wait for the GPU, so that a clock read afterwards is honest."""
-    if _resolve(device) != "cpu":
-        torch.cuda.synchronize(_resolve(device))
+    if resolve_device(device) != "cpu":
+        torch.cuda.synchronize(resolve_device(device))
 
 
 def source_digest(function: Callable[..., Any]) -> str:
@@ -167,10 +182,6 @@ def _version(package: str) -> str:
         return ""
 
 
-def _resolve(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def _git(*arguments: str) -> str:

@@ -17,6 +17,7 @@ from .baselines import Alternation, alternating_minimisation, biased_matrix_fact
 from .compress import compress_spectral
 from .descent import DivergenceError, descend
 from .factors import Factors, orthogonal_factors, product
+from .machine import resolve_device
 from .problems import MatrixCompletion
 from .ratings import Offsets, Ratings, Split, center, rating_metrics, to_matrix, validation_slice
 from .theory import stability_limit
@@ -40,13 +41,14 @@ class Fit:
 
 
 def completion_problem(
-    ratings: Ratings, fit: np.ndarray, held_out: np.ndarray, offsets: Offsets, device: str | torch.device = "cpu"
+    ratings: Ratings, fit: np.ndarray, held_out: np.ndarray, offsets: Offsets, device: str = "auto"
 ) -> MatrixCompletion:
     """Return the problem (m, n) that trains on the ratings `fit` less `offsets`; its error is over `held_out` only."""
     target, _ = to_matrix(ratings, np.concatenate([fit, held_out]), offsets=offsets)
     _, mask = to_matrix(ratings, fit)
     _, known = to_matrix(ratings, np.concatenate([fit, held_out]))
-    return MatrixCompletion(target.masked_fill(known == 0, float("nan")).to(device), mask.to(device))
+    place = resolve_device(device)
+    return MatrixCompletion(target.masked_fill(known == 0, float("nan")).to(place), mask.to(place))
 
 
 def network(problem: MatrixCompletion, kind: str, rank: int, depth: int, scale: float, seed: int = 0) -> Factors:
@@ -89,7 +91,7 @@ def fit_deep(
     outer_ratio: float = 1.0,
     centring: str = "none",
     validation_fraction: float = 0.1,
-    device: str | torch.device = "cpu",
+    device: str = "auto",
     **options,
 ) -> Fit:
     """Choose step size and stopping iteration on a validation slice of the training ratings, then fit on all of them.
@@ -150,12 +152,3 @@ def _alternate(
 
 def _score(matrix: torch.Tensor, offsets: Offsets, ratings: Ratings, parts: Split) -> dict[str, float]:
     return rating_metrics(matrix.cpu().numpy() + offsets.matrix(), ratings, parts.test)
-
-
-def resolve_device(device: str) -> str:
-    """Return "cuda" or "cpu" for "auto", any other name as it is; ValueError if CUDA is asked for and absent."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device")
-    return device
