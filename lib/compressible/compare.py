@@ -42,6 +42,25 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
     return arrays
 
 
+def milestones(curves: Mapping[str, np.ndarray], names: Sequence[str], level: float) -> dict[str, np.ndarray]:
+    """Return what `compare_starts` curves come to, per seed (S,), the first of `names` being the baseline.
+
+    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (NaN if never), "<name>/final"
+    error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
+    largest ratio of the errors at a common record.
+    """
+    out: dict[str, np.ndarray] = {}
+    for name in names:
+        error, base = curves[f"{name}/error"], curves[f"{names[0]}/error"]
+        out[f"{name}/to_level"] = first_below(error, level, curves[f"{name}/iterations"])
+        out[f"{name}/seconds_to_level"] = first_below(error, level, curves[f"{name}/seconds"])
+        out[f"{name}/final"] = np.nanmin(error, -1)
+        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / out[f"{names[0]}/to_level"]
+        out[f"{name}/speedup"] = out[f"{names[0]}/seconds_to_level"] / out[f"{name}/seconds_to_level"]
+        out[f"{name}/worst_ratio"] = worst_ratio(base, error)
+    return out
+
+
 def first_below(curves: np.ndarray, level: float, at: np.ndarray) -> np.ndarray:
     """Return `at` (R,) or (S, R) at the first record where curves (S, R) are below `level`; NaN if never."""
     below = curves < level
