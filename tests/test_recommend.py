@@ -32,6 +32,13 @@ def test_networks_recover_a_low_rank_table(table, kind):
     assert fit.setting in (pytest.approx(0.2), pytest.approx(0.5))
 
 
+def test_choices_of_another_fit_can_be_taken_over(table):
+    first = recommend.fit_deep(*table, "compressed", record_every=50, **OPTIONS)
+    again = OPTIONS | {"step_fractions": (first.setting,)}
+    second = recommend.fit_deep(*table, "compressed", record_every=50, stop=first.stop, **again)
+    assert second.stopped == first.stopped and second.setting == pytest.approx(first.setting)
+
+
 @pytest.mark.parametrize("centring", ["global", "user_item"])
 def test_centring_is_put_back(table, centring):
     fit = recommend.fit_deep(*table, "compressed", centring=centring, record_every=50, **OPTIONS)

@@ -29,7 +29,7 @@ class Fit:
 
     iterations, seconds, error (R,): the test error (half mean square, in stars^2) over iterations or sweeps; final and
     stopped: `ratings.rating_metrics` on the test ratings at the end, as P2 reports, and at the iteration that the
-    validation slice chose; setting: the step size or ridge that it chose.
+    validation slice chose, `stop`; setting: the ridge, or the share of the stability limit, that it chose.
     """
 
     iterations: np.ndarray
@@ -38,6 +38,7 @@ class Fit:
     final: dict[str, float]
     stopped: dict[str, float]
     setting: float
+    stop: int
 
 
 def completion_problem(
@@ -92,19 +93,24 @@ def fit_deep(
     centring: str = "none",
     validation_fraction: float = 0.1,
     device: str = "auto",
+    stop: int | None = None,
     **options,
 ) -> Fit:
     """Choose step size and stopping iteration on a validation slice of the training ratings, then fit on all of them.
 
     kind "original" or "compressed"; rank r, the compressed width is 2r; step sizes are `step_fractions` of
     `theory.stability_limit`; centring as in `ratings.center`; `options` (steps, record_every) go to `descend`. The
-    test ratings are scored, never chosen on.
+    test ratings are scored, never chosen on. With `stop` nothing is chosen: the first step fraction and that iteration
+    are taken, as another network's fit on the same slice found them.
     """
     fit, validation = validation_slice(parts, validation_fraction)
     trial = completion_problem(ratings, fit, validation, center(ratings, fit, centring), device)
     limit = float(stability_limit(trial, depth))
     sizes = [fraction * limit for fraction in step_fractions]
-    step_size, stop = choose_step(trial, network(trial, kind, rank, depth, init_scale), sizes, outer_ratio, **options)
+    step_size = sizes[0]
+    if stop is None:
+        start = network(trial, kind, rank, depth, init_scale)
+        step_size, stop = choose_step(trial, start, sizes, outer_ratio, **options)
     offsets = center(ratings, parts.train, centring)
     problem = completion_problem(ratings, parts.train, parts.test, offsets, device)
     start = network(problem, kind, rank, depth, init_scale)
@@ -112,7 +118,7 @@ def fit_deep(
     score = partial(_score, offsets=offsets, ratings=ratings, parts=parts)
     final, stopped = score(product(history.factors)), score(product(history.snapshots[stop]))
     curves = (np.asarray(curve) for curve in (history.iterations, history.seconds, history.error))
-    return Fit(*curves, final, stopped, step_size / limit)
+    return Fit(*curves, final, stopped, step_size / limit, stop)
 
 
 def fit_alternating(
@@ -125,7 +131,7 @@ def fit_alternating(
     whole, none = _alternate(ratings, parts.train, parts.test, rank, ridges[row], sweeps)
     early, _ = _alternate(ratings, parts.train, parts.test, rank, ridges[row], max(stop, 1))
     scores = [_score(result.matrix(), none, ratings, parts) for result in (whole, early)]
-    return Fit(np.arange(sweeps + 1), whole.seconds.numpy(), whole.error.numpy(), *scores, ridges[row])
+    return Fit(np.arange(sweeps + 1), whole.seconds.numpy(), whole.error.numpy(), *scores, ridges[row], stop)
 
 
 def fit_biased(
@@ -137,7 +143,7 @@ def fit_biased(
     model = biased_matrix_factorisation(ratings, parts.train, rank, chosen.ridge, sweeps, generator)
     scores = rating_metrics(model.matrix(), ratings, parts.test)
     last = np.array([sweeps]), np.array([model.seconds]), np.array([scores["half_mse"]])
-    return Fit(*last, scores, scores, chosen.ridge)
+    return Fit(*last, scores, scores, chosen.ridge, sweeps)
 
 
 def _alternate(
