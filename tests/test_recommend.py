@@ -18,7 +18,8 @@ def table():
     values = np.clip(truth[users, items] + 0.1 * rng.normal(size=len(users)), 1, 5)
     order = rng.permutation(len(users))
     ratings = Ratings(users=users, items=items, ratings=values, timestamps=np.zeros(len(users), np.int64),
-                      user_ids=np.arange(40), item_ids=np.arange(30), sha256="0" * 64, source="made", name="made")  # fmt: skip
+                      user_ids=np.arange(40), item_ids=np.arange(30), sha256="0" * 64, source="made",
+                      name="made")  # fmt: skip
     return ratings, Split("made", np.sort(order[:-100]), np.sort(order[-100:]))
 
 

@@ -140,7 +140,7 @@ def save(
     parameters.validate({"preset": preset})
     judged = claims.judge(id, result) if verdicts is None else verdicts
     record = runs.provenance(result, preset, id)
-    record |= {"metrics": result.metrics, "claims": [asdict(verdict) for verdict in judged]}
+    record |= {"metrics": result.metrics | _per_seed(result.arrays), "claims": [asdict(verdict) for verdict in judged]}
     path = paths.figures_dir() / preset / f"{id}.json"
     _write(figure, path, record)
     return path
@@ -180,6 +180,11 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
         figure.set_layout_engine("none")
         figure.savefig(png, dpi=160, metadata={"Title": title, "Software": "compressible"})
         figure.savefig(pdf, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
+
+
+def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
+    """Short one-dimensional arrays, which is what a value for each seed, width or split is; curves stay in the cache."""
+    return {name: array.tolist() for name, array in arrays.items() if array.ndim == 1 and array.size <= most}
 
 
 def _strict(value: Any) -> Any:
