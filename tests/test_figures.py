@@ -33,7 +33,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def work(rank: int) -> dict[str, Any]:
     many = [1.0, float("nan")]
-    return {"loss": np.ones(rank), "ratio": 0.5, "gap": float("inf"), "names": ["a"], "many": many}
+    lines = {"curve": np.ones(100), "loss": np.ones(rank)}
+    return lines | {"ratio": 0.5, "gap": float("inf"), "names": ["a"], "many": many}
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def test_save_writes_two_pictures_and_a_record(places: Path, result: runs.Result
     assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".pdf", ".png"]
     record = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert record["pictures"] == {kind: digest(path.with_suffix(f".{kind}")) for kind in ("pdf", "png")}
-    assert record["metrics"] == {"ratio": 0.5, "gap": None, "names": ["a"], "many": [1.0, None]}
+    plain = {"ratio": 0.5, "gap": None, "names": ["a"], "many": [1.0, None]}
+    assert record["metrics"] == plain | {"loss": [1.0, 1.0, 1.0]}, "per-seed values are kept, curves are not"
     assert (record["id"], record["preset"], record["run"]) == (ID, "quick", result.key)
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -183,7 +183,7 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
 
 
 def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
-    """Short one-dimensional arrays, which is what a value for each seed, width or split is; curves stay in the cache."""
+    """Short one-dimensional arrays: a value for each seed, width or split. Curves stay in the cache."""
     return {name: array.tolist() for name, array in arrays.items() if array.ndim == 1 and array.size <= most}
 
 
