@@ -51,7 +51,7 @@ $(STAMP): pyproject.toml constraints.txt
 .PHONY: torch-cpu torch-gpu
 torch-cpu:
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then exit 0; fi; \
-	if [ "$(origin TORCH_INDEX)" = file ] && $(BIN)/python -m pip config list | grep -qE 'index-url|find-links'; \
+	if [ "$(origin TORCH_INDEX)" = file ] && $(BIN)/python -m pip config list | grep -E 'index-url|find-links' >/dev/null; \
 	then echo "PyTorch: from where pip is set up to look"; exit 0; fi; \
 	if $(BIN)/python -c 'import signal, urllib.request as u; signal.alarm(5); u.urlopen("$(TORCH_INDEX)/torch/")' \
 		>/dev/null 2>&1; \

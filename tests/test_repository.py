@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -203,3 +205,20 @@ def test_make_lists_every_target_it_declares():
         "help", "setup", "figures", "figure", "paper", "test", "lab", "list", "claims", "notebooks",
         "clean", "distclean",
     }  # fmt: skip
+
+
+def test_readme_shows_the_verdicts_of_the_committed_records(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)
+    block = (REPOSITORY / "README.md").read_text().split("<!-- claims:start -->")[1].split("<!-- claims:end -->")[0]
+    expected = claims.table(REPOSITORY / "figures", format="markdown", preset="paper")
+    assert block.strip() == expected.strip(), "python -m compressible claims --preset paper --write-readme"
+
+
+def test_every_paper_figure_is_committed_whole():
+    for id in IDS:
+        stem = REPOSITORY / "figures" / "paper" / id
+        record = json.loads(stem.with_suffix(".json").read_text())
+        for suffix, digest in record["pictures"].items():
+            assert hashlib.sha256(stem.with_suffix(f".{suffix}").read_bytes()).hexdigest() == digest
+        assert record["id"] == id and record["commit"] and record["dirty"] is False
