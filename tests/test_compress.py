@@ -20,7 +20,7 @@ def _completion(shape=(24, 24), rank=3, observed=0.4, seed=0, batch=()):
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_three_constructions_span_one_subspace(scale, depth):
-    """Notes 4.4 (a), (b), (c) under full observation; (c) mixes scales and is exact in float64 only."""
+    """Thin SVD, null spaces and stacking under full observation; stacking mixes scales: exact in float64 only."""
     g = torch.Generator().manual_seed(1)
     problem = cd.MatrixFactorization(cd.low_rank_target((20, 20), 2, generator=g))
     factors = cd.orthogonal_factors((20, 20), depth=depth, scale=scale, generator=g)

@@ -142,6 +142,14 @@ def test_tolerance_stops_at_the_first_record_below():
     assert history.iterations_to(1e-30) == -1
 
 
+@pytest.mark.parametrize("engine", ["reference", *FAST])
+def test_factors_that_require_gradients_are_taken_as_values(engine):
+    problem, g = _problem()
+    factors = [f.requires_grad_() for f in cd.orthogonal_factors((9, 7), 3, scale=0.4, generator=g)]
+    history = cd.descend(problem, factors, 1.0, 5, engine=engine)
+    assert not any(factor.requires_grad for factor in history.factors)
+
+
 def test_zero_steps_record_the_start():
     problem, g = _problem()
     factors = cd.orthogonal_factors((9, 7), 3, generator=g)

@@ -1,4 +1,4 @@
-"""P1's theorem and corollary, held against runs: notes 4.2 and 4.3, to rounding."""
+"""P1's theorem and corollary, held against runs, to rounding."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_exactly_2r_values_move():
 
 @pytest.mark.parametrize("scales", [(0.7, 0.7), (0.3, 0.3, 0.3), (0.5, 0.3, 0.6)])
 def test_compression_gap_is_an_equality(scales):
-    """||f(t) - f_C(t)||_F = sqrt(d - 2r) prod rho_l with frozen outer factors, notes 4.3."""
+    """||f(t) - f_C(t)||_F = sqrt(d - 2r) prod rho_l with frozen outer factors."""
     target, factors = _start(len(scales), scales)
     problem, eta = cd.MatrixFactorization(target), 0.02
     small = cd.compress_from_gradient(problem, factors, rank=RANK)

@@ -20,7 +20,7 @@ from .problems import Problem
 def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
     """Return P1's compressed factors [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)] of `factors` [W_1, ..., W_L].
 
-    The columns of V span the 2r directions in which W_1 moves under gradient descent (notes 4.4(b)): the top r right
+    The columns of V span the 2r directions in which W_1 moves under gradient descent (P1, Theorem 2.1): the top r right
     singular vectors of g = dLoss/dW_1 and of g^T W_1, orthonormalised; U = W_L...W_1 V / eps^L. Only one thin SVD of
     g is taken: where W_1 / eps is orthogonal, the right singular vectors of g^T W_1 are W_1^T P / eps with P the left
     ones of g. `rank` is the guessed rank (the papers' r-hat), 2 rank <= min(m, n). For m > n the same is done to the
@@ -54,7 +54,7 @@ def invariant_directions(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
 
 
 def compress_spectral(problem: Problem, rank: int, depth: int = 3, scale: float = 1e-2) -> Factors:
-    """Return P2's compressed factors [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], `depth` of them (notes 4.5).
+    """Return P2's compressed factors [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], `depth` of them.
 
     U, V are the top k = `rank` singular vectors of the problem's surrogate; k is usually twice the true rank, at most
     min(m, n); scale is eps > 0, usually 1e-2. Raises ValueError on other values.

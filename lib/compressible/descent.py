@@ -246,6 +246,7 @@ def _shape(value: float | Tensor) -> tuple[int, ...]:
 
 
 def _flatten(factor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    factor = factor.detach()
     if not batch_shape:
         return factor
-    return factor.detach().expand(*batch_shape, *factor.shape[-2:]).reshape(-1, *factor.shape[-2:])
+    return factor.expand(*batch_shape, *factor.shape[-2:]).reshape(-1, *factor.shape[-2:])

@@ -1,6 +1,6 @@
 """The engines behind `descend`: how a stretch of gradient steps is carried out.
 
-One step of every engine (notes 4.1, with E = dLoss/dX at X = W_L ... W_1):
+One step of every engine (plain gradient descent, with E = dLoss/dX at X = W_L ... W_1):
     W_l <- (1 - rate_l lambda) W_l - rate_l (W_L ... W_{l+1})^T E (W_{l-1} ... W_1)^T.
 An engine owns copies of the factors, (..., w_l, w_{l-1}), and offers `advance(steps)` and `evaluate()`; a new
 backend is one more class here or beside it and one more line in `choose`. `Reference` is the one that the others
@@ -111,7 +111,7 @@ def one_thread(wanted: bool) -> Iterator[None]:
 
 
 def layer_gradients(factors: Sequence[Tensor], problem: Problem) -> list[Tensor]:
-    """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors (P1, notes 4.1)."""
+    """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors, in closed form."""
     prefixes = [factors[0]]
     for factor in factors[1:]:
         prefixes.append(factor @ prefixes[-1])

@@ -2,7 +2,7 @@
 
 Symbols of the papers: target Phi or X* (m, n), mask Omega, operators A_i, measurements y_i. Every problem is a
 function of the end-to-end product X = W_L ... W_1 alone: loss, its gradient dLoss/dX, recovery error and the
-surrogate whose singular vectors start a compressed network (P2, section 4.5 of the notes: Phi, Omega*Phi/p,
+surrogate whose singular vectors start a compressed network (P2: Phi, Omega*Phi/p,
 mean of y_i A_i). Any leading batch dimensions; float32 and float64; CPU and CUDA.
 """
 

@@ -1,4 +1,4 @@
-"""P1's theorem and corollary as code, so that runs can be held against them (notes 4.2 to 4.4).
+"""P1's theorem and corollary as code, so that runs can be held against them.
 
 Gradient descent on 1/2 ||W_L...W_1 - Phi||_F^2 + lambda/2 sum ||W_l||_F^2 with rank(Phi) = r, from W_l(0) = eps_l
 times orthogonal (d, d). Then W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T for all t: d - 2r singular values
@@ -18,7 +18,7 @@ from .problems import Problem
 
 
 def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: float = 0.0) -> Tensor:
-    """Return rho_l(t) as (steps + 1, L): the value that d - 2r singular values of layer l share (notes 4.2).
+    """Return rho_l(t) as (steps + 1, L): the value that d - 2r singular values of layer l share (P1, Theorem 2.1).
 
     rho_l(t+1) = rho_l(t) [1 - eta lambda - eta prod_{k != l} rho_k(t)^2], rho_l(0) = eps_l; `step_size` is eta on the
     sum loss.
@@ -33,7 +33,7 @@ def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: flo
 
 
 def block_bases(factors: Sequence[Tensor], target: Tensor, rank: int) -> list[Tensor]:
-    """Return V^(1), ..., V^(L+1), each (d, d) orthogonal, whose last d - 2r columns never move (notes 4.2).
+    """Return V^(1), ..., V^(L+1), each (d, d) orthogonal, whose last d - 2r columns never move (P1, Theorem 2.1).
 
     G = (W_L...W_2)^T Phi at the start; the last d - 2r columns of V^(1) span null(G) and null(G^T W_1) together, and
     V^(l+1) = W_l V^(l) / eps_l. Square problems only; raises ValueError if 2 rank >= d or the start is not orthogonal.
@@ -66,9 +66,9 @@ def block_error(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor
 
 
 def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
-    """Return ||f(t) - f_C(t)||_F = sqrt(d - 2r) prod_l rho_l(t), (...) from rhos (..., L) (notes 4.3, an equality).
+    """Return ||f(t) - f_C(t)||_F = sqrt(d - 2r) prod_l rho_l(t), (...) from rhos (..., L).
 
-    f is the wide product, f_C the compressed one with frozen outer factors (outer_ratio 0), full observation.
+    P1's corollary on compression, as an equality: f is the wide product, f_C the compressed one with frozen outer factors (outer_ratio 0), full observation.
     """
     return (size - 2 * rank) ** 0.5 * rhos.prod(-1)
 
@@ -85,7 +85,7 @@ def stability_limit(problem: Problem, depth: int) -> Tensor:
 
 
 def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Return V (d, 2 rank) by the literal construction 4.4(a): the complement of an intersection of null spaces.
+    """Return V (d, 2 rank) by the literal construction: the complement of an intersection of null spaces.
 
     gradient g = dLoss/dW_1 (d, d), first W_1 / eps (d, d) orthogonal. Costs full SVDs of (d, d) and (d, 2d) matrices;
     it is here as the reference for `compress.invariant_directions`.
@@ -99,7 +99,7 @@ def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Te
 
 
 def directions_by_stacking(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Return V (d, 2 rank) by construction 4.4(c): top right singular vectors of [g; g^T W_1 / eps], the reference."""
+    """Return V (d, 2 rank), another reference: the top right singular vectors of the stack [g; g^T W_1 / eps]."""
     stacked = torch.cat([gradient, gradient.mT @ first], 0)
     return torch.linalg.svd(stacked, full_matrices=False).Vh.mT[:, : 2 * rank]
 
