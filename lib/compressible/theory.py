@@ -68,7 +68,8 @@ def block_error(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor
 def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
     """Return ||f(t) - f_C(t)||_F = sqrt(d - 2r) prod_l rho_l(t), (...) from rhos (..., L).
 
-    P1's corollary on compression, as an equality: f is the wide product, f_C the compressed one with frozen outer factors (outer_ratio 0), full observation.
+    P1's corollary on compression, as an equality: f is the wide product, f_C the compressed one with frozen outer
+    factors (outer_ratio 0), under full observation.
     """
     return (size - 2 * rank) ** 0.5 * rhos.prod(-1)
 
