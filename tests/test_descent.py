@@ -150,6 +150,17 @@ def test_factors_that_require_gradients_are_taken_as_values(engine):
     assert not any(factor.requires_grad for factor in history.factors)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_results_can_take_part_in_gradients(batch):
+    problem, g = _problem("factorization", (8, 8), batch)
+    factors = cd.orthogonal_factors((8, 8), 3, scale=0.8, generator=g, batch_shape=batch)
+    history = cd.descend(problem, factors, 1.0, 60, snapshots=(30,), tolerance=0.3)
+    for kept in (history.factors, history.snapshots[30], [history.loss, history.error]):
+        leaf = kept[0].requires_grad_()
+        (leaf * leaf).nansum().backward()
+        assert leaf.grad is not None
+
+
 def test_zero_steps_record_the_start():
     problem, g = _problem()
     factors = cd.orthogonal_factors((9, 7), 3, generator=g)

@@ -57,15 +57,15 @@ class Compiled:
 
         self._spread(work)
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and the error, each (...), at the current iterate."""
+    def evaluate(self) -> Tensor:
+        """Return loss and error as (..., 2) at the current iterate."""
 
         def work(index: int, scratch: tuple) -> None:
             self._sums[index] = _squares(*self._looks[index], scratch[0])
 
         self._spread(work)
-        loss, error = torch.from_numpy(self._sums * self._scales / 2).unbind(1)
-        return (loss[0], error[0]) if self.single else (loss, error)
+        values = torch.from_numpy(self._sums * self._scales / 2)
+        return values[0] if self.single else values
 
     def _spread(self, work: Callable[[int, tuple], None]) -> None:
         """Do `work` for every problem; a core that is done takes the next one, since cores need not be equally fast."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .engines import choose
+from .engines import choose, few_threads
 from .factors import Factors, check_factors
 from .problems import Problem
 from .progress import progress
@@ -93,7 +93,8 @@ def descend(
     run = _Run(problem, factors, step_size, outer_ratio, weight_decay, engine)
     stops = sorted({*range(0, steps + 1, record_every), steps, *wanted})
     run.start(time.perf_counter() - began)
-    with progress(steps, "descent", enabled=show_progress) as bar:
+    bar = progress(steps, "descent", enabled=show_progress)
+    with bar, torch.inference_mode(), few_threads(problem, run.size):  # entered once: each costs microseconds
         for previous, iteration in zip([0, *stops[:-1]], stops, strict=True):
             run.engine.advance(iteration - previous)
             bar.update(iteration - previous)
@@ -119,7 +120,7 @@ class _Run:
         self.rates, self.decay, self.kind = self._rates(step_size, outer_ratio, len(flat)), decay, engine
         self.engine = self._build(self.problem, flat, self.rates)
         self.ends = [factor.clone() for factor in self.engine.factors]
-        self.records: list[tuple[int, Tensor, Tensor, Tensor]] = []  # iteration, losses, errors, whose
+        self.records: list[tuple[int, Tensor, Tensor]] = []  # iteration, (active, 2) loss and error, whose
         self.times: list[float] = []
         self.stopped = torch.zeros(self.size, dtype=torch.int64)
         self.snapshots: dict[int, Factors] = {}
@@ -131,13 +132,14 @@ class _Run:
         self._began = time.perf_counter()
 
     def record(self, iteration: int, tolerance: float) -> None:
-        loss, error = self.engine.evaluate()
-        self.records.append((iteration, loss.reshape(-1), error.reshape(-1), self.active))
-        going = [math.isfinite(value) and value >= tolerance for value in loss.reshape(-1).tolist()]
+        values = self.engine.evaluate().reshape(-1, 2)
+        self.records.append((iteration, values, self.active))
+        going = [math.isfinite(loss) and loss >= tolerance for loss, _ in values.tolist()]
         self.times.append(time.perf_counter() - self._began)
         if not all(going):
             self._retire(torch.tensor(going), iteration)
 
+    @torch.inference_mode(False)  # what the caller keeps must be able to take part in gradients
     def snapshot(self, iteration: int) -> None:
         whole = [torch.full_like(end, math.nan) for end in self.ends]
         self._write(whole, torch.ones(len(self.active), dtype=torch.bool))
@@ -148,8 +150,8 @@ class _Run:
             self._write(self.ends, torch.ones(len(self.active), dtype=torch.bool))
             self.stopped[self.active] = self.records[-1][0]
         curves = torch.full((2, self.size, len(self.records)), math.nan, dtype=torch.float64)
-        for column, (_, loss, error, members) in enumerate(self.records):
-            curves[:, members, column] = torch.stack([loss, error]).to("cpu", torch.float64)
+        for column, (_, values, members) in enumerate(self.records):
+            curves[:, members, column] = values.mT.to("cpu", torch.float64)
         loss, error = curves.unflatten(1, self.batch_shape) if self.batch_shape else curves[:, 0]
         history = History(
             iterations=torch.tensor([record[0] for record in self.records]),

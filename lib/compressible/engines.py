@@ -39,9 +39,9 @@ class Reference:
                 for factor, gradient, rate in zip(self.factors, gradients, self.rates, strict=True)
             ]
 
-    def evaluate(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and the error, each (...), at the current iterate."""
-        return self.problem.evaluate(product(self.factors))
+    def evaluate(self) -> Tensor:
+        """Return loss and error as (..., 2) at the current iterate."""
+        return torch.stack(self.problem.evaluate(product(self.factors)), -1)
 
 
 class Fused:
@@ -56,7 +56,7 @@ class Fused:
             self.prefixes.append(factor @ self.prefixes[-1])
         # backs[l] = (W_L ... W_{l+1})^T E, the gradient of the loss in prefixes[l-1].
         self.backs = [torch.empty_like(prefix) for prefix in self.prefixes]
-        self._small = problem.device.type == "cpu" and self.prefixes[-1].numel() <= SMALL
+        self._look = problem.watch(self.prefixes[-1], scratch=self.backs[-1])
         self._forward = self._plan_forward()
         self._backward = self._plan_backward(rates, decay)
 
@@ -64,20 +64,18 @@ class Fused:
         """Take `steps` gradient steps."""
         gradient, last, back = self.problem.gradient, self.prefixes[-1], self.backs[-1]
         forward, backward = self._forward, self._backward
-        with torch.inference_mode(), one_thread(self._small):
-            for _ in range(steps):
-                for multiply, left, right, out in forward:
-                    multiply(left, right, out=out)
-                gradient(last, out=back)
-                for call in backward:
-                    call()
-
-    def evaluate(self) -> tuple[Tensor, Tensor]:
-        """Return the loss and the error, each (...), at the current iterate."""
-        with torch.inference_mode(), one_thread(self._small):
-            for multiply, left, right, out in self._forward:
+        for _ in range(steps):
+            for multiply, left, right, out in forward:
                 multiply(left, right, out=out)
-            return self.problem.evaluate(self.prefixes[-1])
+            gradient(last, out=back)
+            for call in backward:
+                call()
+
+    def evaluate(self) -> Tensor:
+        """Return loss and error as (..., 2) at the current iterate."""
+        for multiply, left, right, out in self._forward:
+            multiply(left, right, out=out)
+        return self._look()
 
     def _plan_forward(self) -> list[tuple]:
         multiply = torch.mm if self.factors[0].ndim == 2 else torch.bmm
@@ -97,10 +95,11 @@ class Fused:
 
 
 @contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Let PyTorch work with one thread where `wanted`: for small products its threads cost more than they bring."""
+def few_threads(problem: Problem, size: int) -> Iterator[None]:
+    """Let PyTorch work with one thread on a small stack of `size` problems: more cost more than they bring."""
     threads = torch.get_num_threads()
-    if not wanted or threads == 1:
+    small = problem.device.type == "cpu" and size * problem.shape[0] * problem.shape[1] <= SMALL
+    if not small or threads == 1:
         yield
         return
     torch.set_num_threads(1)

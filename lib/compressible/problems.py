@@ -9,6 +9,7 @@ mean of y_i A_i). Any leading batch dimensions; float32 and float64; CPU and CUD
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class Problem:
     def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Return the training loss and the recovery error, each (...), at X = `product` (..., m, n)."""
         raise NotImplementedError
+
+    def watch(self, product: Tensor, scratch: Tensor) -> Callable[[], Tensor]:
+        """Return a function that gives loss and error as (..., 2) at what the buffer `product` holds by then.
+
+        `scratch` (..., m, n) may be overwritten. Views and weights are made once: at every record they would cost more
+        than the arithmetic.
+        """
+        return lambda: torch.stack(self.evaluate(product), -1)
 
     def surrogate(self) -> Tensor:
         """Return the (..., m, n) matrix whose leading singular vectors start a compressed network (P2)."""
@@ -92,9 +101,19 @@ class MatrixCompletion(Problem):
         return torch.addcmul(self.offset, product, self.observed_weight, out=out)
 
     def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        squares = (product - self.target).square_().flatten(-2).unsqueeze(-1)
-        sums = (self.weights.flatten(-2) @ squares)[..., 0]  # one product reads the residual once
-        return sums[..., 0] / 2, sums[..., 1] / 2
+        squares = (product - self.target).square().flatten(-2).unsqueeze(-1)
+        loss, error = (self.weights.flatten(-2) @ squares)[..., 0].unbind(-1)
+        return loss / 2, error / 2
+
+    def watch(self, product: Tensor, scratch: Tensor) -> Callable[[], Tensor]:
+        halves, squares = self.weights.flatten(-2) / 2, scratch.flatten(-2).unsqueeze(-1)
+
+        def look() -> Tensor:
+            torch.sub(product, self.target, out=scratch)
+            scratch.square_()
+            return (halves @ squares)[..., 0]  # one product reads the residual once, for loss and error
+
+        return look
 
     def surrogate(self) -> Tensor:
         fraction = self.mask.mean((-2, -1), keepdim=True)
