@@ -26,7 +26,8 @@ class History:
 
     iterations (R,) int; loss and error (..., R) on the CPU, NaN after a problem of a stack has stopped;
     seconds (R,) wall time since the first step, without set-up; stopped (...) the iteration at which each problem
-    ended; factors [W_1, ..., W_L] at that iteration; snapshots {iteration: factors}; setup_seconds.
+    ended; factors [W_1, ..., W_L] at that iteration; snapshots {iteration: factors},
+    NaN for problems that had stopped before; setup_seconds; engine, its name.
     """
 
     iterations: Tensor
