@@ -5,7 +5,15 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.compare import compare_starts, first_below, milestones, worst_ratio
+from compressible.compare import (
+    _groups,
+    compare_starts,
+    first_below,
+    milestones,
+    stack_starts,
+    stacking_gain,
+    worst_ratio,
+)
 
 
 def _build(generator):
@@ -43,3 +51,47 @@ def test_first_below_and_worst_ratio_ignore_padding():
     error = np.array([[3.0, 1.0, np.nan]])
     assert first_below(error, 2.0, np.array([0, 5, 10]))[0] == 5
     assert worst_ratio(error, np.array([[1.5, 2.0]]))[0] == pytest.approx(2.0)
+
+
+def _sweep(generator):
+    problem = cd.MatrixCompletion(cd.low_rank_target((12, 10), 2, generator=generator),
+                                  cd.random_mask((12, 10), 0.6, generator=generator))  # fmt: skip
+    starts = {f"k={k}": (cd.compress_spectral(problem, k, scale=0.3), 0.1 * k, 2.0) for k in (2, 5, 9)}
+    wide = cd.orthogonal_factors((12, 10), 3, 60, scale=0.3, generator=generator)
+    two = cd.orthogonal_factors((12, 10), 2, 4, 0.3, generator)
+    return problem, starts | {"wide": (wide, 0.5, 1.0), "two": (two, 0.2, 1.0)}
+
+
+@pytest.mark.parametrize("build", [_sweep, _build])
+def test_stacked_starts_are_the_serial_ones(build):
+    options = {"seed": 1, "seeds": 3, "steps": 400, "record_every": 20, "tolerance": 1e-4}
+    serial, stacked = compare_starts(build, **options), stack_starts(build, **options)
+    assert serial.keys() == stacked.keys()
+    for key, expected in serial.items():
+        if "seconds" not in key:
+            np.testing.assert_allclose(stacked[key], expected, rtol=1e-7, atol=1e-13, err_msg=key)
+
+
+def test_starts_share_a_stack_only_where_padding_is_cheap():
+    _, starts = _sweep(torch.Generator().manual_seed(0))
+    assert _groups(starts) == [["two"], ["wide"], ["k=9", "k=5"], ["k=2"]]
+    assert _groups({"a": starts["k=2"], "b": starts["k=5"]}) == [["b", "a"]]
+
+
+def test_stacking_gain_counts_every_run():
+    gain = stacking_gain(_sweep, seed=0, seeds=2, steps=40)
+    assert gain["runs"] == 10 and gain["gain"] == pytest.approx(gain["serial_seconds"] / gain["stacked_seconds"])
+
+
+def test_problems_that_differ_are_not_stacked():
+    target, mask = torch.eye(3).double(), torch.ones(3, 3).double()
+    p1, p2 = cd.MatrixCompletion(target, mask), cd.MatrixCompletion(target, mask, mean_over="all")
+    with pytest.raises(ValueError, match="mean_over"):
+        cd.stack_problems([p1, p2])
+    with pytest.raises(ValueError, match="cannot stack"):
+        cd.stack_problems([p1, cd.MatrixFactorization(target)])
+    sensing = [cd.MatrixSensing(torch.ones(2, 3, 3).double(), torch.ones(2).double()) for _ in range(2)]
+    with pytest.raises(ValueError, match="operators"):
+        cd.stack_problems(sensing)
+    shared = cd.MatrixSensing(sensing[0].operators, torch.zeros(2).double())
+    assert cd.stack_problems([sensing[0], shared]).batch_shape == (2,)

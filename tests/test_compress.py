@@ -130,3 +130,13 @@ def test_spectral_arguments_are_checked(bad):
     problem = cd.MatrixFactorization(torch.ones(7, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
         cd.compress_spectral(problem, **({"rank": 2} | bad))
+
+
+def test_another_surrogate_can_be_given():
+    problem = cd.MatrixFactorization(cd.low_rank_target((6, 5), 2))
+    other = cd.low_rank_target((6, 5), 2, generator=torch.Generator().manual_seed(9))
+    small = cd.compress_spectral(problem, 2, scale=0.5, surrogate=other)
+    left = torch.linalg.svd(other).U[:, :2]
+    torch.testing.assert_close((small[-1] / 0.5) @ (small[-1] / 0.5).mT, left @ left.mT)
+    with pytest.raises(ValueError, match="surrogate has shape"):
+        cd.compress_spectral(problem, 2, surrogate=other.mT)

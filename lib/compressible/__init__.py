@@ -12,8 +12,10 @@ _HOME = {
     "MatrixCompletion": "problems",
     "MatrixFactorization": "problems",
     "MatrixSensing": "problems",
-    "low_rank_target": "problems",
-    "random_mask": "problems",
+    "stack_problems": "problems",
+    "low_rank_target": "sampling",
+    "random_mask": "sampling",
+    "gaussian_operators": "sampling",
     "orthogonal_factors": "factors",
     "product": "factors",
     "stack_factors": "factors",
@@ -23,6 +25,7 @@ _HOME = {
     "DivergenceError": "descent",
     "History": "descent",
     "compare_starts": "compare",
+    "stack_starts": "compare",
 }
 _MODULES = {
     "baselines", "claims", "compare", "data", "figures", "parameters", "ratings", "recommend", "runs", "spectra",

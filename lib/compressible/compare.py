@@ -1,6 +1,7 @@
 """Several starts on the same problem, over several seeds: the shape of almost every recovery figure.
 
-Runs follow one another, each alone on the machine, so that their seconds can be compared.
+`compare_starts` lets the runs follow one another, each alone on the machine, so that their seconds can be compared;
+`stack_starts` runs the same ones in as few stacks as their widths allow, for sweeps where only iterations matter.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 
 from .descent import DivergenceError, History, descend
-from .factors import Factors
-from .problems import Problem
+from .factors import Factors, stack_factors
+from .problems import Problem, stack_problems
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
 Build = Callable[[torch.Generator], tuple[Problem, Mapping[str, Start]]]
+
+PADDING = 4  # widths share a stack up to this ratio: padding costs work in proportion to the largest
 
 
 def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
@@ -34,12 +37,42 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
         for name, (factors, step_size, ratio) in starts.items():
             run = _descend(problem, factors, step_size, outer_ratio=ratio, **options)
             histories.setdefault(name, []).append(run)
-            sizes[name] = sum(factor.shape[-1] * factor.shape[-2] for factor in factors)
+            sizes[name] = _size((factors, step_size, ratio))
     arrays: dict[str, np.ndarray] = {}
     for name, runs in histories.items():
         arrays |= {f"{name}/{key}": value for key, value in _gather(runs).items()}
         arrays[f"{name}/parameters"] = np.array([sizes[name]])
     return arrays
+
+
+def stack_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
+    """Run what `compare_starts` runs, all seeds and starts at once in stacks, and return the same arrays.
+
+    Starts of one depth whose widths differ by at most a factor of 4 share a stack, padded with zeros, which is exact.
+    "<name>/seconds" are those of the whole stack. Raises ValueError where the seeds' problems cannot be stacked.
+    """
+    built = [build(torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
+    problems, runs = [problem for problem, _ in built], [starts for _, starts in built]
+    arrays: dict[str, np.ndarray] = {}
+    for names in _groups(runs[0]):
+        history = _descend_together(problems, [[starts[name] for name in names] for starts in runs], **options)
+        arrays |= _unstack(history, names, runs[0])
+    return arrays
+
+
+def stacking_gain(build: Build, seed: int, seeds: int, steps: int = 200, **options: Any) -> dict[str, float]:
+    """Return seconds of `steps` iterations of all starts one after the other and in stacks, and their ratio.
+
+    Keys "serial_seconds", "stacked_seconds", "gain" and "runs"; the stopping test is off and set-up is not in them.
+    """
+    options |= {"steps": steps, "record_every": steps, "tolerance": 0.0}
+    serial, stacked = (compare(build, seed, seeds, **options) for compare in (compare_starts, stack_starts))
+    names = [key.removesuffix("/seconds") for key in serial if key.endswith("/seconds")]
+    one = sum(float(serial[f"{name}/seconds"][:, -1].sum()) for name in names)
+    stacks = _groups(build(torch.Generator().manual_seed(seed))[1])
+    all_at_once = sum(float(stacked[f"{names[0]}/seconds"][0, -1]) for names in stacks)
+    return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once,
+            "runs": float(seeds * len(names))}  # fmt: skip
 
 
 def milestones(curves: Mapping[str, np.ndarray], names: Sequence[str], level: float) -> dict[str, np.ndarray]:
@@ -75,7 +108,7 @@ def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.nanmax(lower[:, :common] / upper[:, :common], -1)
 
 
-def _descend(problem: Problem, factors: Factors, step_size: float, **options: Any) -> History:
+def _descend(problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any) -> History:
     try:
         return descend(problem, factors, step_size, **options)
     except DivergenceError as error:
@@ -93,3 +126,49 @@ def _gather(runs: Sequence[History]) -> dict[str, np.ndarray]:
     gathered["stopped"] = np.array([int(run.stopped) for run in runs])
     gathered["diverged"] = np.array([not np.isfinite(run.loss[-1].item()) for run in runs])
     return gathered
+
+
+def _groups(starts: Mapping[str, Start]) -> list[list[str]]:
+    """Names of the starts that share a stack: one depth, widths within a factor of `PADDING`, widest first."""
+    groups: list[list[str]] = []
+    for name in sorted(starts, key=lambda name: (len(starts[name][0]), -_width(starts[name]))):
+        first = starts[groups[-1][0]] if groups else None
+        if first and len(first[0]) == len(starts[name][0]) and PADDING * _width(starts[name]) >= _width(first):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _width(start: Start) -> int:
+    return max(factor.shape[-2] for factor in start[0][:-1])
+
+
+def _descend_together(problems: Sequence[Problem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
+    """One stack (seeds, starts): runs[i][j] is start j on problems[i]."""
+    first = torch.zeros(1, dtype=torch.int64)
+    problem = stack_problems([problem.select(first, ()) for problem in problems])  # (seeds, 1), broadcast over starts
+    shape = (len(runs), len(runs[0]))
+    factors = [f.unflatten(0, shape) for f in stack_factors([start[0] for starts in runs for start in starts])]
+    step, ratio = (torch.tensor([[s[i] for s in starts] for starts in runs], dtype=torch.float64) for i in (1, 2))
+    return _descend(problem, factors, step, outer_ratio=ratio, **options)
+
+
+def _unstack(history: History, names: Sequence[str], starts: Mapping[str, Start]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for column, name in enumerate(names):
+        loss, stopped = history.loss[:, column], history.stopped[:, column]
+        length = int((history.iterations <= stopped.max()).sum())
+        last = (history.iterations == stopped[:, None]).int().argmax(-1, keepdim=True)
+        seconds = history.seconds.expand(len(loss), -1)
+        curves = {"loss": loss, "error": history.error[:, column], "seconds": seconds}
+        arrays[f"{name}/iterations"] = history.iterations[:length].numpy()
+        arrays |= {f"{name}/{key}": curve[:, :length].numpy().copy() for key, curve in curves.items()}
+        arrays[f"{name}/stopped"] = stopped.numpy()
+        arrays[f"{name}/diverged"] = ~torch.isfinite(loss.gather(-1, last)[:, 0]).numpy()
+        arrays[f"{name}/parameters"] = np.array([_size(starts[name])])
+    return arrays
+
+
+def _size(start: Start) -> int:
+    return sum(factor.shape[-1] * factor.shape[-2] for factor in start[0])

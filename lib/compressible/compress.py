@@ -53,17 +53,22 @@ def invariant_directions(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(directions).Q
 
 
-def compress_spectral(problem: Problem, rank: int, depth: int = 3, scale: float = 1e-2) -> Factors:
+def compress_spectral(
+    problem: Problem, rank: int, depth: int = 3, scale: float = 1e-2, surrogate: Tensor | None = None
+) -> Factors:
     """Return P2's compressed factors [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], `depth` of them.
 
-    U, V are the top k = `rank` singular vectors of the problem's surrogate; k is usually twice the true rank, at most
-    min(m, n); scale is eps > 0, usually 1e-2. Raises ValueError on other values.
+    U, V are the top k = `rank` singular vectors of `surrogate` (..., m, n), by default the problem's own; k is usually
+    twice the true rank, at most min(m, n); scale is eps > 0, usually 1e-2. Raises ValueError on other values.
     """
+    surrogate = problem.surrogate() if surrogate is None else surrogate
     if not 1 <= rank <= min(problem.shape):
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(problem.shape)}")
     if depth < 2 or not 0 < scale < float("inf"):
         raise ValueError(f"depth is {depth} and scale {scale}, expected depth >= 2 and a finite scale > 0")
-    left, _, right = torch.linalg.svd(problem.surrogate(), full_matrices=False)
+    if tuple(surrogate.shape[-2:]) != problem.shape:
+        raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
+    left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
     left, right = left[..., :rank], right[..., :rank, :]
     eps = torch.full(left.shape[:-2], scale, dtype=left.dtype, device=left.device)
     inner = [_scaled_identity(rank, eps, left) for _ in range(depth - 2)]

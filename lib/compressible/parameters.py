@@ -54,6 +54,8 @@ VOCABULARY: dict[str, Parameter] = {
     "observed": Parameter(float, "(0, 1]", "fraction", "share of the entries that are observed"),
     "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
     "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
+    "noises": Parameter(float, NOT_NEGATIVE, "std", "standard deviations of the noise to compare", many=True),
+    "skews": Parameter(float, NOT_NEGATIVE, "", "exponents of non-uniform observation, 0 is uniform", many=True),
     # the factorization
     "depth": Parameter(int, "[2, inf)", "factors", "number L of factors"),
     "depths": Parameter(int, "[2, inf)", "factors", "numbers of factors to compare", many=True),
@@ -62,6 +64,7 @@ VOCABULARY: dict[str, Parameter] = {
     "guess": Parameter(int, COUNT, "", "rank that the compression assumes"),
     "rank_guesses": Parameter(int, COUNT, "", "assumed ranks to compare", many=True),
     "init_scale": Parameter(float, POSITIVE, "", "scale eps of the orthogonal initial factors"),
+    "init_scales": Parameter(float, POSITIVE, "", "initial scales eps to compare", many=True),
     # the descent
     "step_size": Parameter(float, POSITIVE, "", "gradient step of the inner factors"),
     "step_sizes": Parameter(float, POSITIVE, "", "gradient steps to compare", many=True),
@@ -72,6 +75,7 @@ VOCABULARY: dict[str, Parameter] = {
     "weight_decay": Parameter(float, NOT_NEGATIVE, "", "weight decay lambda of every factor"),
     "steps": Parameter(int, NOT_NEGATIVE, "iterations", "iterations of gradient descent at most"),
     "record_every": Parameter(int, COUNT, "iterations", "iterations between two records"),
+    "frames": Parameter(int, COUNT, "", "number of snapshots of the factors along the way"),
     "tolerance": Parameter(float, NOT_NEGATIVE, "", "training loss at which a run stops"),
     # repetition and machinery
     "seed": Parameter(int, NOT_NEGATIVE, "", "seed of the random numbers"),

@@ -9,7 +9,7 @@ mean of y_i A_i). Any leading batch dimensions; float32 and float64; CPU and CUD
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class Problem:
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> Problem:
         """Return the problem of the flat positions `index` of a stack of shape `batch_shape`."""
+        raise NotImplementedError
+
+    def stacked(self, problems: Sequence[Problem]) -> Problem:
+        """Return `problems`, all like this one, as one stack; call `stack_problems`, which checks them."""
         raise NotImplementedError
 
     def loss(self, product: Tensor) -> Tensor:
@@ -128,6 +132,17 @@ class MatrixCompletion(Problem):
         part.weights = _pick(self.weights, index, batch_shape, trailing=3)
         return part
 
+    def stacked(self, problems: Sequence[MatrixCompletion]) -> MatrixCompletion:
+        means = {problem.mean_over for problem in problems}
+        if len(means) != 1:
+            raise ValueError(f"cannot stack problems with mean_over {sorted(means)}, expected one")
+        whole = MatrixCompletion.__new__(MatrixCompletion)
+        whole.shape, whole.dtype, whole.device, whole.mean_over = self.shape, self.dtype, self.device, self.mean_over
+        whole.batch_shape = (len(problems), *self.batch_shape)
+        for name in ("target", "mask", "offset", "weights"):
+            setattr(whole, name, torch.stack([getattr(problem, name) for problem in problems]))
+        return whole
+
 
 class MatrixFactorization(Problem):
     """Factor a matrix that is seen whole: loss 1/2 mean((X - Phi)^2); target (..., m, n); error equals loss."""
@@ -152,6 +167,9 @@ class MatrixFactorization(Problem):
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixFactorization:
         return MatrixFactorization(_pick(self.target, index, batch_shape))
+
+    def stacked(self, problems: Sequence[MatrixFactorization]) -> MatrixFactorization:
+        return MatrixFactorization(torch.stack([problem.target for problem in problems]))
 
 
 class MatrixSensing(Problem):
@@ -199,46 +217,24 @@ class MatrixSensing(Problem):
         target = None if self.target is None else _pick(self.target, index, batch_shape)
         return MatrixSensing(self.operators, measurements, target)
 
+    def stacked(self, problems: Sequence[MatrixSensing]) -> MatrixSensing:
+        if any(problem.operators is not self.operators for problem in problems):
+            raise ValueError("cannot stack sensing problems with different operators: they would be held many times")
+        targets = [problem.target for problem in problems]
+        target = None if any(t is None for t in targets) else torch.stack(targets)
+        return MatrixSensing(self.operators, torch.stack([problem.measurements for problem in problems]), target)
 
-def low_rank_target(
-    shape: tuple[int, int],
-    rank: int,
-    batch_shape: tuple[int, ...] = (),
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Return a Gaussian matrix (..., m, n) cut to its `rank` largest singular triplets, values kept (about 2 sqrt d).
 
-    Drawn on the CPU, so that a seed means the same matrix on every device. Raises ValueError if rank > min(m, n).
+def stack_problems(problems: Sequence[Problem]) -> Problem:
+    """Return one problem whose leading dimension (S, ...) runs over `problems` of one kind, shape and batch shape.
+
+    Raises ValueError where they differ; sensing problems must share their operators, which are kept once.
     """
-    if not 1 <= rank <= min(shape):
-        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
-    gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
-    left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
-    cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
-    return cut.to(dtype=dtype, device=device)
-
-
-def random_mask(
-    shape: tuple[int, int],
-    observed: float,
-    batch_shape: tuple[int, ...] = (),
-    generator: torch.Generator | None = None,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Return a mask (..., m, n) with exactly floor(observed m n) ones, drawn without replacement on the CPU.
-
-    Raises ValueError if `observed` is outside (0, 1] or leaves no entry.
-    """
-    size = math.prod(shape)
-    count = math.floor(observed * size + 1e-9) if math.isfinite(observed) else 0  # 0.3 * 100 is 29.999...
-    if not 0 < observed <= 1 or count < 1:
-        raise ValueError(f"observed is {observed}, expected a fraction in (0, 1] that leaves at least one entry")
-    order = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64).argsort(-1)
-    mask = torch.zeros(*batch_shape, size, dtype=dtype).scatter_(-1, order[..., :count], 1.0)
-    return mask.unflatten(-1, shape).to(device=device)
+    kinds = {(type(problem), problem.shape, problem.batch_shape) for problem in problems}
+    if len(kinds) != 1:
+        found = sorted(f"{kind.__name__} {shape} {batch}" for kind, shape, batch in kinds)
+        raise ValueError(f"cannot stack {found}, expected one kind, shape and batch shape")
+    return problems[0].stacked(problems)
 
 
 def _check_matrix(matrix: Tensor, name: str) -> None:

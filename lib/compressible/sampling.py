@@ -1,0 +1,82 @@
+"""What recovery problems are drawn from: low-rank targets, masks and measurement operators.
+
+All on the CPU, so that a seed means the same problem on every device; moved to `device` afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def low_rank_target(
+    shape: tuple[int, int],
+    rank: int,
+    batch_shape: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return a Gaussian matrix (..., m, n) cut to its `rank` largest singular triplets, values kept (about 2 sqrt d).
+
+    Drawn on the CPU, so that a seed means the same matrix on every device. Raises ValueError if rank > min(m, n).
+    """
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
+    gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
+    left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
+    cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
+    return cut.to(dtype=dtype, device=device)
+
+
+def random_mask(
+    shape: tuple[int, int],
+    observed: float,
+    batch_shape: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return a mask (..., m, n) with exactly floor(observed m n) ones, drawn without replacement on the CPU.
+
+    `weights` (m, n) > 0 make some entries likelier than others: they are drawn one after another in proportion to
+    their weight (Efraimidis and Spirakis); without them all are equally likely. Raises ValueError if `observed` is
+    outside (0, 1] or leaves no entry, or if a weight is not finite and positive.
+    """
+    size = math.prod(shape)
+    count = math.floor(observed * size + 1e-9) if math.isfinite(observed) else 0  # 0.3 * 100 is 29.999...
+    if not 0 < observed <= 1 or count < 1:
+        raise ValueError(f"observed is {observed}, expected a fraction in (0, 1] that leaves at least one entry")
+    keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64)
+    if weights is not None:  # the smallest of exponential clocks with these rates
+        keys = -torch.log1p(-keys) / _check_weights(weights, shape)
+    order = keys.argsort(-1)
+    mask = torch.zeros(*batch_shape, size, dtype=dtype).scatter_(-1, order[..., :count], 1.0)
+    return mask.unflatten(-1, shape).to(device=device)
+
+
+def gaussian_operators(
+    count: int,
+    shape: tuple[int, int],
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return `count` = k measurement matrices (k, m, n) with entries N(0, 1/k^2), as in P2: sum of A_i A_i^T is I/k.
+
+    P2's 4000 x 200 x 200 take 1.3 GB in float64. Raises ValueError if k < 1.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least one measurement")
+    gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    return gaussian.div_(count).to(dtype=dtype, device=device)
+
+
+def _check_weights(weights: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(weights.shape) != tuple(shape) or not bool((torch.isfinite(weights) & (weights > 0)).all()):
+        least = weights.min().item() if weights.numel() else math.nan
+        raise ValueError(f"weights have shape {tuple(weights.shape)} and minimum {least}, expected {shape} and > 0")
+    return weights.to("cpu", torch.float64).flatten()

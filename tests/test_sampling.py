@@ -1,0 +1,40 @@
+"""Targets, masks and operators as drawn."""
+
+import pytest
+import torch
+
+import compressible as cd
+
+
+def test_weighted_mask_prefers_the_heavy_entries_and_keeps_the_count():
+    weights = torch.ones(40, 30).double()
+    weights[:10] = 5.0
+    generator = torch.Generator().manual_seed(0)
+    masks = cd.random_mask((40, 30), 0.2, batch_shape=(200,), generator=generator, weights=weights)
+    assert (masks.sum((-2, -1)) == 240).all()
+    rate = masks.mean(0)
+    heavy, light = rate[:10].mean().item(), rate[10:].mean().item()
+    # Each is drawn by an exponential clock of its rate: 1 - exp(-w t), with t from the total of 240.
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    total = 300 * (1 - torch.exp(-5 * t)) + 900 * (1 - torch.exp(-t))
+    at = t[(total - 240).abs().argmin()].item()
+    assert heavy == pytest.approx(1 - 2.718281828 ** (-5 * at), rel=0.02)
+    assert light == pytest.approx(1 - 2.718281828 ** (-at), rel=0.03)
+
+
+def test_equal_weights_change_nothing_but_the_draw():
+    weights = torch.full((8, 9), 0.3)
+    assert cd.random_mask((8, 9), 0.5, weights=weights).sum() == 36
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4, 4), torch.ones(4, 5), torch.full((4, 4), float("inf"))])
+def test_bad_weights_are_refused_with_their_minimum(bad):
+    with pytest.raises(ValueError, match="weights have shape"):
+        cd.random_mask((4, 4), 0.5, weights=bad)
+
+
+def test_operators_have_the_papers_scale():
+    operators = cd.gaussian_operators(50, (20, 30), generator=torch.Generator().manual_seed(0))
+    assert operators.shape == (50, 20, 30) and operators.std().item() == pytest.approx(1 / 50, rel=0.02)
+    with pytest.raises(ValueError, match="count is 0"):
+        cd.gaussian_operators(0, (2, 2))
