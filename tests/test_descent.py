@@ -240,9 +240,14 @@ def test_auto_picks_by_problem():
     small, _ = _problem()
     sensing, _ = _problem("sensing")
     large = cd.MatrixFactorization(torch.zeros(600, 600, dtype=torch.float64))
-    names = [choose("auto", p, s).__name__ for p, s in [(small, False), (small, True), (sensing, True), (large, True)]]
+    one = cd.orthogonal_factors((9, 7), 3)
+    many, wide = [f[None].repeat(2, 1, 1) for f in one], cd.orthogonal_factors((600, 600), 2, 4, batch_shape=(2,))
+    cases = [(small, one), (small, many), (sensing, many), (large, wide)]
+    names = [choose("auto", problem, factors).__name__ for problem, factors in cases]
     assert names == ["Fused", "Compiled", "Fused", "Fused"]
-    assert choose("reference", small, True) is Reference
+    assert choose("reference", small, many) is Reference
+    with pytest.raises(ValueError, match="expected a CUDA device"):
+        choose("tiled", small, one)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -96,18 +96,3 @@ def test_short_loops_show_nothing_and_long_ones_do(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().err
     assert "long" in shown
     assert shown.rstrip("\r").rpartition("\r")[2].strip() == ""  # the line was wiped at the end
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_a_tick_costs_less_than_a_microsecond(enabled: bool) -> None:
-    ticks = 200_000
-    best = min(_seconds(ticks, enabled) for _ in range(3))
-    assert best / ticks < 1e-6
-
-
-def _seconds(ticks: int, enabled: bool) -> float:
-    with progress(ticks, enabled=enabled) as bar:
-        clock = time.perf_counter()
-        for _ in range(ticks):
-            bar.update(1)
-        return time.perf_counter() - clock

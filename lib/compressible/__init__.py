@@ -22,8 +22,8 @@ _HOME = {
     "compress_from_gradient": "compress",
     "compress_spectral": "compress",
     "descend": "descent",
-    "DivergenceError": "descent",
-    "History": "descent",
+    "DivergenceError": "history",
+    "History": "history",
     "compare_starts": "compare",
     "stack_starts": "compare",
 }

@@ -19,14 +19,14 @@ from numba import njit
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from .engines import Rate
+from .engines import Rate, Stepping
 from .problems import MatrixCompletion, Problem
 
 # Sums may be reordered (they are vectorised), NaN and infinities must survive: divergence is told by them.
 OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
-class Compiled:
+class Compiled(Stepping):
     """Gradient descent on entrywise problems on the CPU, problems of a stack spread over the cores."""
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:

@@ -9,6 +9,7 @@ are tested against; `Fused` is the default; `Compiled` (compiled.py) serves stac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,7 +24,42 @@ Rate = float | Tensor  # one step size, or (S, 1, 1) of them for a stack
 SMALL = 2**18  # entries of X up to which a stack is memory-friendly enough for one problem per thread
 
 
-class Reference:
+class Stepping:
+    """What `descend` asks of an engine: `advance`, `evaluate`, and from them `walk`.
+
+    `ahead` is how many records a call of `walk` may be given. It returns losses and errors (R, S, 2) of the records
+    taken and how many each problem took (S,), None for all R. An engine returns at the first record at which a problem
+    stops, unless it `freezes`: then each problem stops at its own and stays as it is there.
+    """
+
+    ahead = 1
+    freezes = False
+
+    def prepare(self, steps: int) -> None:
+        """Compile what stretches of `steps` need, before the clock starts."""
+        self.advance(0)
+
+    def advance(self, steps: int) -> None:
+        """Take `steps` gradient steps."""
+        raise NotImplementedError
+
+    def evaluate(self) -> Tensor:
+        """Return loss and error as (..., 2) at the current iterate."""
+        raise NotImplementedError
+
+    def walk(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, Tensor | None]:
+        """Take stretches of `lengths` steps with a record after each; see the class."""
+        (length,) = lengths
+        self.advance(length)
+        return self.evaluate().reshape(1, -1, 2), None
+
+
+def goes_on(loss: float, tolerance: float) -> bool:
+    """Whether a problem whose record reads `loss` continues: finite and not below the tolerance."""
+    return math.isfinite(loss) and loss >= tolerance
+
+
+class Reference(Stepping):
     """Plain closed-form gradient descent on any device, one readable expression per quantity."""
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
@@ -44,7 +80,7 @@ class Reference:
         return torch.stack(self.problem.evaluate(product(self.factors)), -1)
 
 
-class Fused:
+class Fused(Stepping):
     """The same steps in place: preallocated buffers, updates folded into the products (gemm with beta), no autograd."""
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
@@ -122,26 +158,43 @@ def layer_gradients(factors: Sequence[Tensor], problem: Problem) -> list[Tensor]
     return [back, *reversed(gradients)]
 
 
-def choose(name: str, problem: Problem, stacked: bool) -> type:
-    """Return the engine class for `name`: "auto", "reference", "fused" or "compiled".
+def choose(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Stepping]:
+    """Return the engine class for `name`, one of `NAMES`.
 
-    "auto" takes `Compiled` for a stack of small entrywise problems on the CPU (one problem per core, no barrier
-    between steps) and `Fused` otherwise: a single problem is over before a compiler has started.
+    On the CPU "auto" takes `Compiled` for a stack of small entrywise problems (one problem per core, no barrier
+    between steps) and `Fused` for the rest: a single problem is over before a compiler has started. On CUDA it takes
+    what cuda.py says. Raises ValueError for another name and where the engine cannot do the problem.
     """
-    if name in ("auto", "compiled"):
-        small = problem.shape[0] * problem.shape[1] <= SMALL
-        suits = problem.device.type == "cpu" and not isinstance(problem, MatrixSensing)
-        if name == "compiled" or (suits and stacked and small):
-            if not suits:
-                kind = type(problem).__name__
-                raise ValueError(f'engine "compiled" got {kind} on {problem.device}, expected entrywise on the CPU')
-            from .compiled import Compiled  # numba takes half a second to import: only where it is used
+    if name not in NAMES:
+        raise ValueError(f"engine is {name!r}, expected one of {', '.join(NAMES)}")
+    if name == "auto":
+        name = _automatic(problem, factors)
+    if name in ("reference", "fused"):
+        return Reference if name == "reference" else Fused
+    entrywise, on_cpu = not isinstance(problem, MatrixSensing), problem.device.type == "cpu"
+    if name == "compiled":
+        if not (entrywise and on_cpu):
+            kind = type(problem).__name__
+            raise ValueError(f'engine "compiled" got {kind} on {problem.device}, expected entrywise on the CPU')
+        from .compiled import Compiled  # numba takes half a second to import: only where it is used
 
-            return Compiled
-    engines = {"auto": Fused, "fused": Fused, "reference": Reference}
-    if name not in engines:
-        raise ValueError(f'engine is {name!r}, expected "auto", "reference", "fused" or "compiled"')
-    return engines[name]
+        return Compiled
+    from . import cuda  # after this module, whose engines it builds on
+
+    return cuda.checked(name, problem, factors)
+
+
+NAMES = ("auto", "reference", "fused", "compiled", "graphed", "tiled", "persistent")
+
+
+def _automatic(problem: Problem, factors: Sequence[Tensor]) -> str:
+    if problem.device.type == "cuda":
+        from . import cuda
+
+        return cuda.suited(problem, factors)
+    small = problem.shape[0] * problem.shape[1] <= SMALL
+    stacked = factors[0].ndim > 2 and len(factors[0]) > 1
+    return "compiled" if small and stacked and not isinstance(problem, MatrixSensing) else "fused"
 
 
 def _bind(function, *args, **kwargs):

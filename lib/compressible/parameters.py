@@ -82,7 +82,7 @@ VOCABULARY: dict[str, Parameter] = {
     "seeds": Parameter(int, COUNT, "", "number of independent seeds"),
     "trials": Parameter(int, COUNT, "", "number of repeated trials"),
     "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
-    "engine": Parameter(str, r"auto|reference|fused|compiled", "", "implementation behind descend"),
+    "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),
     # ratings
     "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
     "items": Parameter(int, COUNT, "", "items with the most ratings to keep"),
