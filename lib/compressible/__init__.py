@@ -12,6 +12,7 @@ _HOME = {
     "MatrixCompletion": "problems",
     "MatrixFactorization": "problems",
     "MatrixSensing": "problems",
+    "SparseCompletion": "sparse",
     "stack_problems": "problems",
     "low_rank_target": "sampling",
     "random_mask": "sampling",

@@ -42,7 +42,7 @@ class Compiled(Stepping):
         self._walks = [(factors[i], *(entry[i] for entry in entries[:2]), rates[i], shrinks[i]) for i in range(size)]
         self._looks = [(factors[i], *(entry[i] for entry in entries)) for i in range(size)]
         self._sums = np.empty((size, 2))
-        self._scratch = [_scratch(self._stack) for _ in range(min(size, _cores()))]
+        self._scratch = [_scratch(self._stack) for _ in range(min(size, cores()))]
 
     @property
     def factors(self) -> list[Tensor]:
@@ -79,7 +79,7 @@ class Compiled(Stepping):
             if len(self._scratch) == 1:
                 drain(self._scratch[0])
             else:
-                list(_pool().map(drain, self._scratch))
+                list(pool().map(drain, self._scratch))
 
 
 @njit(**OPTIONS)
@@ -169,10 +169,11 @@ def _blas() -> ThreadpoolController:
 
 
 @functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_cores())
+def pool() -> ThreadPoolExecutor:
+    """The threads that share the work of one process."""
+    return ThreadPoolExecutor(cores())
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use; COMPRESSIBLE_THREADS overrides. OMP_NUM_THREADS bounds barriers, not this pool."""
     return int(os.environ.get("COMPRESSIBLE_THREADS", "0")) or len(os.sched_getaffinity(0))

@@ -15,6 +15,7 @@ from torch import Tensor
 from .engines import layer_gradients
 from .factors import Factors, check_factors, product
 from .problems import Problem
+from .sparse import truncated_svd
 
 
 def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
@@ -68,8 +69,12 @@ def compress_spectral(
         raise ValueError(f"depth is {depth} and scale {scale}, expected depth >= 2 and a finite scale > 0")
     if tuple(surrogate.shape[-2:]) != problem.shape:
         raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
-    left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
-    left, right = left[..., :rank], right[..., :rank, :]
+    if surrogate.layout is torch.strided:
+        left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
+        left, right = left[..., :rank], right[..., :rank, :]
+    else:
+        left, _, right = truncated_svd(surrogate, rank)
+        right = right.mT
     eps = torch.full(left.shape[:-2], scale, dtype=left.dtype, device=left.device)
     inner = [_scaled_identity(rank, eps, left) for _ in range(depth - 2)]
     return [scale * right.contiguous(), *inner, scale * left.contiguous()]

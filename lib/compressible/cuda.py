@@ -1,8 +1,8 @@
 """CUDA graphs of whole stretches, and which CUDA engine serves which problem.
 
-`Graphed` replays what `Fused` does: it looks at a record only after the next stretch is under way, so that the device
-does not wait, and keeps the factors of the record before for when the run should have ended there. narrow.py has the
-engines for narrow factors.
+`Kept` looks at a record only after the next stretch is under way, so that the device does not wait, and keeps the state
+of the record before for when the run should have ended there. `Graphed` replays what `Fused` does; narrow.py has the
+engines for narrow factors, sampled.py those for sparse observations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def interpreted() -> bool:
 def suited(problem: Problem, factors: Sequence[Tensor]) -> str:
     """Return the name of the engine that `auto` takes on a CUDA device, the fastest as measured on an H200."""
     narrow = _width(factors) <= NARROW and len(factors) <= DEEPEST
-    return "tiled" if narrow and not isinstance(problem, MatrixSensing) and _has_triton() else "graphed"
+    return "tiled" if narrow and not isinstance(problem, MatrixSensing) and has_triton() else "graphed"
 
 
 def checked(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Stepping]:
@@ -47,7 +47,7 @@ def checked(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Step
     found = (problem.shape[1], _width(factors), len(factors))
     if isinstance(problem, MatrixSensing) or any(a > b for a, b in zip(found, limits, strict=True)):
         raise ValueError(f"{where}, expected an entrywise problem with columns, width and depth at most {limits}")
-    if not _has_triton():
+    if not has_triton():
         raise ValueError(f"{where}, expected triton to be installed")
     from . import narrow  # which builds on this module
 
@@ -88,20 +88,15 @@ class Captured(Stepping):
         return self._graphs[kind, number]
 
 
-class Graphed(Captured, Fused):
-    """`Fused` in CUDA graphs: any problem, any width; its arithmetic is cuBLAS."""
+class Kept(Captured):
+    """Captured stretches whose records are looked at one behind, the state of the record before kept meanwhile."""
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
-        Fused.__init__(self, problem, factors, rates, decay)
-        self.device = problem.device
-        start = [factor.clone() for factor in self.factors]
-        Fused.advance(self, 1)  # cuBLAS makes its workspaces before they would be captured
-        torch._foreach_copy_(self.factors, start)
-        self._kept = [start, [torch.empty_like(factor) for factor in start]]
-        self._seen = torch.empty_like(self.evaluate())
+    state: list[Tensor]  # all that a step changes
 
     def prepare(self, steps: int) -> None:
         """Capture what stretches of `steps` need, before the clock starts."""
+        self._kept = [[torch.empty_like(part) for part in self.state] for _ in range(2)]
+        self._seen = torch.empty_like(self.evaluate())
         super().prepare(steps)
         for turn in range(2):
             self._record(turn)
@@ -117,29 +112,45 @@ class Graphed(Captured, Fused):
             events.append(torch.cuda.Event())
             events[-1].record()
             if index and self._ended(values[index - 1], events[index - 1], tolerance):
-                torch._foreach_copy_(self.factors, self._kept[(index - 1) % 2])
+                torch._foreach_copy_(self.state, self._kept[(index - 1) % 2])
                 return values[:index].reshape(index, -1, 2), None
         events[-1].synchronize()
         return values.reshape(len(values), -1, 2), None
-
-    def _take(self, steps: int) -> None:
-        Fused.advance(self, steps)
 
     def _record(self, turn: int) -> torch.cuda.CUDAGraph:
         return self._graph("record", turn, lambda: self._look_and_keep(turn))
 
     def _look_and_keep(self, turn: int) -> None:
         self._seen.copy_(self.evaluate())
-        torch._foreach_copy_(self._kept[turn], self.factors)
+        torch._foreach_copy_(self._kept[turn], self.state)
 
     def _ended(self, record: Tensor, event: torch.cuda.Event, tolerance: float) -> bool:
         event.synchronize()
         return not all(goes_on(loss, tolerance) for loss in record.reshape(-1, 2)[:, 0].tolist())
 
 
+class Graphed(Kept, Fused):
+    """`Fused` in CUDA graphs: any problem, any width; its arithmetic is cuBLAS."""
+
+    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+        Fused.__init__(self, problem, factors, rates, decay)
+        self.device, self.state = problem.device, self.factors
+        start = [factor.clone() for factor in self.factors]
+        Fused.advance(self, 1)  # cuBLAS makes its workspaces before they would be captured
+        torch._foreach_copy_(self.factors, start)
+
+    def evaluate(self) -> Tensor:
+        """Return loss and error as (..., 2) at the current iterate."""
+        return Fused.evaluate(self)
+
+    def _take(self, steps: int) -> None:
+        Fused.advance(self, steps)
+
+
 def _width(factors: Sequence[Tensor]) -> int:
     return max(factor.shape[-2] for factor in factors[:-1])
 
 
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether triton is installed."""
     return importlib.util.find_spec("triton") is not None

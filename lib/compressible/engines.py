@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .factors import product
 from .problems import MatrixSensing, Problem
+from .sparse import SparseCompletion
 
 Rate = float | Tensor  # one step size, or (S, 1, 1) of them for a stack
 
@@ -167,6 +168,8 @@ def choose(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Stepp
     """
     if name not in NAMES:
         raise ValueError(f"engine is {name!r}, expected one of {', '.join(NAMES)}")
+    if isinstance(problem, SparseCompletion):
+        return _choose_sparse(name, problem)
     if name == "auto":
         name = _automatic(problem, factors)
     if name in ("reference", "fused"):
@@ -185,6 +188,16 @@ def choose(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Stepp
 
 
 NAMES = ("auto", "reference", "fused", "compiled", "graphed", "tiled", "persistent")
+
+
+def _choose_sparse(name: str, problem: SparseCompletion) -> type[Stepping]:
+    if name not in ("auto", "reference"):
+        raise ValueError(f'engine is {name!r}, expected "auto" or "reference" for SparseCompletion')
+    from . import cuda, sampled
+
+    if name == "reference" or (problem.device.type == "cuda" and not cuda.has_triton()):
+        return sampled.SparseReference
+    return sampled.SampledCuda if problem.device.type == "cuda" else sampled.Sampled
 
 
 def _automatic(problem: Problem, factors: Sequence[Tensor]) -> str:

@@ -82,7 +82,8 @@ def stretch(
     first (S, k, n), inner (S, DEPTH - 2, k, k), last (S, m, k) are updated in place, back and tops (S, k, n) are
     scratch; all small enough for the first-level cache. rates and shrinks (S, DEPTH); scales (S, 2); curves
     (S, count, 2) receive loss and error, taken (S,) the number of records, alive (S,) whether to go on; `stride` is
-    m n, or 0 where all problems share their targets.
+    m n, or 0 where all problems share their targets. tolerance () lies on the device: Triton rounds numbers that are
+    passed by value to float32.
     """
     problem = tl.program_id(0).to(tl.int64)
     rk, rn, rm = tl.arange(0, BK), tl.arange(0, BN), tl.arange(0, BM)
@@ -153,7 +154,7 @@ def stretch(
         tl.store(at, now)
         tl.store(at + 1, tl.sum(error, 0) * tl.load(scales + 2 * problem + 1) / 2)
         r += 1
-        goes_on = (now >= tolerance) & (now < float("inf"))  # false for NaN, too
+        goes_on = (now >= tl.load(tolerance)) & (now < float("inf"))  # false for NaN, too
         tl.store(alive + problem, goes_on.to(tl.int32))
         going = (r < count) & goes_on
     tl.store(taken + problem, r)

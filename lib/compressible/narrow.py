@@ -76,10 +76,11 @@ class Persistent(_Narrow, Stepping):
         curves = torch.full((self.size, len(lengths), 2), torch.nan, dtype=torch.float64, device=device)
         taken = torch.zeros(self.size, dtype=torch.int32, device=device)
         plan = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        level = torch.tensor(tolerance, dtype=torch.float64, device=device)
         scratch = torch.empty_like(self.first), torch.empty_like(self.first)
         stretch[(self.size,)](
             self.first, self.inner, self.last, *scratch, self.seen, self.unseen, self.scales, self.rates, self.shrinks,
-            plan, curves, taken, alive, len(lengths), tolerance, self.stride, *self.sizes, **self.tile, **self.blocks,
+            plan, curves, taken, alive, len(lengths), level, self.stride, *self.sizes, **self.tile, **self.blocks,
         )  # fmt: skip
         return curves, taken
 

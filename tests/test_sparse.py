@@ -1,0 +1,129 @@
+"""Sparse completion: the dense engine's steps without an m x n array, on the CPU and, where there is one, on CUDA."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+import compressible as cd
+from compressible.sampled import Sampled, SparseReference
+from compressible.sparse import truncated_svd
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
+
+
+def _pair(m=23, n=31, observed=0.4, seed=0, dtype=torch.float64, device="cpu"):
+    g = torch.Generator().manual_seed(seed)
+    target = cd.low_rank_target((m, n), 3, generator=g, dtype=dtype)
+    mask = cd.random_mask((m, n), observed, generator=g, dtype=dtype)
+    mask[2] = 0
+    mask[:, 5] = 0  # an empty row and an empty column
+    seen, unseen = ((target * part).to_sparse_csr() for part in (mask, 1 - mask))
+    dense = cd.MatrixCompletion(target.to(device), mask.to(device))
+    return dense, cd.SparseCompletion(seen.to(device), unseen.to(device)), g
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(("depth", "decay", "dtype"), [
+    (2, 0.01, torch.float64), (3, 0.0, torch.float64), (4, 0.01, torch.float64), (5, 0.0, torch.float64),
+    (3, 0.0, torch.float32),
+])  # fmt: skip
+def test_sparse_steps_are_the_dense_ones(device, engine, depth, decay, dtype):
+    dense, sparse, g = _pair(dtype=dtype, device=device)
+    factors = cd.orthogonal_factors((23, 31), depth, 6, 0.4, g, dtype, device)
+    options = {"step_size": 2.0, "steps": 120, "outer_ratio": 1.5, "weight_decay": decay, "record_every": 7}
+    slow = cd.descend(dense, factors, engine="reference", **options)
+    fast = cd.descend(sparse, factors, engine=engine, snapshots=(0, 30), **options)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 2e-3, "atol": 1e-5}
+    torch.testing.assert_close(fast.loss, slow.loss, **tolerance)
+    torch.testing.assert_close(fast.error, slow.error, **tolerance)
+    for mine, other in zip(fast.factors, slow.factors, strict=True):
+        torch.testing.assert_close(mine, other, **tolerance)
+    for mine, start in zip(fast.snapshots[0], factors, strict=True):
+        torch.testing.assert_close(mine, start)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_it_stops_and_diverges_like_the_dense_problem(device):
+    dense, sparse, g = _pair(device=device)
+    factors = cd.orthogonal_factors((23, 31), 3, 6, 0.4, g, device=device)
+    runs = [cd.descend(p, factors, 2.0, 2000, tolerance=1e-3, record_every=9) for p in (dense, sparse)]
+    assert runs[0].stopped == runs[1].stopped > 0
+    with pytest.raises(cd.DivergenceError, match="stopped being finite"):
+        cd.descend(sparse, factors, 1e6, 200)
+
+
+@pytest.mark.parametrize("make", [
+    lambda t: t.to_sparse_coo(), lambda t: t.to_sparse_csr(), lambda t: scipy.sparse.csr_array(t.numpy()),
+    lambda t: scipy.sparse.coo_matrix(t.numpy()), lambda t: scipy.sparse.csc_array(t.numpy()),
+])  # fmt: skip
+def test_every_sparse_format_gives_the_same_problem(make):
+    g = torch.Generator().manual_seed(1)
+    matrix = cd.random_mask((7, 9), 0.3, generator=g) * torch.randn(7, 9, generator=g, dtype=torch.float64)
+    problem = cd.SparseCompletion(make(matrix))
+    torch.testing.assert_close(problem.surrogate().to_dense(), matrix * 63 / 18)
+    assert problem.shape == (7, 9) and len(problem.seen) == 18
+    transposed = problem.seen.matrix(problem.seen.rows.values, transposed=True)
+    torch.testing.assert_close(transposed.to_dense(), matrix.mT)
+
+
+def test_a_stored_zero_is_an_observation():
+    entries = scipy.sparse.coo_array(([0.0, 2.0], ([0, 1], [1, 0])), shape=(2, 2))
+    problem = cd.SparseCompletion(entries)
+    factors = [torch.ones(1, 2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)]
+    assert problem.evaluate_factors(factors)[0] == pytest.approx((1 + 1) / 4)
+
+
+def test_bad_entries_are_refused_with_the_value():
+    twice = scipy.sparse.coo_array(([1.0, 2.0], ([0, 0], [1, 1])), shape=(2, 2))
+    with pytest.raises(ValueError, match=r"entry \(0, 1\) twice"):
+        cd.SparseCompletion(twice)
+    with pytest.raises(ValueError, match="holds the value nan"):
+        cd.SparseCompletion(scipy.sparse.coo_array(([np.nan], ([0], [1])), shape=(2, 2)))
+    with pytest.raises(ValueError, match="no entry at all"):
+        cd.SparseCompletion(scipy.sparse.coo_array((2, 2)))
+    one, other = scipy.sparse.eye_array(3), scipy.sparse.eye_array(4)
+    with pytest.raises(ValueError, match=r"hidden has shape \(4, 4\)"):
+        cd.SparseCompletion(one, other)
+    with pytest.raises(ValueError, match="expected a two-dimensional sparse"):
+        cd.SparseCompletion(torch.ones(3, 3))
+    with pytest.raises(TypeError, match="evaluate_factors"):
+        cd.SparseCompletion(one).evaluate(torch.ones(3, 3))
+    factors = cd.orthogonal_factors((3, 3), 3, batch_shape=(2,))
+    with pytest.raises(ValueError, match="takes no stack"):
+        cd.descend(cd.SparseCompletion(one), factors, 1.0, 1)
+
+
+def test_the_spectral_start_is_the_dense_one():
+    dense, sparse, _ = _pair(40, 30, 0.5)
+    expected, found = (cd.compress_spectral(problem, 4, 3, 0.1) for problem in (dense, sparse))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.shape == other.shape
+    for position, flip in ((0, True), (2, False)):
+        a, b = (part[position].mT if flip else part[position] for part in (found, expected))
+        torch.testing.assert_close(a @ a.mT, b @ b.mT)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_truncated_svd_is_the_leading_part_and_repeats(device):
+    _, sparse, _ = _pair(60, 50, 0.6, device=device)
+    matrix = sparse.surrogate()
+    left, values, right = truncated_svd(matrix, 3, seed=4)
+    dense = torch.linalg.svdvals(matrix.to_dense())
+    torch.testing.assert_close(values, dense[:3], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(left.mT @ matrix.to_dense() @ right, torch.diag(values), rtol=1e-6, atol=1e-6)
+    again = truncated_svd(matrix, 3, seed=4)
+    assert all(torch.equal(mine, other) for mine, other in zip((left, values, right), again, strict=True))
+
+
+def test_the_engines_share_the_contract():
+    _, sparse, g = _pair()
+    factors = cd.orthogonal_factors((23, 31), 3, 6, 0.4, g)
+    for engine in (SparseReference, Sampled):
+        run = engine(sparse, factors, [1.0, 1.0, 1.0], 0.0)
+        run.advance(3)
+        assert run.evaluate().shape == (2,) and [f.shape for f in run.factors] == [f.shape for f in factors]
+    torch.testing.assert_close(factors[0], cd.orthogonal_factors((23, 31), 3, 6, 0.4, _pair()[2])[0])
