@@ -76,6 +76,10 @@ class Sampled(Stepping):
         """The current factors, views of the engine's own memory."""
         return [self.first.mT, *self.inner, self.last]
 
+    def prepare(self, steps: int) -> None:
+        """Compile, by a look at the losses."""
+        self.evaluate()
+
     def advance(self, steps: int) -> None:
         """Take `steps` gradient steps."""
         for _ in range(steps):
