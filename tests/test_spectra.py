@@ -39,6 +39,37 @@ def test_batches():
         torch.testing.assert_close(stacked[i], spectra.principal_angles(a[i], b[i]))
 
 
+def _path(times, seed=0):
+    """A curve of (7, 5) matrices in three directions, far from the origin, ends far apart."""
+    g = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(35, 4, generator=g, dtype=torch.float64)).Q
+    curve = torch.stack([5 * times, torch.sin(3 * times), 0.3 * times**2, torch.full_like(times, 9.0)], -1)
+    return (curve @ directions.mT).unflatten(-1, (7, 5))
+
+
+def test_principal_coordinates_are_those_of_an_svd_of_the_centred_path():
+    reference, other = _path(torch.linspace(0, 1, 12).double()), _path(torch.linspace(0.2, 2, 7).double(), seed=1)
+    (mine, theirs), shares = spectra.principal_coordinates(reference, other, components=3)
+    centre = reference.flatten(1).mean(0)
+    left, values, right = torch.linalg.svd(reference.flatten(1) - centre, full_matrices=False)
+    signs = (left[:, :3] * values[:3] / mine).mean(0).round()
+    assert set(signs.abs().tolist()) == {1.0}
+    torch.testing.assert_close(mine, left[:, :3] * values[:3] * signs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(theirs, (other.flatten(1) - centre) @ right[:3].T * signs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shares, values[:3] ** 2 / (values**2).sum(), rtol=1e-9, atol=1e-12)
+    assert (mine.gather(0, mine.abs().argmax(0, keepdim=True)) > 0).all(), "a component points to the farthest point"
+
+
+def test_principal_coordinates_of_the_same_path_agree_and_keep_its_distances():
+    path = _path(torch.linspace(0, 1, 9).double())
+    (first, second), shares = spectra.principal_coordinates(path, path, components=3)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(torch.cdist(first, first), torch.cdist(path.flatten(1), path.flatten(1)))
+    assert shares.sum().item() == pytest.approx(1)
+    with pytest.raises(ValueError, match="components is 4, expected 1 to the 3"):
+        spectra.principal_coordinates(path, components=4)
+
+
 def test_ranks():
     values = torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)
     matrix = _subspace(6, 4, 0) @ torch.diag(values) @ _subspace(5, 4, 1).mT

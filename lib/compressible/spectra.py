@@ -45,6 +45,32 @@ def _turned(vectors: Tensor, rank: int, reference: int) -> Tensor:
     return torch.cat([ends[..., :rank], block, ends[..., -rank:]], -1)
 
 
+def principal_coordinates(reference: Tensor, *paths: Tensor, components: int = 2) -> tuple[list[Tensor], Tensor]:
+    """Return where paths of matrices run in the plane, or space, that one of them spans best.
+
+    `reference` (T, m, n) sets the principal components about its mean; the answer is its coordinates (T, components),
+    those of each of `paths` (T_i, m, n) about the same mean, and the shares (components,) of its variance. A component
+    points to where the reference goes farthest. It takes the T x T products of the points and no singular value
+    decomposition of their T x (m n) entries. Raises ValueError if the reference spans fewer components.
+    """
+    flat = reference.flatten(1)
+    gram = flat @ flat.T
+    mean = gram.mean(0, keepdim=True)  # <m, x_j>
+    values, vectors = torch.linalg.eigh(gram - mean - mean.T + mean.mean())
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    rounding = len(values) * torch.finfo(values.dtype).eps * gram.diagonal().max()
+    spanned = int((values > rounding).sum())
+    if not 1 <= components <= spanned:
+        raise ValueError(f"components is {components}, expected 1 to the {spanned} that the reference path spans")
+    basis = vectors[:, :components] / values[:components].sqrt()  # of the directions, in centred points
+    basis = basis * _farthest_sign(vectors[:, :components])
+    coordinates = []
+    for path in (reference, *paths):
+        overlaps = path.flatten(1) @ flat.T  # <y_i, x_j>
+        coordinates.append((overlaps - overlaps.mean(1, keepdim=True) - mean + mean.mean()) @ basis)
+    return coordinates, values[:components] / values.sum()
+
+
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the principal angles (..., min(k1, k2)) between two subspaces, ascending, in [0, pi/2].
 
@@ -66,6 +92,11 @@ def vector_angles(first: Tensor, second: Tensor) -> Tensor:
     cosines = (first * second).sum(-2, keepdim=True)
     sines = torch.linalg.vector_norm(second - first * cosines, dim=-2)
     return torch.atan2(sines, cosines[..., 0, :].abs())
+
+
+def _farthest_sign(columns: Tensor) -> Tensor:
+    """The sign (k,) of the entry of largest size in each column (T, k)."""
+    return columns.gather(0, columns.abs().argmax(0, keepdim=True))[0].sign()
 
 
 def alignment(first: Tensor, second: Tensor) -> Tensor:

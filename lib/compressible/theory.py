@@ -8,6 +8,7 @@ step size on the sum loss is step_size / N and the weight decay N * weight_decay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,13 +24,13 @@ def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: flo
     rho_l(t+1) = rho_l(t) [1 - eta lambda - eta prod_{k != l} rho_k(t)^2], rho_l(0) = eps_l; `step_size` is eta on the
     sum loss.
     """
-    values = torch.empty(steps + 1, len(scales), dtype=torch.float64)
-    values[0] = torch.tensor(scales, dtype=torch.float64)
-    for t in range(steps):
-        squares = values[t].square()
-        others = torch.stack([squares[torch.arange(len(scales)) != layer].prod() for layer in range(len(scales))])
-        values[t + 1] = values[t] * (1 - step_size * weight_decay - step_size * others)
-    return values
+    values = [[float(scale) for scale in scales]]
+    for _ in range(steps):  # plain numbers: tensors of L entries would take ten times as long
+        squares = [value * value for value in values[-1]]
+        others = [math.prod(squares[:layer] + squares[layer + 1 :]) for layer in range(len(squares))]
+        kept = [1 - step_size * weight_decay - step_size * other for other in others]
+        values.append([value * factor for value, factor in zip(values[-1], kept, strict=True)])
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def block_bases(factors: Sequence[Tensor], target: Tensor, rank: int) -> list[Tensor]:
