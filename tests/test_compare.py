@@ -1,8 +1,11 @@
 """Several starts over seeds: gathered curves and what they come to."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import compressible as cd
 from compressible.compare import (
@@ -111,3 +114,22 @@ def test_problems_that_differ_are_not_stacked():
         cd.stack_problems(sensing)
     shared = cd.MatrixSensing(sensing[0].operators, torch.zeros(2).double())
     assert cd.stack_problems([sensing[0], shared]).batch_shape == (2,)
+
+
+def test_seeds_of_sensing_hold_one_operator_at_a_time(capfd):
+    count, shape, alive = 300, (30, 30), []
+
+    def build(generator):
+        assert not any(operators() is not None for operators in alive)
+        operators = cd.gaussian_operators(count, shape, generator=generator, device="cpu")
+        alive.append(weakref.ref(operators))
+        target = cd.low_rank_target(shape, 1, generator=generator)
+        problem = cd.MatrixSensing(operators, operators.flatten(1) @ target.flatten(), target)
+        wide = cd.orthogonal_factors(shape, scale=1e-2, generator=generator)
+        return problem, {"wide": (wide, 5.0, 1.0), "small": (cd.compress_spectral(problem, 2), 5.0, 1.0)}
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        compare_starts(build, seed=0, seeds=3, steps=20, record_every=10)
+    size = 8 * count * shape[0] * shape[1]
+    large = [event.self_cpu_memory_usage for event in measured.events() if event.self_cpu_memory_usage > size / 4]
+    assert large == [size] * 3  # the draws, and nothing else: neither a cast, nor a transpose, nor a reshape

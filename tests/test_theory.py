@@ -98,3 +98,17 @@ def test_theory_refuses_what_it_does_not_cover():
         theory.block_bases(factors, target, 9)
     with pytest.raises(ValueError, match=r"\(18, 10\)"):
         theory.block_bases(factors, target[:, :10], 2)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_outer_ratio_limit_parts_settling_from_not(depth):
+    target = cd.low_rank_target((10, 10), 1, generator=torch.Generator().manual_seed(0))
+    problem, step_size = cd.MatrixFactorization(target), 2.0
+    limit = theory.outer_ratio_limit(problem, step_size, depth).item()
+    assert limit > 1
+    start = cd.compress_spectral(problem, 1, depth, 0.1)
+    below, above = (
+        cd.descend(problem, start, step_size, 3000, outer_ratio=ratio * limit, record_every=3000).final("error")
+        for ratio in (0.9, 1.1)
+    )
+    assert below < 1e-20 < 1e-6 < above

@@ -39,6 +39,7 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
             run = _descend(problem, factors, step_size, outer_ratio=ratio, **options)
             histories.setdefault(name, []).append(run)
             sizes[name] = _size((factors, step_size, ratio))
+        del problem, starts  # before the next seed is drawn: the operators of a sensing problem fill a memory
     arrays: dict[str, np.ndarray] = {}
     for name, runs in histories.items():
         arrays |= {f"{name}/{key}": value for key, value in _gather(runs).items()}

@@ -77,6 +77,7 @@ VOCABULARY: dict[str, Parameter] = {
     "record_every": Parameter(int, COUNT, "iterations", "iterations between two records"),
     "frames": Parameter(int, COUNT, "", "number of snapshots of the factors along the way"),
     "tolerance": Parameter(float, NOT_NEGATIVE, "", "training loss at which a run stops"),
+    "depth2_init_scale": Parameter(float, POSITIVE, "", "scale of the two-factor start"),
     # repetition and machinery
     "seed": Parameter(int, NOT_NEGATIVE, "", "seed of the random numbers"),
     "seeds": Parameter(int, COUNT, "", "number of independent seeds"),

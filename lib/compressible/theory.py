@@ -86,6 +86,15 @@ def stability_limit(problem: Problem, depth: int) -> Tensor:
     return 2 * problem.shape[0] * problem.shape[1] / (depth * top ** (2 - 2 / depth))
 
 
+def outer_ratio_limit(problem: Problem, step_size: float, depth: int) -> Tensor:
+    """Return the outer ratio alpha (...) above which descent cannot settle at the top singular triplet.
+
+    Small factors grow towards s_outer^2 = alpha s_inner^2, which multiplies the curvature of `stability_limit` by
+    alpha^(2 / L): the limit is (stability_limit / step_size)^(L / 2). Below 1 the step size is too large by itself.
+    """
+    return (stability_limit(problem, depth) / step_size) ** (depth / 2)
+
+
 def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
     """Return V (d, 2 rank) by the literal construction: the complement of an intersection of null spaces.
 
