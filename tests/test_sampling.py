@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
+from compressible.sampling import inclusion_probability
 
 
 def test_weighted_mask_prefers_the_heavy_entries_and_keeps_the_count():
@@ -31,6 +32,21 @@ def test_equal_weights_change_nothing_but_the_draw():
 def test_bad_weights_are_refused_with_their_minimum(bad):
     with pytest.raises(ValueError, match="weights have shape"):
         cd.random_mask((4, 4), 0.5, weights=bad)
+
+
+def test_inclusion_probability_is_the_share_of_masks_that_observe_an_entry():
+    weights = torch.arange(1.0, 31).double()[:, None] ** -1 * torch.arange(1.0, 21).double() ** -0.5
+    masks = cd.random_mask((30, 20), 0.3, (3000,), torch.Generator().manual_seed(0), weights=weights)
+    expected, found = inclusion_probability(weights, 0.3), masks.mean(0)
+    assert expected.mean().item() == pytest.approx(0.3, abs=1e-12)
+    spread = (expected * (1 - expected) / 3000).sqrt()
+    assert ((found - expected).abs() < 5 * spread + 0.003).all() and expected.max() > 0.9 > 0.1 > expected.min()
+
+
+def test_equal_weights_are_included_equally():
+    torch.testing.assert_close(inclusion_probability(torch.full((4, 5), 7.0), 0.25), torch.full((4, 5), 0.25).double())
+    with pytest.raises(ValueError, match="observed is 1"):
+        inclusion_probability(torch.ones(2, 2), 1)
 
 
 def test_operators_have_the_papers_scale():

@@ -87,3 +87,15 @@ def test_alignment_ignores_signs():
 def test_dimensions_must_agree():
     with pytest.raises(ValueError, match="9 and 8"):
         spectra.principal_angles(_subspace(9, 2, 0), _subspace(8, 2, 0))
+
+
+def test_leading_angle_takes_the_side_that_turned_more():
+    g = torch.Generator().manual_seed(0)
+    matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]).double())
+    turn = torch.eye(4).double()
+    turn[1:3, 1:3] = torch.tensor([[math.cos(0.3), -math.sin(0.3)], [math.sin(0.3), math.cos(0.3)]])
+    stack = torch.stack([matrix, matrix @ turn.mT, turn @ matrix])
+    torch.testing.assert_close(spectra.leading_angle(stack, matrix, 2, 2), torch.tensor([0.0, 0.3, 0.3]).double())
+    torch.testing.assert_close(spectra.leading_angle(stack, matrix, 3, 2), torch.zeros(3).double(), rtol=0, atol=1e-12)
+    noise = torch.randn(4, 4, generator=g, dtype=torch.float64)
+    assert spectra.leading_angle(noise, matrix, 1, 1) > 0.1

@@ -112,3 +112,35 @@ def test_outer_ratio_limit_parts_settling_from_not(depth):
         for ratio in (0.9, 1.1)
     )
     assert below < 1e-20 < 1e-6 < above
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 6])
+def test_compressed_factorization_follows_one_scalar_per_singular_value(depth):
+    """At every depth, excess width included; the bases never turn."""
+    target, _ = _start(2, (1.0, 1.0))
+    problem, scale, steps = cd.MatrixFactorization(target), 1e-2 ** (1 / depth), 3000
+    step = 0.1 * theory.stability_limit(problem, depth).item()
+    marks = range(0, steps + 1, 100)
+    run = cd.descend(problem, cd.compress_spectral(problem, 2 * RANK, depth, scale), step, steps, snapshots=marks)
+    strengths = torch.linalg.svdvals(target)[: 2 * RANK]
+    strengths[RANK:] = 0
+    expected = theory.aligned_values(strengths, depth, scale, step / SIZE**2, steps)
+    for t in marks:
+        values = torch.linalg.svdvals(cd.product(run.snapshots[t]))[: 2 * RANK]
+        torch.testing.assert_close(values, expected[t].sort(descending=True).values, rtol=1e-8, atol=1e-12)
+    assert (expected[-1, :RANK] / strengths[:RANK] > 0.999).all(), "the run must pass through the whole transition"
+
+
+@pytest.mark.parametrize("depth", [2, 3, 5])
+def test_escape_time_is_the_leading_order_of_the_recursion(depth):
+    value, product_scale, step = 7.0, 1e-5, 1e-3
+    scale = product_scale ** (1 / depth)
+    expected = theory.escape_time(value, depth, scale, step)
+    path = theory.aligned_values(torch.tensor([value], dtype=torch.float64), depth, scale, step, round(1.5 * expected))
+    first = int((path[:, 0] > value / 2).int().argmax())
+    assert first == pytest.approx(expected, rel=0.05 if depth > 2 else 0.01)
+
+
+def test_escape_time_needs_a_start_below_the_value():
+    with pytest.raises(ValueError, match="scale is 2"):
+        theory.escape_time(1.0, 3, 2.0, 0.1)

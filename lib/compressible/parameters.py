@@ -55,18 +55,22 @@ VOCABULARY: dict[str, Parameter] = {
     "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
     "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
     "noises": Parameter(float, NOT_NEGATIVE, "std", "standard deviations of the noise to compare", many=True),
+    "noise_ratios": Parameter(float, NOT_NEGATIVE, "", "noise over the target's root mean square entry", many=True),
     "skews": Parameter(float, NOT_NEGATIVE, "", "exponents of non-uniform observation, 0 is uniform", many=True),
     # the factorization
     "depth": Parameter(int, "[2, inf)", "factors", "number L of factors"),
     "depths": Parameter(int, "[2, inf)", "factors", "numbers of factors to compare", many=True),
     "width": Parameter(int, COUNT, "columns", "hidden width w"),
     "widths": Parameter(int, COUNT, "columns", "hidden widths to compare", many=True),
+    "inner_widths": Parameter(int, COUNT, "columns", "inner widths k of the compressed network to compare", many=True),
     "guess": Parameter(int, COUNT, "", "rank that the compression assumes"),
     "rank_guesses": Parameter(int, COUNT, "", "assumed ranks to compare", many=True),
     "init_scale": Parameter(float, POSITIVE, "", "scale eps of the orthogonal initial factors"),
     "init_scales": Parameter(float, POSITIVE, "", "initial scales eps to compare", many=True),
+    "product_scale": Parameter(float, POSITIVE, "", "scale eps^L at which the product of the factors starts"),
     # the descent
     "step_size": Parameter(float, POSITIVE, "", "gradient step of the inner factors"),
+    "step_fraction": Parameter(float, POSITIVE, "", "gradient step over the stability limit"),
     "step_sizes": Parameter(float, POSITIVE, "", "gradient steps to compare", many=True),
     "step_fractions": Parameter(float, POSITIVE, "", "step sizes to choose from, over the stability limit", many=True),
     "depth2_step_size": Parameter(float, POSITIVE, "", "gradient step of the two-factor run"),
@@ -100,6 +104,7 @@ VOCABULARY: dict[str, Parameter] = {
 AT_MOST = (
     ("rank", ("dimension", "dimensions", "users", "items", "width", "widths")),
     ("ranks", ("dimension", "dimensions", "users", "items", "width", "widths")),
+    ("inner_widths", ("dimension", "dimensions", "users", "items")),
     ("guess", ("dimension", "dimensions", "users", "items")),
     ("rank_guesses", ("dimension", "dimensions", "users", "items")),
 )

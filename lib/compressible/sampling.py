@@ -58,6 +58,23 @@ def random_mask(
     return mask.unflatten(-1, shape).to(device=device)
 
 
+def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
+    """Return the probability (m, n) with which `random_mask` observes each entry under `weights` (m, n) > 0.
+
+    1 - exp(-t w) with t such that the probabilities sum to `observed` m n: the limit of large m n, where the count is
+    as good as fixed. Raises ValueError if `observed` is outside (0, 1) or a weight is not finite and positive.
+    """
+    if not 0 < observed < 1:
+        raise ValueError(f"observed is {observed}, expected a fraction in (0, 1)")
+    rates = _check_weights(weights, tuple(weights.shape))
+    low, high = torch.tensor(0.0, dtype=torch.float64), 1 / rates.min() * -math.log1p(-observed)
+    for _ in range(200):  # bisection: the least weight alone bounds t from above
+        middle = (low + high) / 2
+        short = -torch.expm1(-middle * rates).mean() < observed
+        low, high = (middle, high) if short else (low, middle)
+    return -torch.expm1(-high * rates).reshape(weights.shape).to(weights.device)
+
+
 def gaussian_operators(
     count: int,
     shape: tuple[int, int],

@@ -87,6 +87,19 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
 
 
+def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: int) -> Tensor:
+    """Return the largest principal angle (...) between leading singular subspaces of two matrices (..., m, n).
+
+    Those of the first `first_rank` and `second_rank` singular vectors, the larger of the left and of the right side.
+    """
+    (left, _, right), (other_left, _, other_right) = (
+        torch.linalg.svd(matrix, full_matrices=False) for matrix in (first, second)
+    )
+    sides = (left, other_left), (right.mT, other_right.mT)
+    angles = [principal_angles(one[..., :first_rank], two[..., :second_rank])[..., -1] for one, two in sides]
+    return torch.maximum(*angles)
+
+
 def vector_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the angles (..., k) in [0, pi/2] between matching unit columns (..., d, k), whatever their signs."""
     cosines = (first * second).sum(-2, keepdim=True)

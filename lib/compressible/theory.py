@@ -1,4 +1,4 @@
-"""P1's theorem and corollary as code, so that runs can be held against them.
+"""P1's theorem and corollary as code, and P2's scalar dynamics, so that runs can be held against them.
 
 Gradient descent on 1/2 ||W_L...W_1 - Phi||_F^2 + lambda/2 sum ||W_l||_F^2 with rank(Phi) = r, from W_l(0) = eps_l
 times orthogonal (d, d). Then W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T for all t: d - 2r singular values
@@ -93,6 +93,33 @@ def outer_ratio_limit(problem: Problem, step_size: float, depth: int) -> Tensor:
     alpha^(2 / L): the limit is (stability_limit / step_size)^(L / 2). Below 1 the step size is too large by itself.
     """
     return (stability_limit(problem, depth) / step_size) ** (depth / 2)
+
+
+def escape_time(value: float, depth: int, scale: float, step_size: float) -> float:
+    """Return about how many iterations a singular value s = `value` of the target takes from eps^L to its own size.
+
+    eps^(2-L) / ((L - 2) eta s) for L > 2 and log(s / eps^2) / (2 eta s) for L = 2, eps = `scale`: L balanced, aligned
+    factors, leading order in eps; `step_size` is eta on the sum loss. Raises ValueError unless eps^L < s.
+    """
+    if not 0 < scale**depth < value:
+        raise ValueError(f"scale is {scale} and value {value}, expected 0 < scale^{depth} < value")
+    growth = scale ** (2 - depth) / (depth - 2) if depth > 2 else math.log(value / scale**2) / 2
+    return growth / (step_size * value)
+
+
+def aligned_values(values: Tensor, depth: int, scale: float, step_size: float, steps: int) -> Tensor:
+    """Return the singular values (steps + 1, ...) of P2's compressed product while it factors its own surrogate.
+
+    The factors of `compress_spectral` stay diagonal in the target's singular bases, so that each of its singular values
+    s = `values` (...) is followed by sigma(t) = a(t)^L with a(0) = eps = `scale` and
+    a(t+1) = a(t) + eta a(t)^(L-1) (s - a(t)^L). Full observation, one step size in all layers (alpha = 1);
+    `step_size` is eta on the sum loss.
+    """
+    path = values.new_empty(steps + 1, *values.shape)
+    path[0] = scale
+    for t in range(steps):
+        path[t + 1] = path[t] + step_size * path[t] ** (depth - 1) * (values - path[t] ** depth)
+    return path**depth
 
 
 def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
