@@ -53,6 +53,7 @@ VOCABULARY: dict[str, Parameter] = {
     "ranks": Parameter(int, COUNT, "", "ranks to compare", many=True),
     "observed": Parameter(float, "(0, 1]", "fraction", "share of the entries that are observed"),
     "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
+    "smallest_value": Parameter(float, "(0, 1]", "", "smallest singular value of the target over its largest"),
     "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
     "noises": Parameter(float, NOT_NEGATIVE, "std", "standard deviations of the noise to compare", many=True),
     "noise_ratios": Parameter(float, NOT_NEGATIVE, "", "noise over the target's root mean square entry", many=True),
