@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS ?= lab,batch,test
+EXTRAS ?= lab,batch,adapters,test
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 PRESET ?= quick

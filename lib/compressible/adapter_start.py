@@ -1,0 +1,164 @@
+"""The compressed start of Deep LoRA: outer factors from the gradient of the first batch (P1, section 4).
+
+The literal construction starts from full-width factors eps Q_l, takes the gradient of W_1 and keeps 2 r' = r
+directions of it. It needs Q = Q_L ... Q_1 only through its action on r vectors, and Q is random: for the gradient G
+(m, n) of the layer, with top singular vectors P, Z (r' each), the directions are span[Z, Q^T P], where Q^T P = H is a
+uniformly random frame; Q takes H to P and what Z has beside H to a random frame orthogonal to P. So one thin SVD of G
+and two random frames replace all d x d factors. A layer's gradient is taken on the way back, decomposed at once, and
+let go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter, adapters
+
+
+def compress_adapters(
+    model: nn.Module, loss_step: Callable[[], Tensor], batches: int = 1, generator: torch.Generator | None = None
+) -> dict[str, float]:
+    """Give every adapter of variant "compressed" its factors from the gradients of `batches` calls of `loss_step`.
+
+    loss_step runs the model on one batch and returns the loss, a scalar tensor. With one batch each layer's gradient
+    lives only until its SVD; with several, one gradient a layer is held on its device. Over several processes the
+    gradients are averaged, so that all get the same factors, if `generator` has the same seed everywhere. Returns
+    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1 and RuntimeError if a layer saw no
+    gradient.
+    """
+    if batches < 1:
+        raise ValueError(f"batches is {batches}, expected at least 1")
+    found = {name: adapter for name, adapter in adapters(model).items() if adapter.config.variant == "compressed"}
+    if generator is None:
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    sinks = {name: _Sink(adapter) for name, adapter in found.items()}
+    meter = _Meter(next(iter(found.values())).weight.device)
+    with torch.enable_grad():
+        for name, adapter in found.items():
+            adapter.probe = sinks[name].watch
+        try:
+            for batch in range(batches):
+                for sink in sinks.values():
+                    sink.last = batch == batches - 1
+                # Only towards the sinks: what else is trained keeps its .grad as it was.
+                torch.autograd.backward(loss_step(), inputs=[sink.token for sink in sinks.values()])
+        finally:
+            for adapter in found.values():
+                adapter.probe = None
+    missing = [name for name, sink in sinks.items() if sink.pair is None]
+    if missing:
+        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
+    for name, adapter in found.items():
+        right, left = compressed_frames(*sinks[name].pair, adapter.shape, generator)
+        adapter.factors = nn.ParameterList(_chain(right, left, adapter))
+    return meter.read()
+
+
+def compressed_frames(
+    left: Tensor, right: Tensor, shape: tuple[int, int], generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return V (n, 2r) orthonormal and U = Q V (m, 2r) from the gradient's top singular vectors P (m, r), Z (n, r).
+
+    For m > n the roles of the sides change, as in `compress_from_gradient`.
+    """
+    m, n = shape
+    if m > n:
+        outer, inner = compressed_frames(right, left, (n, m), generator)
+        return inner, outer
+    rank = left.shape[1]
+    image = torch.cat([left, left.new_zeros(n - m, rank)])  # of H under the n x n orthogonal matrix that starts with Q
+    first, beside = _frame(n, rank, None, generator, left), _frame(n, rank, image, generator, left)
+    return span_and_image(first, right, left, beside[:m])
+
+
+def span_and_image(first: Tensor, right: Tensor, left: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return V = [H, Z without H] (n, 2r) and U = [P, Y] (m, 2r), where Q takes H to P and the rest of Z to Y."""
+    rest = right - first @ (first.mT @ right)
+    return torch.cat([first, torch.linalg.qr(rest).Q], 1), torch.cat([left, beside], 1)
+
+
+class _Sink:
+    """Collects the gradient of one layer's update, sum over tokens of grad_out x^T, and keeps its singular vectors."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter, self.total, self.pending, self.last = adapter, None, 0, False
+        self.token = torch.zeros((), device=adapter.weight.device, requires_grad=True)  # makes frozen layers recorded
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, x: Tensor, out: Tensor) -> Tensor:
+        """Pass `out` (..., m) on and take its gradient on the way back; x (..., n), or ids for an embedding."""
+        self.pending += torch.is_grad_enabled()  # a layer may be used several times
+        return _Probe.apply(x, out, self.token, self)
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        """Add one use of the layer; after the last of the last batch decompose and let the gradient go."""
+        m, n = self.adapter.shape
+        grad = grad.reshape(-1, m).float()
+        if isinstance(self.adapter.base, nn.Embedding):
+            gradient = grad.new_zeros(n, m).index_add_(0, x.reshape(-1), grad).mT
+        else:
+            gradient = grad.mT @ x.reshape(-1, n).float()
+        self.total = gradient if self.total is None else self.total + gradient
+        self.pending -= 1
+        if self.last and not self.pending:
+            self._decompose()
+
+    def _decompose(self) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.total)
+        rank = self.adapter.config.r // 2
+        left, _, right = torch.linalg.svd(self.total, full_matrices=False)
+        self.pair, self.total = (left[:, :rank].clone(), right[:rank].mT.clone()), None
+
+
+class _Probe(torch.autograd.Function):
+    """The identity on `out`, whose backward pass shows the gradient to a sink."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, out: Tensor, token: Tensor, sink: _Sink) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sink = sink
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+        ctx.sink.add(ctx.saved_tensors[0], grad)
+        return None, grad, grad.new_zeros((), dtype=torch.float32), None
+
+
+class _Meter:
+    """Seconds and peak device memory since it was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.began = device, time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def read(self) -> dict[str, float]:
+        """Return {"seconds", "peak_bytes"}."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+        return {"seconds": time.perf_counter() - self.began, "peak_bytes": float(peak)}
+
+
+def _frame(size: int, count: int, avoid: Tensor | None, generator: torch.Generator, like: Tensor) -> Tensor:
+    """A uniformly random frame (size, count), orthogonal to the orthonormal columns of `avoid`; drawn on the CPU."""
+    gaussian = torch.randn(size, count, generator=generator, dtype=torch.float64).to(like.device)
+    if avoid is not None:
+        span = avoid.double()
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            gaussian = gaussian - span @ (span.mT @ gaussian)
+    return torch.linalg.qr(gaussian).Q.to(like.dtype)
+
+
+def _chain(right: Tensor, left: Tensor, adapter: Adapter) -> list[nn.Parameter]:
+    """[V^T (r, n), eps I (r, r) x L, U (m, r)]."""
+    config = adapter.config
+    inner = [config.init_scale * torch.eye(config.r, device=right.device) for _ in range(config.depth)]
+    return [nn.Parameter(factor.contiguous()) for factor in (right.mT, *inner, left)]
