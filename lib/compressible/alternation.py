@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .baselines import _least_norm, _now
-from .sparse import SparseCompletion
+from .sparse import SparseCompletion, truncated_svd
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Sweeps:
     factors: list[Tensor]
     loss: Tensor  # half the mean squared residual over the observed
     error: Tensor  # the same over the hidden entries, NaN without
-    seconds: Tensor  # solving time so far, these records not
+    seconds: Tensor  # solving time so far, the start included, these records not
 
 
 def alternate(
@@ -34,24 +34,28 @@ def alternate(
     generator: torch.Generator | None = None,
     biases: bool = False,
     bias_ridge: float = 5.0,
+    start: str = "spectral",
 ) -> Sweeps:
     """Minimise sum over the observed of (U V^T - t)^2 + ridge (|U|^2 + |V|^2), U and V taking turns.
 
-    With `biases` each row and column has a bias too, under bias_ridge * bias^2; entries should then have mean 0. Starts
-    from U = 0 and a Gaussian V (n, r), times 0.1 with biases, drawn on the CPU. Raises ValueError for a rank outside
-    1 to min(m, n), a negative ridge (0 with biases) or sweeps < 1.
+    With `biases` each row and column has a bias too, under bias_ridge * bias^2; entries should then have mean 0. start:
+    "spectral", V from the rank-r SVD of Omega * Phi / p, or "random", a Gaussian V (n, r), times 0.1 with biases, drawn
+    on the CPU; U = 0 either way. Raises ValueError for a rank outside 1 to min(m, n), a negative ridge (0 with biases),
+    sweeps < 1 or another start.
     """
-    _check(problem, rank, ridge, sweeps, biases and ridge == 0)
+    _check(problem, rank, ridge, sweeps, start, biases and ridge == 0)
+    began = _now(problem.seen.rows.values)
     entries = problem.seen
     ones = torch.ones_like(entries.rows.values)
     patterns = entries.matrix(ones), entries.matrix(ones, transposed=True)
-    draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype).to(problem.device)
-    right = _with_bias(0.1 * draw, torch.zeros_like(draw[:, 0]), by_rows=False) if biases else draw
+    right = _start(problem, rank, start, generator, 0.1 if biases else 1.0)
+    right = _with_bias(right, torch.zeros_like(right[:, 0]), by_rows=False) if biases else right
     left = torch.zeros(problem.shape[0], right.shape[1], dtype=problem.dtype, device=problem.device)
     penalty = torch.full((rank + biases,), ridge, dtype=problem.dtype, device=problem.device)
     if biases:
         penalty[-1] = bias_ridge
-    records, seconds = [problem.evaluate_factors([right.mT, left])], [0.0]
+    seconds = [_now(right) - began]
+    records = [problem.evaluate_factors([right.mT, left])]
     for _ in range(sweeps):
         began = _now(right)
         left = _half(problem, patterns[0], right, penalty, rank, transposed=False)
@@ -60,6 +64,14 @@ def alternate(
         records.append(problem.evaluate_factors([right.mT, left]))
     loss, error = torch.tensor([[float(value) for value in record] for record in records], dtype=torch.float64).T
     return Sweeps([right.mT, left], loss, error, torch.tensor(seconds, dtype=torch.float64))
+
+
+def _start(problem: SparseCompletion, rank: int, start: str, generator, scale: float) -> Tensor:
+    if start == "spectral":
+        _, values, right = truncated_svd(problem.surrogate(), rank)
+        return right * values.sqrt()
+    draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype)
+    return scale * draw.to(problem.device)
 
 
 def _half(problem, pattern: Tensor, partner: Tensor, penalty: Tensor, rank: int, transposed: bool) -> Tensor:
@@ -92,10 +104,12 @@ def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) ->
     return _least_norm(normal, right_side)
 
 
-def _check(problem: SparseCompletion, rank: int, ridge: float, sweeps: int, bare: bool) -> None:
+def _check(problem: SparseCompletion, rank: int, ridge: float, sweeps: int, start: str, bare: bool) -> None:
     if not isinstance(rank, int) or not 1 <= rank <= min(problem.shape):
         raise ValueError(f"rank is {rank!r}, expected an integer from 1 to {min(problem.shape)}")
     if not 0 <= ridge < math.inf or bare:
         raise ValueError(f"ridge is {ridge!r}, expected a finite number >= 0, > 0 with biases")
     if not isinstance(sweeps, int) or sweeps < 1:
         raise ValueError(f"sweeps is {sweeps!r}, expected an integer >= 1")
+    if start not in ("spectral", "random"):
+        raise ValueError(f"start is {start!r}, expected spectral or random")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from .baselines import _now
 from .engines import choose
-from .machine import peak_memory, reset_peak_memory
+from .factors import orthogonal_factors
+from .machine import peak_memory, reset_peak_memory, resolve_device
+from .sampling import sparse_low_rank
 from .sparse import SparseCompletion
 
 
@@ -30,16 +32,24 @@ def step_seconds(
     return np.array(seconds)
 
 
-def peak_bytes(problem: SparseCompletion, factors: Sequence[Tensor]) -> int:
-    """Return the peak of device memory while an engine is made and takes two steps, all that is alive included.
+def measure(
+    count: int, lines: int, width: int, trials: int, device: str = "auto", work: int = 2_000_000
+) -> tuple[np.ndarray, int]:
+    """Return seconds a step (trials,) and the bytes that descending takes, from `count` entries of a square matrix.
 
-    Only CUDA tells; raises ValueError elsewhere.
+    m = n = `lines`, depth 3, inner width k = `width`, float64; a trial takes enough steps to touch `work` entries, at
+    least five. Bytes are the peak of what is allocated, entries included, on CUDA, and `held_bytes` elsewhere. Raises
+    ValueError where there are fewer than count + 1 places.
     """
-    if problem.device.type != "cuda":
-        raise ValueError(f"problem is on {problem.device}, expected cuda, which counts the bytes of its tensors")
-    reset_peak_memory(str(problem.device))
-    step_seconds(problem, factors, 1, 1)
-    return peak_memory(str(problem.device))
+    place, generator = resolve_device(device), torch.Generator().manual_seed(0)
+    shape = (lines, lines)
+    observed = sparse_low_rank(shape, max(width // 2, 1), count, generator, hidden=1)[0].to(place)
+    problem = SparseCompletion(observed)
+    del observed
+    factors = orthogonal_factors(shape, 3, width, 0.1, generator, device=place)
+    reset_peak_memory(place)
+    seconds = step_seconds(problem, factors, max(5, work // count), trials)
+    return seconds, peak_memory(place) if place != "cpu" else held_bytes(problem, factors)
 
 
 def held_bytes(problem: SparseCompletion, factors: Sequence[Tensor]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -28,9 +29,25 @@ FORMS = ("ratings.csv.gz", "ratings_cold_users.csv.gz", *MEMBERS, "ml-100k.inter
 
 def read_ratings(name: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, Path]:
     """All ratings in the first form to be had, and its path; data.DataError if there is none."""
-    known = data.load_manifest(manifest)
-    path = data.fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
+    path = _fetch(name, manifest)
     return (_read_member(path, *MEMBERS[path.name]) if path.name in MEMBERS else _read_table(path)), path
+
+
+def reachable(
+    names: Iterable[str], manifest: str | Path | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Fetch the sets `names`; return {name: sha256} of those to be had and {name: reason} of the others.
+
+    The digest is the set's or, where the manifest has none, its file's.
+    """
+    found, skipped, sets = {}, {}, data.load_sets(manifest)
+    for name in names:
+        try:
+            path = _fetch(name, manifest)
+            found[name] = sets[name].sha256 or data.load_manifest(manifest)[f"{name}/{path.name}"].sha256
+        except data.DataError as error:
+            skipped[name] = " ".join(str(error).split("\nwhat to do")[0].split())
+    return found, skipped
 
 
 def read_fold(name: str, fold: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -50,6 +67,11 @@ def local_fold(name: str, fold: str, manifest: str | Path | None = None) -> list
         if len(paths) == len(files):
             return paths
     return []
+
+
+def _fetch(name: str, manifest: str | Path | None) -> Path:
+    known = data.load_manifest(manifest)
+    return data.fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
 
 
 def _pair(name: str, fold: str) -> list[str]:

@@ -6,6 +6,7 @@ test entries are scored along the way and never chosen on. Entries may be rating
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from .descent import DivergenceError, descend
 from .history import History
 from .machine import resolve_device
 from .ratings import Ratings, Split, center, validation_slice
-from .recommend import Fit
 from .sampling import sparse_low_rank
 from .sparse import SparseCompletion
 from .theory import stability_limit
@@ -69,49 +69,66 @@ def drawn_task(
     return Task(*(SparseCompletion(*pair) for pair in pairs))
 
 
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A tuned method on the whole task.
+
+    iterations, seconds, rmse (R,): the root mean square test error over iterations or sweeps; final and stopped: that
+    error at the end and at the iteration `stop` that the slice chose; settings: what else it chose.
+    """
+
+    iterations: np.ndarray
+    seconds: np.ndarray
+    rmse: np.ndarray
+    final: float
+    stopped: float
+    stop: int
+    settings: dict[str, float]
+
+
 def fit_descent(
     task: Task,
     width: int,
     depth: int,
-    init_scale: float,
+    init_scales: Sequence[float],
     step_fractions: Sequence[float],
     outer_ratio: float = 1.0,
     **options,
-) -> Fit:
-    """Choose step size and stopping iteration on the slice, then descend on all observed entries.
+) -> Trace:
+    """Choose scale, step size and stopping iteration on the slice, then descend on all observed entries.
 
     The start is P2's of inner width k = `width`; step sizes are `step_fractions` of each problem's `stability_limit`;
     `options` (steps, record_every) go to `descend`. Seconds include the start. A step size that diverges is out;
     raises ValueError if all do.
     """
     runs = []
-    for fraction in step_fractions:
+    for scale, fraction in itertools.product(init_scales, step_fractions):
         try:
-            history, _ = _descend(task.trial, width, depth, init_scale, fraction, outer_ratio, options)
+            history, _ = _descend(task.trial, width, depth, scale, fraction, outer_ratio, options)
         except DivergenceError:
             continue
         at = int(history.error.argmin())
-        runs.append((float(history.error[at]), fraction, int(history.iterations[at])))
+        runs.append((float(history.error[at]), scale, fraction, int(history.iterations[at])))
     if not runs:
         raise ValueError(f"step_fractions are {list(step_fractions)}: all diverge, expected one that does not")
-    _, fraction, stop = min(runs)
-    history, before = _descend(task.whole, width, depth, init_scale, fraction, outer_ratio, options)
-    return _fit(history.iterations, history.seconds + before, history.error, fraction, stop)
+    _, scale, fraction, stop = min(runs)
+    history, before = _descend(task.whole, width, depth, scale, fraction, outer_ratio, options)
+    settings = {"init_scale": scale, "step_fraction": fraction}
+    return _trace(history.iterations, history.seconds + before, history.error, stop, settings)
 
 
 def fit_sweeps(
-    task: Task, rank: int, ridges: Sequence[float], sweeps: int, biases: bool = False, bias_ridge: float = 5.0
-) -> Fit:
+    task: Task, rank: int, ridges: Sequence[float], sweeps: int, biases: bool = False, start: str = "spectral"
+) -> Trace:
     """Alternating least squares (`alternate`), its ridge and stopping sweep chosen on the slice."""
 
     def solve(problem: SparseCompletion, ridge: float):
-        generator = torch.Generator().manual_seed(0)
-        return alternate(problem, rank, ridge, sweeps, generator, biases, bias_ridge)
+        return alternate(problem, rank, ridge, sweeps, torch.Generator().manual_seed(0), biases, start=start)
 
     errors = torch.stack([solve(task.trial, ridge).error for ridge in ridges])
     row, stop = divmod(int(errors.nan_to_num(torch.inf).argmin()), sweeps + 1)
     result = solve(task.whole, ridges[row])
-    return _fit(torch.arange(sweeps + 1), result.seconds, result.error, ridges[row], stop)
+    return _trace(torch.arange(sweeps + 1), result.seconds, result.error, stop, {"ridge": ridges[row]})
 
 
 def rms(problem: SparseCompletion) -> float:
@@ -127,10 +144,9 @@ def _descend(problem, width, depth, scale, fraction, outer_ratio, options) -> tu
     return descend(problem, start, step_size, outer_ratio=outer_ratio, **options), before
 
 
-def _fit(iterations, seconds, error, setting: float, stop: int) -> Fit:
-    curves = [np.asarray(curve) for curve in (iterations, seconds, error)]
-    scores = [{"rmse": float((2 * error[at]) ** 0.5)} for at in (-1, int((curves[0] == stop).argmax()))]
-    return Fit(*curves, *scores, setting, stop)
+def _trace(iterations, seconds, error, stop: int, settings: dict[str, float]) -> Trace:
+    steps, clock, rmse = (np.asarray(curve) for curve in (iterations, seconds, (2 * error).sqrt()))
+    return Trace(steps, clock, rmse, float(rmse[-1]), float(rmse[steps == stop][0]), stop, settings)
 
 
 def _problem(ratings: Ratings, offsets, train: np.ndarray, held_out: np.ndarray, device: str) -> SparseCompletion:
