@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the files of one set must amount to: rows, users, items and the canonical sha256 of the rows, "" if unknown."""
+    """What the files of one set must amount to: rows, users, items and the sha256 of the rows ("" if unknown)."""
 
     name: str
     rows: int

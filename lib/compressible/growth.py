@@ -33,7 +33,7 @@ def step_seconds(
 
 
 def measure(
-    count: int, lines: int, width: int, trials: int, device: str = "auto", work: int = 2_000_000
+    count: int, lines: int, width: int, trials: int, device: str = "auto", work: int = 1_000_000
 ) -> tuple[np.ndarray, int]:
     """Return seconds a step (trials,) and the bytes that descending takes, from `count` entries of a square matrix.
 
@@ -50,6 +50,14 @@ def measure(
     reset_peak_memory(place)
     seconds = step_seconds(problem, factors, max(5, work // count), trials)
     return seconds, peak_memory(place) if place != "cpu" else held_bytes(problem, factors)
+
+
+def curve(
+    counts: Sequence[int], a_line: float, width: int, trials: int, device: str = "auto"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return seconds a step (trials, n) and bytes (n,), as `measure`, for n `counts` of entries, `a_line` a line."""
+    taken = [measure(count, round(count / a_line), width, trials, device) for count in counts]
+    return np.stack([seconds for seconds, _ in taken], 1), np.array([float(size) for _, size in taken])
 
 
 def held_bytes(problem: SparseCompletion, factors: Sequence[Tensor]) -> int:

@@ -76,7 +76,7 @@ def sparse_low_rank(
     size = math.prod(shape)
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
-    if not (1 <= count and 1 <= hidden and count + hidden <= size):
+    if min(count, hidden) < 1 or count + hidden > size:
         raise ValueError(f"count is {count} and hidden {hidden}, expected each >= 1 and at most {size} together")
     left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
     left /= math.sqrt(rank)

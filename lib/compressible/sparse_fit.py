@@ -56,7 +56,7 @@ def drawn_task(
     fraction: float = 0.1,
     device: str = "auto",
 ) -> Task:
-    """Return the task of `count` entries of a rank-r matrix (`sparse_low_rank`), a tenth as many hidden ones for the test.
+    """Return the task of `count` entries of a rank-r matrix (`sparse_low_rank`), the test a tenth as many hidden ones.
 
     The slice is a random `fraction` of the observed entries. Raises ValueError as `sparse_low_rank`.
     """
@@ -129,6 +129,21 @@ def fit_sweeps(
     row, stop = divmod(int(errors.nan_to_num(torch.inf).argmin()), sweeps + 1)
     result = solve(task.whole, ridges[row])
     return _trace(torch.arange(sweeps + 1), result.seconds, result.error, stop, {"ridge": ridges[row]})
+
+
+def gather(name: str, runs: Sequence[dict[str, Trace]]) -> dict[str, np.ndarray | list[str]]:
+    """Return a run's output from S repetitions of {method: trace}, keys "<name>/<method>/<what>", and "<name>/methods".
+
+    Curves are those of the first repetition; final, stopped, stop and the settings are (S,).
+    """
+    out: dict = {f"{name}/methods": list(runs[0])}
+    for method, trace in runs[0].items():
+        traces = [run[method] for run in runs]
+        rows = [{"final": t.final, "stopped": t.stopped, "stop": t.stop, **t.settings} for t in traces]
+        values = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        values |= {curve: getattr(trace, curve) for curve in ("iterations", "seconds", "rmse")}
+        out |= {f"{name}/{method}/{key}": value for key, value in values.items()}
+    return out
 
 
 def rms(problem: SparseCompletion) -> float:
