@@ -107,6 +107,13 @@ def test_sparse_biased_factorisation_is_the_dense_one(table):
     torch.testing.assert_close(model.overall + fast.factors[1] @ fast.factors[0], model.matrix(), rtol=0, atol=1e-5)
 
 
+def test_a_ridge_below_round_off_is_no_error():
+    observed, hidden, _ = pair()
+    scaled = [1e6 * part for part in (observed, hidden)]
+    fit = alternate(cd.SparseCompletion(*scaled), 5, 1e-12, 5)
+    assert torch.isfinite(fit.loss).all() and fit.loss[-1] < 1e-3 * fit.loss[0]
+
+
 @pytest.mark.parametrize("options", [
     {"rank": 0}, {"rank": 31}, {"ridge": -1.0}, {"ridge": 0.0, "biases": True}, {"sweeps": 0}, {"start": "warm"},
 ])  # fmt: skip

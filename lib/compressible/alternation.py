@@ -99,8 +99,9 @@ def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) ->
     products = (features[:, :, None] * features[:, None, :]).reshape(-1, rank * rank)
     normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag(penalty)
     right_side = known @ features
-    if bool((penalty > 0).all()):
-        return torch.cholesky_solve(right_side[:, :, None], torch.linalg.cholesky(normal))[:, :, 0]
+    factor, broken = torch.linalg.cholesky_ex(normal)  # round-off breaks it where factors are far above the ridge
+    if bool((penalty > 0).all()) and not bool(broken.any()):
+        return torch.cholesky_solve(right_side[:, :, None], factor)[:, :, 0]
     return _least_norm(normal, right_side)
 
 
