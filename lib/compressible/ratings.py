@@ -242,12 +242,8 @@ def _ratings(name: str, frame: pd.DataFrame, source: str) -> Ratings:
 
 
 def _frame(ratings: Ratings) -> pd.DataFrame:
-    columns = (
-        ratings.user_ids[ratings.users],
-        ratings.item_ids[ratings.items],
-        ratings.ratings,
-        ratings.timestamps,
-    )
+    ids = ratings.user_ids[ratings.users], ratings.item_ids[ratings.items]
+    columns = (*ids, ratings.ratings, ratings.timestamps)
     return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
