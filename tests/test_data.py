@@ -260,4 +260,7 @@ def test_the_projects_manifest_is_valid_and_says_on_what_terms():
     assert [name for name, entry in entries.items() if entry.sources] == [
         "movielens-100k/ml-100k.zip",
         "movielens-100k/ml-100k.inter",
+        "movielens-latest-small/ml-latest-small.zip",
+        "movielens-1m/ml-1m.zip",
+        "movielens-25m/ml-25m.zip",
     ]

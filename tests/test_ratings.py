@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
 import os
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -132,8 +135,65 @@ def test_offline_error_names_every_form_once(world, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
     with pytest.raises(data.DataError) as caught:
         ratings.load(SET, world.manifest)
-    for form in movielens.FORMS:
+    for form in ("ratings.csv.gz", "ml-100k.zip", "ml-100k.inter"):
+        assert form in movielens.FORMS
         assert str(caught.value).count(f"cannot get {SET}/{form} ") == 1
+
+
+HALVES = "user,item,rating,time\n7,30,3.5,5\n2,10,4.0,6\n2,30,0.5,7\n"
+WHOLE = "7::30::3::5\n2::10::4::6\n2::30::1::7\n"
+
+
+def other_set(folder: Path, file: str, content: bytes, facts: dict) -> Path:
+    """A local folder with one set, "other", of one file; returns its manifest."""
+    path = folder / "local" / "other" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    facts = {"rows": 3, "users": 2, "items": 2} | facts
+    return write_manifest(folder / "m.toml", {f"other/{file}": (content, [])}, {"other": facts})
+
+
+def zipped(member: str, text: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(member, text)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("file", "content", "stars", "times"), [
+    ("ml-latest-small.zip", zipped("ml-latest-small/ratings.csv", HALVES), [4.0, 0.5, 3.5], [6, 7, 5]),
+    ("ml-25m.zip", zipped("ml-25m/ratings.csv", HALVES), [4.0, 0.5, 3.5], [6, 7, 5]),
+    ("ml-1m.zip", zipped("ml-1m/ratings.dat", WHOLE), [4.0, 1.0, 3.0], [6, 7, 5]),
+    ("ratings_cold_users.csv.gz", gzip.compress(b"user_id,item_id,rating\n2,30,1\n7,30,3\n2,10,4\n"),
+     [4.0, 1.0, 3.0], [0, 0, 0]),
+])  # fmt: skip
+def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, stars, times):
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
+    loaded = ratings.load("other", other_set(tmp_path, file, content, {}))
+    assert loaded.ratings.tolist() == stars and loaded.timestamps.tolist() == times
+    assert loaded.user_ids.tolist() == [2, 7] and loaded.item_ids.tolist() == [10, 30]
+    kept = ratings.densest(loaded, 2, 1)
+    assert kept.ratings.tolist() == stars[1:]
+    factor = 2 if 0.5 in stars else 1
+    rows = [(u, i, int(factor * s), t) for u, i, s, t in zip((2, 2, 7), (10, 30, 30), stars, times, strict=True)]
+    assert loaded.sha256 == digest(b"".join(value.to_bytes(8, "little") for row in rows for value in row))
+
+
+def test_a_set_without_digest_is_checked_by_its_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
+    manifest = other_set(tmp_path, "ml-1m.zip", zipped("ml-1m/ratings.dat", WHOLE), {"items": 3})
+    with pytest.raises(data.DataError, match=r"rows, users, items, sha256"):
+        ratings.load("other", manifest)
+
+
+def test_what_can_be_had_is_told_from_what_cannot(world, monkeypatch):
+    found, skipped = movielens.reachable([SET], world.manifest)
+    assert found == {SET: set_facts(world.table)["sha256"]} and not skipped
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(world.folder / "empty"))
+    found, skipped = movielens.reachable([SET, "movies"], world.manifest)
+    assert not found and "sources: not tried" in skipped[SET] and "\n" not in skipped[SET]
+    assert "the manifest has none" in skipped["movies"]
 
 
 @pytest.mark.parametrize("name", ["u1", "u4", "seed0", "seed7"])

@@ -16,6 +16,7 @@ _HOME = {
     "stack_problems": "problems",
     "low_rank_target": "sampling",
     "random_mask": "sampling",
+    "sparse_low_rank": "sampling",
     "gaussian_operators": "sampling",
     "orthogonal_factors": "factors",
     "product": "factors",

@@ -44,15 +44,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What the files of one set must amount to: rows, users, items and the canonical sha256 of the rows."""
+    """What the files of one set must amount to: rows, users, items and the sha256 of the rows ("" if unknown)."""
 
     name: str
     rows: int
     users: int
     items: int
-    sha256: str
     licence: str
     citation: str
+    sha256: str = ""
 
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
@@ -131,11 +131,11 @@ def _entry(name: str, table: dict, owner: DataSet | None) -> Entry:
 def _build(kind: type, name: str, table: dict):
     """A dataclass from a manifest table, with every key and every value checked."""
     known = {field.name for field in fields(kind)} - {"name"}
-    required = known - {"sources"}
+    required = known - ({"sha256"} if kind is DataSet else {"sources"})
     if set(table) - known or required - set(table):
         raise DataError(f"data manifest, {name!r}: keys {sorted(table)}, expected {sorted(known)}")
-    digest = table["sha256"]
-    if not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
+    digest = table.get("sha256")
+    if "sha256" in table and not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
         raise DataError(f"data manifest, {name!r}: sha256 is {digest!r}, expected 64 hexadecimal digits")
     for key in known & {"size", "rows", "users", "items"}:
         if type(table[key]) is not int or table[key] < 1:

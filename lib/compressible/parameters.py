@@ -52,6 +52,8 @@ VOCABULARY: dict[str, Parameter] = {
     "rank": Parameter(int, COUNT, "", "true rank r of the target"),
     "ranks": Parameter(int, COUNT, "", "ranks to compare", many=True),
     "observed": Parameter(float, "(0, 1]", "fraction", "share of the entries that are observed"),
+    "entries": Parameter(int, COUNT, "", "number of observed entries of a sparse matrix"),
+    "entry_counts": Parameter(int, COUNT, "", "numbers of observed entries to compare", many=True),
     "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
     "smallest_value": Parameter(float, "(0, 1]", "", "smallest singular value of the target over its largest"),
     "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
@@ -92,6 +94,7 @@ VOCABULARY: dict[str, Parameter] = {
     # ratings
     "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
     "items": Parameter(int, COUNT, "", "items with the most ratings to keep"),
+    "tables": Parameter(str, r"movielens-[a-z0-9-]+", "", "rating sets of the data manifest to fit", many=True),
     "split": Parameter(str, r"auto|u[1-5]|seed\d+", "", "named split into training and test ratings"),
     "splits": Parameter(str, r"auto|u[1-5]|seed\d+", "", "named splits to average over", many=True),
     "validation_fraction": Parameter(float, "(0, 1)", "fraction", "share of training ratings to tune on"),

@@ -31,7 +31,9 @@ class Ratings:
     timestamps: np.ndarray  # (N,) seconds since 1970
     user_ids: np.ndarray  # (m,) original ids
     item_ids: np.ndarray  # (n,)
-    sha256: str  # of the rows as int64 (user id, item id, rating, timestamp): the same for every source
+    # Of the rows as int64 (user id, item id, rating, timestamp), ratings doubled where some are half stars: the same
+    # for every source.
+    sha256: str
     source: str  # manifest name of the file that was read
 
     @property
@@ -63,7 +65,7 @@ def load(name: str = "movielens-100k", manifest: str | Path | None = None) -> Ra
     table, path = movielens.read_ratings(name, manifest)
     ratings = _ratings(name, table, f"{name}/{path.name}")
     found, wanted = (len(ratings), *ratings.shape, ratings.sha256), sets[name]
-    expected = (wanted.rows, wanted.users, wanted.items, wanted.sha256)
+    expected = (wanted.rows, wanted.users, wanted.items, wanted.sha256 or ratings.sha256)
     if found != expected:
         raise data.DataError(f"{path}: (rows, users, items, sha256) are {found}, expected {expected}")
     return ratings
@@ -229,22 +231,20 @@ def rating_metrics(
 
 
 def _ratings(name: str, frame: pd.DataFrame, source: str) -> Ratings:
-    rows = frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS].to_numpy("<i8")
+    frame = frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS]
+    stars = frame["rating"].to_numpy(float)
+    halves = bool((stars % 1).any())
+    rows = frame.assign(rating=2 * stars if halves else stars).to_numpy("<i8")
     user_ids, users = np.unique(rows[:, 0], return_inverse=True)
     item_ids, items = np.unique(rows[:, 1], return_inverse=True)
     digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-    stars = rows[:, 2].astype(float)
     return Ratings(name, users, items, stars, rows[:, 3].copy(), user_ids, item_ids, digest, source)
 
 
 def _frame(ratings: Ratings) -> pd.DataFrame:
-    columns = (
-        ratings.user_ids[ratings.users],
-        ratings.item_ids[ratings.items],
-        ratings.ratings,
-        ratings.timestamps,
-    )
-    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True))).astype("int64")
+    ids = ratings.user_ids[ratings.users], ratings.item_ids[ratings.items]
+    columns = (*ids, ratings.ratings, ratings.timestamps)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
 
 
 def _most(values: np.ndarray, size: int, count: int) -> np.ndarray:

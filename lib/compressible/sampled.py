@@ -141,16 +141,28 @@ def spread(work: Callable[[int], None], parts: int) -> None:
 
 @njit(**OPTIONS)
 def _pass(pointers, indices, values, own, other, out, sums, shrink, rate, measure, begin, end):
+    """Lines `begin` to `end`, two entries at a time: their sums hide each other's latency."""
     width = own.shape[1]
-    total = np.empty(width, own.dtype)
+    mine, total = np.empty(width, own.dtype), np.empty(width, own.dtype)
     for line in range(begin, end):
-        total[:] = 0
+        for c in range(width):
+            mine[c], total[c] = own[line, c], 0
         squares = 0.0
-        for at in range(pointers[line], pointers[line + 1]):
-            far = indices[at]
-            residual = -values[at]
+        at, stop = pointers[line], pointers[line + 1]
+        while at + 1 < stop:
+            far, next_far = indices[at], indices[at + 1]
+            residual, next_residual = -values[at], -values[at + 1]
             for c in range(width):
-                residual += own[line, c] * other[far, c]
+                residual += mine[c] * other[far, c]
+                next_residual += mine[c] * other[next_far, c]
+            squares += residual * residual + next_residual * next_residual
+            for c in range(width):
+                total[c] += residual * other[far, c] + next_residual * other[next_far, c]
+            at += 2
+        if at < stop:
+            far, residual = indices[at], -values[at]
+            for c in range(width):
+                residual += mine[c] * other[far, c]
             squares += residual * residual
             for c in range(width):
                 total[c] += residual * other[far, c]
@@ -158,7 +170,7 @@ def _pass(pointers, indices, values, own, other, out, sums, shrink, rate, measur
             sums[line] = squares
         else:
             for c in range(width):
-                out[line, c] = shrink * own[line, c] - rate * total[c]
+                out[line, c] = shrink * mine[c] - rate * total[c]
 
 
 class SampledCuda(Kept, Sampled):

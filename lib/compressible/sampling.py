@@ -58,6 +58,33 @@ def random_mask(
     return mask.unflatten(-1, shape).to(device=device)
 
 
+def sparse_low_rank(
+    shape: tuple[int, int],
+    rank: int,
+    count: int,
+    generator: torch.Generator | None = None,
+    hidden: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Return (observed, hidden): `count` and `hidden` entries of one random matrix of exact rank r, never the matrix.
+
+    Sparse COO tensors (m, n) on the CPU, from A B^T / sqrt(r) with Gaussian A (m, r) and B (n, r): entries of variance
+    1, singular values about sqrt(m n / r). All entries are drawn uniformly without replacement, so that none is in
+    both; hidden is count / 10 unless given. Raises ValueError if rank > min(m, n) or if there are not so many entries.
+    """
+    hidden = max(count // 10, 1) if hidden is None else hidden
+    size = math.prod(shape)
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
+    if min(count, hidden) < 1 or count + hidden > size:
+        raise ValueError(f"count is {count} and hidden {hidden}, expected each >= 1 and at most {size} together")
+    left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
+    left /= math.sqrt(rank)
+    places = _distinct(size, count + hidden, generator)
+    parts = (places[:count], places[count:])
+    return tuple(_entries_at(part.sort().values, left, right, shape, dtype) for part in parts)
+
+
 def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
     """Return the probability (m, n) with which `random_mask` observes each entry under `weights` (m, n) > 0.
 
@@ -90,6 +117,26 @@ def gaussian_operators(
         raise ValueError(f"count is {count}, expected at least one measurement")
     gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
     return gaussian.div_(count).to(dtype=dtype, device=device)
+
+
+def _distinct(size: int, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` distinct numbers below `size`, uniform and in random order; memory of the order of `count`."""
+    if 2 * count >= size:
+        return torch.randperm(size, generator=generator)[:count]
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:  # what is left of draws with replacement is a uniform set of its size
+        extra = torch.randint(size, (count - len(found) + count // 50 + 16,), generator=generator)
+        found = torch.unique(torch.cat([found, extra]))
+    return found[torch.randperm(len(found), generator=generator)[:count]]
+
+
+def _entries_at(places: Tensor, left: Tensor, right: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    indices = torch.stack([places // shape[1], places % shape[1]])
+    values = torch.empty(len(places), dtype=dtype)
+    for start in range(0, len(places), 2**20):  # the gathered factors of a part at a time
+        part = slice(start, start + 2**20)
+        values[part] = (left[indices[0, part]] * right[indices[1, part]]).sum(-1)
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
 
 
 def _check_weights(weights: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .compress import invariant_directions, orthogonal_scale
 from .problems import Problem
+from .sparse import truncated_svd
 
 
 def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: float = 0.0) -> Tensor:
@@ -82,7 +83,9 @@ def stability_limit(problem: Problem, depth: int) -> Tensor:
     curvature L s^(2 - 2/L) / (m n) along it. Exact for a factorization, an estimate under a mask that is observed
     evenly (mean_over="observed"). Equal step sizes in all layers.
     """
-    top = torch.linalg.matrix_norm(problem.surrogate(), ord=2)
+    surrogate = problem.surrogate()
+    dense = surrogate.layout is torch.strided
+    top = torch.linalg.matrix_norm(surrogate, ord=2) if dense else truncated_svd(surrogate, 1)[1][0]
     return 2 * problem.shape[0] * problem.shape[1] / (depth * top ** (2 - 2 / depth))
 
 
