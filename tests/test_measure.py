@@ -75,10 +75,10 @@ def test_the_loops_stop_where_descend_does(kind, stack):
         pytest.importorskip("jax", reason="jax is not installed, and need not be")
     work = _small(stack=stack)
     ratio = work.outer_ratio
-    expected = cd.descend(work.problem, work.factors, work.step_size, 3000, ratio, record_every=20, tolerance=1e-4)
+    expected = cd.descend(work.problem, work.factors, work.step_size, 6000, ratio, record_every=20, tolerance=1e-4)
     loop = kind(work.problem, work.factors, work.rates, 0.0)
-    assert loop.until(3000, 20, math.inf) == 0
-    assert 0 < loop.until(3000, 20, 1e-4) == int(expected.stopped.max()) < 3000
+    assert loop.until(6000, 20, math.inf) == 0
+    assert 0 < loop.until(6000, 20, 1e-4) == int(expected.stopped.max()) < 6000
     again = kind(work.problem, work.factors, work.rates, 0.0)
     assert again.until(40, 20, 0.0) == 40
 
@@ -136,6 +136,11 @@ def test_every_engine_is_timed_or_says_why_not(name):
         )  # fmt: skip
 
 
+def test_loading_takes_its_time_once():
+    assert measure.load_engines("cpu") > 0
+    assert measure.load_engines("cpu") < 5
+
+
 def test_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="engine is 'warp'"):
         measure.time_engine("warp", _small(), 4, 0.01, 2)
@@ -158,7 +163,7 @@ def test_solutions_agree_on_the_iterations():
 
 
 def test_recording_share_is_a_number_a_trial():
-    shares = measure.recording_share(_small(), steps=100, every=10, trials=3)
+    shares = measure.recording_share(_small(), step=1e-4, every=10, seconds=0.01, trials=3)
     assert shares.shape == (3,) and np.isfinite(shares).all() and (shares > -1).all()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,10 +18,10 @@ from .descent import descend
 from .engines import NAMES, Stepping, choose, few_threads
 from .floors import time_calls
 from .loops import Autograd, JaxLoop, Loop
-from .workloads import Workload
+from .workloads import Workload, completion
 
 LOOPS: dict[str, type[Loop]] = {"jax": JaxLoop, "autograd": Autograd}
-ENGINES = (*LOOPS, *(name for name in NAMES if name != "auto"), "auto")
+ENGINES = ("auto", *LOOPS, *(name for name in NAMES if name != "auto"))  # first bears what is compiled first
 
 
 @dataclass
@@ -75,6 +75,20 @@ def time_engine(name: str, workload: Workload, every: int, seconds: float, trial
         return Timing(ready - began, compiled - ready, step, memory, type(engine).__name__.lower())
 
 
+def load_engines(device: str) -> float:
+    """Load the libraries of all engines, by making each on a tiny problem, and return the seconds that it took.
+
+    Nothing is compiled; what is timed afterwards is free of imports and of waking the device.
+    """
+    began = time.perf_counter()
+    tiny = completion(8, 1, 0.5, torch.float64, device, seed=0)
+    for name in ENGINES:
+        with suppress(ValueError, ImportError):
+            _build(name, tiny)
+    machine.synchronize(device)
+    return time.perf_counter() - began
+
+
 def solve(name: str, workload: Workload, steps: int, every: int, tolerance: float) -> Solution:
     """Run the engine `name` until every training loss is below `tolerance`, at most `steps`, records every `every`.
 
@@ -100,11 +114,15 @@ def solve(name: str, workload: Workload, steps: int, every: int, tolerance: floa
     return Solution(total, total, iterations)
 
 
-def recording_share(workload: Workload, steps: int, every: int, trials: int, engine: str = "auto") -> np.ndarray:
-    """Return the share of time that records every `every` steps add to `steps` steps without any, by trial (trials,).
+def recording_share(
+    workload: Workload, step: float, every: int, seconds: float, trials: int, engine: str = "auto"
+) -> np.ndarray:
+    """Return the share of time that records every `every` steps add to steps without any, by trial (trials,).
 
-    Both take turns, so that a machine that slows down slows down both.
+    Each run is as long as `seconds` allow at `step` seconds a step, four records at least. Runs with and without take
+    turns, so that a machine that slows down slows down both.
     """
+    steps = every * max(4, round(seconds / (every * step)))
 
     def seconds(record_every: int) -> float:
         history = descend(workload.problem, workload.factors, workload.step_size, steps, workload.outer_ratio,
