@@ -162,6 +162,23 @@ def test_solutions_agree_on_the_iterations():
     assert all(0 < solution.descent <= solution.total for solution in found.values())
 
 
+def test_survey_gives_plain_values_and_a_row_of_trials():
+    work = _small(stack=2)
+    found = measure.survey(work, every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    assert found["operations"] == work.work.operations and found["stack"] == 2 and "recording" not in found
+    assert found["auto/steps"].shape == (2,) and found["auto/iterations"] == 20 == found["reference/iterations"]
+    one = measure.survey(_small(dtype=torch.float32), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    assert "auto/total" not in one and one["reference/step"] > 0
+
+
+def test_ceilings_name_every_precision():
+    found = floors.ceilings("cpu", ["float64", "float32"], 16, seconds=0.002, trials=2)
+    assert set(found) == {"bytes/s", "launch"} | {
+        f"{precision}/{key}" for precision in ("float64", "float32") for key in ("gemm", "gemm of d")
+    }
+    assert all(value > 0 for value in found.values())
+
+
 def test_recording_share_is_a_number_a_trial():
     shares = measure.recording_share(_small(), step=1e-4, every=10, seconds=0.01, trials=3)
     assert shares.shape == (3,) and np.isfinite(shares).all() and (shares > -1).all()

@@ -8,7 +8,7 @@ problem is bound by neither: each needs the one before, so it costs at least a k
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from . import machine
 
+LARGE = {"cuda": 8192, "cpu": 512}  # side of a large product
 LAUNCHES = 128  # dependent kernels in the graph that measures one of them
 
 
@@ -107,6 +108,21 @@ def launch_seconds(device: str, seconds: float = 0.05, trials: int = 5) -> float
             number.add_(1)
     times = time_calls(graph.replay, lambda: machine.synchronize(device), seconds, trials)
     return float(np.median(times)) / LAUNCHES
+
+
+def ceilings(
+    device: str, precisions: Sequence[str], side: int, seconds: float = 0.1, trials: int = 5
+) -> dict[str, float]:
+    """Return what a device reaches: "bytes/s", "launch" in seconds, and "<precision>/gemm" for each of `precisions`.
+
+    "gemm" is that of a product so large that nothing else counts, "gemm of d" that of one of `side` x `side`.
+    """
+    out = {"bytes/s": bytes_rate(device, 0, seconds, trials), "launch": launch_seconds(device, seconds, trials)}
+    large = LARGE["cpu" if machine.resolve_device(device) == "cpu" else "cuda"]
+    for name in precisions:
+        for key, edge in (("gemm", large), ("gemm of d", side)):
+            out[f"{name}/{key}"] = gemm_rate((edge, edge, edge), getattr(torch, name), device, seconds, trials)
+    return out
 
 
 def _repeat(call: Callable[[], object], wait: Callable[[], object], count: int) -> float:

@@ -33,7 +33,7 @@ _NOT_COMPUTING = {
     "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "machine",
     "parameters", "paths", "progress", "sources", "statements",
 }  # fmt: skip
-_earlier: dict[str, int] = {}  # peaks of a device before `peak_inside` reset them
+_earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
@@ -90,7 +90,7 @@ def resolve_device(device: str) -> str:
 
 def reset_peak_memory(device: str) -> None:
     """Start a new measurement of peak memory; only CUDA can."""
-    _earlier.pop(resolve_device(device), None)
+    _earlier.pop(_index(device), None)
     if resolve_device(device) != "cpu":
         torch.cuda.reset_peak_memory_stats(resolve_device(device))
 
@@ -103,7 +103,7 @@ def peak_inside(device: str) -> Iterator[Callable[[], int]]:
     """
     name, before = resolve_device(device), peak_memory(device)
     reset_peak_memory(device)
-    _earlier[name] = before
+    _earlier[_index(name)] = before
     yield lambda: torch.cuda.max_memory_allocated(name) if name != "cpu" else peak_memory(name)
 
 
@@ -111,9 +111,15 @@ def peak_memory(device: str) -> int:
     """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
     if resolve_device(device) != "cpu":
         name = resolve_device(device)
-        return max(torch.cuda.max_memory_allocated(name), _earlier.get(name, 0))
+        return max(torch.cuda.max_memory_allocated(name), _earlier.get(_index(name), 0))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _index(device: str) -> int:
+    """Number of a CUDA device, "cuda" being the current one; -1 for the CPU."""
+    name = torch.device(resolve_device(device))
+    return -1 if name.type == "cpu" else torch.cuda.current_device() if name.index is None else name.index
 
 
 def synchronize(device: str) -> None:

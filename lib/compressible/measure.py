@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .workloads import Workload, completion
 
 LOOPS: dict[str, type[Loop]] = {"jax": JaxLoop, "autograd": Autograd}
 ENGINES = ("auto", *LOOPS, *(name for name in NAMES if name != "auto"))  # first bears what is compiled first
+SOLVERS = ("auto", "jax", "reference")  # which run to the tolerance
 
 
 @dataclass
@@ -73,6 +74,28 @@ def time_engine(name: str, workload: Workload, every: int, seconds: float, trial
         step = _steady(engine, wait, every, seconds, trials)
         memory = peak() if device != "cpu" else 0
         return Timing(ready - began, compiled - ready, step, memory, type(engine).__name__.lower())
+
+
+def survey(
+    workload: Workload, every: int, steps: int, tolerance: float, seconds: float, trials: int
+) -> dict[str, float | str | np.ndarray]:
+    """Time all engines on a workload and return what `rows` does, with "<engine>/steps" (T,), the trials' seconds.
+
+    With "operations", "bytes" and "stack"; where the workload is compressed and float64, with what `solve` finds for
+    `SOLVERS`, as "<engine>/total", "/descent", "/iterations"; of one such problem, with "recording" (T,).
+    """
+    timings = {name: time_engine(name, workload, every, seconds, trials) for name in ENGINES}
+    out: dict = rows(timings) | asdict(workload.work) | {"stack": workload.stack}
+    ran = {name: timing for name, timing in timings.items() if not timing.skipped}
+    out |= {f"{name}/steps": timing.step for name, timing in ran.items()}
+    if "compressed float64" not in workload.name:
+        return out
+    for name in [name for name in SOLVERS if name in ran]:
+        found = asdict(solve(name, workload, steps, every, tolerance))
+        out |= {f"{name}/{key}": value for key, value in found.items()}
+    if workload.stack == 1:
+        out["recording"] = recording_share(workload, out["auto/step"], every, seconds, trials)
+    return out
 
 
 def load_engines(device: str) -> float:

@@ -92,7 +92,7 @@ VOCABULARY: dict[str, Parameter] = {
     "seeds": Parameter(int, COUNT, "", "number of independent seeds"),
     "trials": Parameter(int, COUNT, "", "number of repeated trials"),
     "stacks": Parameter(int, "[2, inf)", "problems", "numbers of problems in a stack to compare", many=True),
-    "precisions": Parameter(str, "float64|float32", "", "floating-point types to compare, the main one first", many=True),
+    "precisions": Parameter(str, "float64|float32", "", "precisions to compare, the main one first", many=True),
     "measure_seconds": Parameter(float, POSITIVE, "s", "time that each engine is measured for in steady state"),
     "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
     "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),

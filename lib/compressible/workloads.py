@@ -62,9 +62,9 @@ def completion(
     like = {"dtype": dtype, "device": device}
     problem = MatrixCompletion(problem.target.to(**like), problem.mask.to(**like))
     width = dimension if full else 2 * rank
-    kind = "full width" if full else "compressed"
+    kind, count = "full width" if full else "compressed", f"{stack} x " if stack else ""
     return Workload(
-        f"{f'{stack} x ' if stack else ''}d={dimension} {kind} {_short(dtype)}", problem, [factor.to(**like) for factor in factors],
+        f"{count}d={dimension} {kind} {_short(dtype)}", problem, [factor.to(**like) for factor in factors],
         STEP * (dimension / 100) ** (4 / 3), 1.0 if full else 5.0,
         count_step(shape, width, DEPTH, dtype.itemsize, max(stack, 1)), max(stack, 1),
     )  # fmt: skip
