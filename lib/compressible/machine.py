@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,7 @@ _NOT_COMPUTING = {
     "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "machine",
     "parameters", "paths", "progress", "sources", "statements",
 }  # fmt: skip
+_earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
@@ -88,16 +90,36 @@ def resolve_device(device: str) -> str:
 
 def reset_peak_memory(device: str) -> None:
     """Start a new measurement of peak memory; only CUDA can."""
+    _earlier.pop(_index(device), None)
     if resolve_device(device) != "cpu":
         torch.cuda.reset_peak_memory_stats(resolve_device(device))
+
+
+@contextmanager
+def peak_inside(device: str) -> Iterator[Callable[[], int]]:
+    """Give a function for the tensors' peak on CUDA since here, in bytes; `peak_memory` goes on counting the whole.
+
+    On a CPU, whose peak cannot be reset, it is the process's.
+    """
+    name, before = resolve_device(device), peak_memory(device)
+    reset_peak_memory(device)
+    _earlier[_index(name)] = before
+    yield lambda: torch.cuda.max_memory_allocated(name) if name != "cpu" else peak_memory(name)
 
 
 def peak_memory(device: str) -> int:
     """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
     if resolve_device(device) != "cpu":
-        return torch.cuda.max_memory_allocated(resolve_device(device))
+        name = resolve_device(device)
+        return max(torch.cuda.max_memory_allocated(name), _earlier.get(_index(name), 0))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _index(device: str) -> int:
+    """Number of a CUDA device, "cuda" being the current one; -1 for the CPU."""
+    name = torch.device(resolve_device(device))
+    return -1 if name.type == "cpu" else torch.cuda.current_device() if name.index is None else name.index
 
 
 def synchronize(device: str) -> None:

@@ -49,11 +49,14 @@ VOCABULARY: dict[str, Parameter] = {
     # the problem
     "dimension": Parameter(int, COUNT, "rows", "side d of a square target"),
     "dimensions": Parameter(int, COUNT, "rows", "sides d to compare", many=True),
+    "large_dimension": Parameter(int, COUNT, "rows", "side d of the large square target"),
+    "sparse_dimension": Parameter(int, COUNT, "rows", "side d of the target of which only entries are held"),
+    "entries": Parameter(int, COUNT, "", "observed entries of the sparse target"),
     "rank": Parameter(int, COUNT, "", "true rank r of the target"),
     "ranks": Parameter(int, COUNT, "", "ranks to compare", many=True),
     "observed": Parameter(float, "(0, 1]", "fraction", "share of the entries that are observed"),
-    "entries": Parameter(int, COUNT, "", "number of observed entries of a sparse matrix"),
     "entry_counts": Parameter(int, COUNT, "", "numbers of observed entries to compare", many=True),
+    "large_observed": Parameter(float, "(0, 1]", "fraction", "share of the large target's entries that are observed"),
     "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
     "smallest_value": Parameter(float, "(0, 1]", "", "smallest singular value of the target over its largest"),
     "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
@@ -89,6 +92,9 @@ VOCABULARY: dict[str, Parameter] = {
     "seed": Parameter(int, NOT_NEGATIVE, "", "seed of the random numbers"),
     "seeds": Parameter(int, COUNT, "", "number of independent seeds"),
     "trials": Parameter(int, COUNT, "", "number of repeated trials"),
+    "stacks": Parameter(int, "[2, inf)", "problems", "numbers of problems in a stack to compare", many=True),
+    "precisions": Parameter(str, "float64|float32", "", "precisions to compare, the main one first", many=True),
+    "measure_seconds": Parameter(float, POSITIVE, "s", "time that each engine is measured for in steady state"),
     "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
     "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),
     # ratings
@@ -106,7 +112,7 @@ VOCABULARY: dict[str, Parameter] = {
 }
 
 AT_MOST = (
-    ("rank", ("dimension", "dimensions", "users", "items", "width", "widths")),
+    ("rank", ("dimension", "dimensions", "large_dimension", "sparse_dimension", "users", "items", "width", "widths")),
     ("ranks", ("dimension", "dimensions", "users", "items", "width", "widths")),
     ("inner_widths", ("dimension", "dimensions", "users", "items")),
     ("guess", ("dimension", "dimensions", "users", "items")),
