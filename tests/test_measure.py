@@ -95,18 +95,6 @@ def test_autograd_takes_the_sparse_steps_and_refuses_what_it_cannot():
         Autograd(work.problem, work.factors, [torch.ones(1, 1, 1)] * 3, 0.0)
 
 
-def test_distinct_entries_are_distinct_and_cover_the_matrix():
-    generator = torch.Generator().manual_seed(0)
-    at = workloads.distinct_entries((6, 7), 21, generator, "cpu")
-    assert len(at) == 21 == len(at.unique()) and at.min() >= 0 and at.max() < 42
-    counts = torch.zeros(42)
-    for _ in range(2000):
-        counts[workloads.distinct_entries((6, 7), 21, generator, "cpu")] += 1
-    assert (counts / 2000 - 0.5).abs().max() < 5 * 0.5 / 2000**0.5
-    with pytest.raises(ValueError, match="entries is 22"):
-        workloads.distinct_entries((6, 7), 22, generator, "cpu")
-
-
 def test_sparse_workload_holds_the_entries_of_one_low_rank_matrix():
     work = workloads.sparse_completion(40, entries=700, width=4, **CPU)
     seen = work.problem.seen
@@ -141,6 +129,20 @@ def test_loading_takes_its_time_once():
     assert measure.load_engines("cpu") < 5
 
 
+def test_an_engine_that_breaks_loses_none_of_the_others(monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("out of memory\nand a long trace")
+
+    monkeypatch.setattr(Reference, "advance", breaks)
+    monkeypatch.setattr(Autograd, "until", breaks)
+    monkeypatch.setattr(measure, "SOLVERS", ("auto", "autograd", "reference"))
+    monkeypatch.setattr(measure, "recording_share", breaks)
+    found = measure.survey(_small(), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    assert found["reference/skipped"] == "failed: RuntimeError: out of memory" == found["unrecorded"]
+    assert found["autograd/unsolved"] == "failed: RuntimeError: out of memory" and found["autograd/step"] > 0
+    assert found["auto/iterations"] == 20 and "reference/total" not in found and "recording" not in found
+
+
 def test_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="engine is 'warp'"):
         measure.time_engine("warp", _small(), 4, 0.01, 2)
@@ -158,6 +160,8 @@ def test_solutions_agree_on_the_iterations():
     work = _small()
     found = {name: measure.solve(name, work, 3000, 20, 1e-4) for name in ("auto", "reference", "autograd")}
     assert len({solution.iterations for solution in found.values()}) == 1
+    assert all(solution.loss < 1e-4 for solution in found.values())
+    assert len({round(solution.error, 8) for solution in found.values()}) == 1
     assert 0 < found["auto"].iterations < 3000
     assert all(0 < solution.descent <= solution.total for solution in found.values())
 

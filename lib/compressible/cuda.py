@@ -82,7 +82,8 @@ class Captured(Stepping):
     def _graph(self, kind: str, number: int, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if (kind, number) not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
+            # thread_local: threads of other libraries, JAX's say, may allocate meanwhile
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 work()
             self._graphs[kind, number] = graph
         return self._graphs[kind, number]

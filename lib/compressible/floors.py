@@ -86,7 +86,7 @@ def gemm_rate(
     """Return operations per second of the product (m, k) times (k, n) for `sizes` (m, n, k)."""
     m, n, k = sizes
     like = {"dtype": dtype, "device": machine.resolve_device(device)}
-    left, right, out = (torch.ones(*shape, **like) for shape in ((m, k), (k, n), (m, n)))
+    left, right, out = (torch.randn(*shape, **like) for shape in ((m, k), (k, n), (m, n)))  # ones would draw less power
     times = time_calls(
         lambda: torch.mm(left, right, out=out), lambda: machine.synchronize(device), seconds, trials
     )  # fmt: skip
@@ -103,7 +103,7 @@ def launch_seconds(device: str, seconds: float = 0.05, trials: int = 5) -> float
         return float(np.median(time_calls(lambda: number.add_(1), lambda: None, seconds, trials)))
     number.add_(1)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(number.device), torch.cuda.graph(graph):
+    with torch.cuda.device(number.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(LAUNCHES):
             number.add_(1)
     times = time_calls(graph.replay, lambda: machine.synchronize(device), seconds, trials)

@@ -5,6 +5,7 @@ Names are those of `descend`'s engines and of the loops that they are measured a
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -22,6 +23,7 @@ from .workloads import Workload, completion
 
 LOOPS: dict[str, type[Loop]] = {"jax": JaxLoop, "autograd": Autograd}
 ENGINES = ("auto", *LOOPS, *(name for name in NAMES if name != "auto"))  # first bears what is compiled first
+BASELINES = ("jax", "autograd", "reference")  # plain loops that `auto` is compared with
 SOLVERS = ("auto", "jax", "reference")  # which run to the tolerance
 
 
@@ -44,27 +46,46 @@ class Timing:
 
 @dataclass
 class Solution:
-    """Seconds to a tolerance, records included: all of them, the descent's alone, and its iterations."""
+    """Seconds to a tolerance, records included: all of them, the descent's alone, and its iterations.
+
+    loss and error: the largest of the stack at the end, so that a loss not reached and an interpolant that misses the
+    unobserved entries are seen.
+    """
 
     total: float
     descent: float
     iterations: int
+    loss: float
+    error: float
 
 
 def time_engine(name: str, workload: Workload, every: int, seconds: float, trials: int) -> Timing:
     """Time the engine `name` of `ENGINES` on a workload for about `seconds`, in stretches of `every` steps.
 
-    Raises ValueError for an unknown name; an engine that cannot take the workload is skipped with its reason.
+    Raises ValueError for an unknown name; an engine that cannot take the workload is skipped with its reason, one that
+    breaks on the way (no memory, a compiler's error) likewise, so that the others are not lost.
     """
     if name not in ENGINES:
         raise ValueError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    try:
+        return _time(name, workload, every, seconds, trials)
+    except (ValueError, ImportError) as refusal:
+        return Timing(skipped=str(refusal))
+    except Exception as failure:
+        return Timing(skipped=failed(failure))
+
+
+def failed(error: Exception) -> str:
+    """Return one line on an error that is no refusal."""
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _time(name: str, workload: Workload, every: int, seconds: float, trials: int) -> Timing:
     device = str(workload.problem.device)
+    gc.collect()  # an engine with graphs holds memory until then
     with machine.peak_inside(device) as peak, few_threads(workload.problem, workload.stack):
         began = time.perf_counter()
-        try:
-            engine = _build(name, workload)
-        except (ValueError, ImportError) as error:
-            return Timing(skipped=str(error))
+        engine = _build(name, workload)
         wait = _waiting(engine, device)
         wait()
         ready = time.perf_counter()
@@ -82,7 +103,8 @@ def survey(
     """Time all engines on a workload and return what `rows` does, with "<engine>/steps" (T,), the trials' seconds.
 
     With "operations", "bytes" and "stack"; where the workload is compressed and float64, with what `solve` finds for
-    `SOLVERS`, as "<engine>/total", "/descent", "/iterations"; of one such problem, with "recording" (T,).
+    `SOLVERS`, as "<engine>/total", "/descent", "/iterations", "/loss", "/error"; of one such problem, with "recording"
+    (T,). What breaks is left out, and "<engine>/unsolved" or "unrecorded" says why.
     """
     timings = {name: time_engine(name, workload, every, seconds, trials) for name in ENGINES}
     out: dict = rows(timings) | asdict(workload.work) | {"stack": workload.stack}
@@ -91,11 +113,22 @@ def survey(
     if "compressed float64" not in workload.name:
         return out
     for name in [name for name in SOLVERS if name in ran]:
-        found = asdict(solve(name, workload, steps, every, tolerance))
+        try:
+            found = asdict(solve(name, workload, steps, every, tolerance))
+        except Exception as error:
+            found = {"unsolved": failed(error)}
         out |= {f"{name}/{key}": value for key, value in found.items()}
-    if workload.stack == 1:
-        out["recording"] = recording_share(workload, out["auto/step"], every, seconds, trials)
-    return out
+    return out | _recording(workload, ran, every, seconds, trials)
+
+
+def _recording(workload: Workload, ran: dict[str, Timing], every: int, seconds: float, trials: int) -> dict:
+    if workload.stack > 1 or "auto" not in ran:
+        return {}
+    try:
+        step = float(np.median(ran["auto"].step))
+        return {"recording": recording_share(workload, step, every, seconds, trials)}
+    except Exception as error:
+        return {"unrecorded": failed(error)}
 
 
 def load_engines(device: str) -> float:
@@ -106,7 +139,7 @@ def load_engines(device: str) -> float:
     began = time.perf_counter()
     tiny = completion(8, 1, 0.5, torch.float64, device, seed=0)
     for name in ENGINES:
-        with suppress(ValueError, ImportError):
+        with suppress(Exception):  # which the first measurement of that engine meets again, and reports
             _build(name, tiny)
     machine.synchronize(device)
     return time.perf_counter() - began
@@ -127,14 +160,16 @@ def solve(name: str, workload: Workload, steps: int, every: int, tolerance: floa
         history = descend(workload.problem, workload.factors, workload.step_size, steps, tolerance=tolerance, **options)
         wait()
         total = time.perf_counter() - began
-        return Solution(total, float(history.seconds[-1]), int(history.stopped.max()))
+        ends = (float(history.final(curve).max()) for curve in ("loss", "error"))
+        return Solution(total, float(history.seconds[-1]), int(history.stopped.max()), *ends)
     loop = _build(name, workload)
     loop.until(steps, every, float("inf"))  # compiles, and stops at once
     began = time.perf_counter()
     iterations = loop.until(steps, every, tolerance)
     loop.wait()
     total = time.perf_counter() - began
-    return Solution(total, total, iterations)
+    ends = loop.evaluate().reshape(-1, 2).amax(0).tolist()
+    return Solution(total, total, iterations, *ends)
 
 
 def recording_share(

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .compress import compress_spectral
 from .factors import Factors, orthogonal_factors
 from .floors import Work, count_sparse_step, count_step
 from .problems import MatrixCompletion, Problem
-from .sampling import low_rank_target, random_mask
-from .sparse import CHUNK, SparseCompletion
+from .sampling import low_rank_target, random_mask, sparse_low_rank
+from .sparse import SparseCompletion
 
 DEPTH, SCALE, STEP = 3, 1e-2, 10.0  # P2's factors, start and step at d = 100
 
@@ -75,40 +74,17 @@ def sparse_completion(
 ) -> Workload:
     """Return completion of a rank-`rank` matrix from `entries` entries alone, started from narrow orthogonal factors.
 
-    The target is a product of Gaussian factors with entries of variance one; nothing of size d x d is made. Raises
-    ValueError where there are not as many entries.
+    The target is `sparse_low_rank`'s; nothing of size d x d is made. The step is 10 at d = 100 and keeps its share of
+    the stability limit, which goes as d^(2/3) where singular values go as d. Raises ValueError where there are not as
+    many entries.
     """
     generator, shape = torch.Generator().manual_seed(seed), (dimension, dimension)
-    at = distinct_entries(shape, entries, generator, device)
-    left, right = (torch.randn(dimension, rank, generator=generator, dtype=torch.float64) for _ in range(2))
-    left, right = left.to(device) / rank**0.5, right.to(device)
-    rows, columns = at // dimension, at % dimension
-    values = torch.empty(entries, dtype=dtype, device=device)
-    for start in range(0, entries, CHUNK):
-        part = slice(start, start + CHUNK)
-        values[part] = (left[rows[part]] * right[columns[part]]).sum(-1)
-    with torch.sparse.check_sparse_tensor_invariants(False):
-        observed = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, shape)
+    observed = sparse_low_rank(shape, rank, entries, generator, hidden=1, dtype=dtype)[0].to(device)
     factors = orthogonal_factors(shape, DEPTH, width, SCALE, generator, dtype, device)
     return Workload(
         f"d={dimension} sparse {_short(dtype)}", SparseCompletion(observed), factors,
-        STEP * (dimension / 100) ** (4 / 3), 1.0, count_sparse_step(shape, entries, width, DEPTH, dtype.itemsize),
+        STEP * (dimension / 100) ** (2 / 3), 1.0, count_sparse_step(shape, entries, width, DEPTH, dtype.itemsize),
     )  # fmt: skip
-
-
-def distinct_entries(shape: tuple[int, int], count: int, generator: torch.Generator, device: str) -> Tensor:
-    """Return `count` distinct positions i n + j of an (m, n) matrix, uniformly drawn on the CPU, ascending (count,).
-
-    Raises ValueError unless 1 <= count <= m n / 2: what is drawn twice is drawn again.
-    """
-    size = shape[0] * shape[1]
-    if not 1 <= count <= size // 2:
-        raise ValueError(f"entries is {count}, expected 1 <= entries <= half of the {size} of a {shape} matrix")
-    found = torch.empty(0, dtype=torch.int64, device=device)
-    while len(found) < count:
-        more = torch.randint(size, (count - len(found),), generator=generator).to(device)
-        found = torch.cat([found, more]).unique()
-    return found
 
 
 def all_workloads(
@@ -127,8 +103,8 @@ def all_workloads(
 ) -> Iterator[Workload]:
     """Yield the notebook's workloads one by one, so that only one is held at a time.
 
-    The sparse one, then both dimensions, compressed and of full width, in each of `precisions` ("float64" first if
-    given), the full width of the first and the stacks in the first precision only.
+    The sparse one, first so that its peak of memory is its own, then both dimensions: compressed in each of
+    `precisions`, of full width and stacked in the first of them.
     """
     kinds = [getattr(torch, name) for name in precisions]
     yield sparse_completion(sparse_dimension, rank, entries, width, kinds[0], device, seed)
@@ -139,7 +115,7 @@ def all_workloads(
         yield completion(dimension, rank, observed, kinds[0], device, seed, stack)
     for kind in kinds:
         yield completion(large_dimension, rank, large_observed, kind, device, seed)
-        yield completion(large_dimension, rank, large_observed, kind, device, seed, full=True)
+    yield completion(large_dimension, rank, large_observed, kinds[0], device, seed, full=True)
 
 
 def _short(dtype: torch.dtype) -> str:
