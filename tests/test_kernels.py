@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
+from compressible.cuda import Graphed
 from compressible.engines import Reference, Stepping
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
@@ -11,6 +12,7 @@ from compressible import narrow
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+ON_CUDA = pytest.mark.skipif(not CUDA, reason="needs a CUDA device: graphs have no interpreter")
 # The interpreter takes seconds a case: there one small shape for all and, for one case, several tiles and a wide K.
 SMALL, LARGE = (20, 17, 4), (40, 35, 18)
 SHAPES = [SMALL, LARGE, (16, 70, 3), (66, 33, 7), (100, 100, 10), (130, 250, 31)] if CUDA else [SMALL, LARGE]
@@ -49,6 +51,21 @@ def _case(shape, depth, batch, dtype, seed, kind="completion"):
     return problem, factors, g
 
 
+def _drawn(seed):
+    """A problem of random shape, depth, stack, kind and type, its factors, rates and decay: small where interpreted."""
+    g = torch.Generator().manual_seed(seed)
+    largest, widest, stacks = (200, 32, 40) if CUDA else (24, 6, 3)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    m, n, depth, size = pick(2, largest), pick(2, largest), pick(2, 5), pick(0, stacks)
+    batch, dtype = (size,) if size else (), (torch.float64, torch.float64, torch.float32)[pick(0, 2)]
+    shape, kind = (m, n, pick(1, min(m, n, widest))), ("completion", "completion", "factorization")[pick(0, 2)]
+    problem, factors, g = _case(shape, depth, batch, dtype, seed, kind)
+    return problem, factors, _rates(depth, batch, g, dtype), 0.02 * pick(0, 1)
+
+
 def _rates(depth, batch, g, dtype):
     if not batch:
         return [0.9, *[0.3] * (depth - 2), 0.9]
@@ -63,6 +80,19 @@ def _rates(depth, batch, g, dtype):
 def test_kernels_take_the_reference_steps(engine, shape, depth, batch, dtype, decay, kind):
     problem, factors, g = _case(shape, depth, batch, dtype, seed=depth + shape[0], kind=kind)
     rates = _rates(depth, batch, g, dtype)
+    _compare(engine, problem, factors, rates, decay)
+
+
+@pytest.mark.parametrize("seed", range(12 if CUDA else 4))
+@pytest.mark.parametrize("engine", [
+    narrow.Persistent, narrow.Tiled if CUDA else Tiles, pytest.param(Graphed, marks=ON_CUDA),
+])  # fmt: skip
+def test_random_problems_take_the_reference_steps(engine, seed):
+    _compare(engine, *_drawn(seed))
+
+
+def _compare(engine, problem, factors, rates, decay):
+    dtype = problem.dtype
     slow, fast = Reference(problem, factors, rates, decay), engine(problem, factors, rates, decay)
     fast.prepare(4)
     tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype is torch.float64 else {"rtol": 2e-4, "atol": 1e-6}
@@ -100,7 +130,7 @@ def test_each_problem_stops_at_its_own_record_and_stays_there(engine):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in matmul")
-@pytest.mark.parametrize("name", ["persistent", *(["tiled", "graphed"] if CUDA else [])])
+@pytest.mark.parametrize("name", ["persistent", *(pytest.param(name, marks=ON_CUDA) for name in ("tiled", "graphed"))])
 def test_descend_is_the_same_with_stops_snapshots_and_divergence(name):
     problem, factors, _ = _case(SMALL, 3, (4,), torch.float64, 1)
     step = torch.tensor([1.0, 3.0, 1e9, 2.0], dtype=torch.float64)

@@ -6,12 +6,23 @@ import scipy.sparse
 import torch
 
 import compressible as cd
-from compressible.sampled import Sampled, SparseReference
+from compressible.cuda import interpreted
+from compressible.sampled import Sampled, SampledCuda, SparseReference
 from compressible.sparse import truncated_svd
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 CUDA = torch.cuda.is_available()
-DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))]
+
+
+class Launched(SampledCuda):
+    """`SampledCuda` launched step by step, as Triton's interpreter needs it."""
+
+    def prepare(self, steps):
+        self.evaluate()
+
+    def advance(self, steps):
+        self._take(steps)
 
 
 def _pair(m=23, n=31, observed=0.4, seed=0, dtype=torch.float64, device="cpu"):
@@ -44,6 +55,29 @@ def test_sparse_steps_are_the_dense_ones(device, engine, depth, decay, dtype):
         torch.testing.assert_close(mine, other, **tolerance)
     for mine, start in zip(fast.snapshots[0], factors, strict=True):
         torch.testing.assert_close(mine, start)
+
+
+@pytest.mark.parametrize("seed", range(12 if CUDA else 3))
+def test_random_problems_take_the_reference_steps_in_the_kernel(seed):
+    pytest.importorskip("triton", reason="triton is not installed: Linux only")
+    if not CUDA and not interpreted():
+        pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
+    generator, largest = np.random.default_rng(seed), 300 if CUDA else 30
+    (m, n), depth, decay = generator.integers(6, largest, 2), int(generator.integers(2, 6)), 0.02 * (seed % 2)
+    dtype, width = torch.float32 if seed % 3 == 2 else torch.float64, int(generator.integers(1, min(m, n, 40)))
+    dense, sparse, g = _pair(m, n, generator.uniform(0.1, 0.9), seed, dtype, "cuda" if CUDA else "cpu")
+    factors = cd.orthogonal_factors((m, n), depth, width, 0.4, g, dtype, dense.device)
+    rates = [1.5, *[0.7] * (depth - 2), 1.5]
+    slow = SparseReference(sparse, factors, rates, decay)
+    fast = (SampledCuda if CUDA else Launched)(sparse, factors, rates, decay)
+    fast.prepare(2)
+    tolerance = {"rtol": 1e-10, "atol": 1e-13} if dtype is torch.float64 else {"rtol": 2e-4, "atol": 1e-5}
+    for steps in (0, 1, 3):
+        slow.advance(steps)
+        fast.advance(steps)
+        torch.testing.assert_close(fast.evaluate().to(dtype), slow.evaluate(), **tolerance)
+        for mine, other in zip(fast.factors, slow.factors, strict=True):
+            torch.testing.assert_close(mine, other, **tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)

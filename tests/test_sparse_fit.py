@@ -11,7 +11,7 @@ from compressible.ratings import Ratings, Split
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 CUDA = torch.cuda.is_available()
-DEVICES = ["cpu", *(["cuda"] if CUDA else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))]
 
 
 def seeded(seed=0):

@@ -15,6 +15,8 @@ from torch import Tensor
 from .baselines import _least_norm, _now
 from .sparse import SparseCompletion, truncated_svd
 
+BATCH = 2**14  # rows solved at a time: batched solvers on CUDA have limits of 2^15 and 2^16
+
 
 @dataclass(frozen=True, eq=False)
 class Sweeps:
@@ -99,8 +101,13 @@ def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) ->
     products = (features[:, :, None] * features[:, None, :]).reshape(-1, rank * rank)
     normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag(penalty)
     right_side = known @ features
+    parts = zip(normal.split(BATCH), right_side.split(BATCH), strict=True)
+    return torch.cat([_solve_each(*part, bool((penalty > 0).all())) for part in parts])
+
+
+def _solve_each(normal: Tensor, right_side: Tensor, definite: bool) -> Tensor:
     factor, broken = torch.linalg.cholesky_ex(normal)  # round-off breaks it where factors are far above the ridge
-    if bool((penalty > 0).all()) and not bool(broken.any()):
+    if definite and not bool(broken.any()):
         return torch.cholesky_solve(right_side[:, :, None], factor)[:, :, 0]
     return _least_norm(normal, right_side)
 

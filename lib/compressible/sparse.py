@@ -169,8 +169,9 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     transposed = matrix.to_sparse_coo().t().to_sparse_csr()
     for _ in range(8):
         basis = torch.linalg.qr(transposed @ torch.linalg.qr(matrix @ basis).Q).Q
-    left, values, right = torch.linalg.svd(matrix @ basis, full_matrices=False)
-    return left[:, :rank], values[:rank], (basis @ right.mT)[:, :rank]
+    frame, small = torch.linalg.qr(matrix @ basis)  # the SVD itself is of (k, k): solvers on CUDA are slow on tall ones
+    left, values, right = torch.linalg.svd(small)
+    return (frame @ left)[:, :rank], values[:rank], (basis @ right.mT)[:, :rank]
 
 
 def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:

@@ -7,7 +7,6 @@ test entries are scored along the way and never chosen on. Entries may be rating
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,10 +100,10 @@ def fit_descent(
     `options` (steps, record_every) go to `descend`. Seconds include the start. A step size that diverges is out;
     raises ValueError if all do.
     """
-    runs = []
+    runs, start = [], _start(task.trial, width, depth)
     for scale, fraction in itertools.product(init_scales, step_fractions):
         try:
-            history, _ = _descend(task.trial, width, depth, scale, fraction, outer_ratio, options)
+            history = _descend(task.trial, start, scale, fraction, outer_ratio, options)
         except DivergenceError:
             continue
         at = int(history.error.argmin())
@@ -112,9 +111,10 @@ def fit_descent(
     if not runs:
         raise ValueError(f"step_fractions are {list(step_fractions)}: all diverge, expected one that does not")
     _, scale, fraction, stop = min(runs)
-    history, before = _descend(task.whole, width, depth, scale, fraction, outer_ratio, options)
+    start = _start(task.whole, width, depth)
+    history = _descend(task.whole, start, scale, fraction, outer_ratio, options)
     settings = {"init_scale": scale, "step_fraction": fraction}
-    return _trace(history.iterations, history.seconds + before, history.error, stop, settings)
+    return _trace(history.iterations, history.seconds + start.seconds, history.error, stop, settings)
 
 
 def fit_sweeps(
@@ -151,12 +151,25 @@ def rms(problem: SparseCompletion) -> float:
     return float(problem.unseen.rows.values.square().mean().sqrt())
 
 
-def _descend(problem, width, depth, scale, fraction, outer_ratio, options) -> tuple[History, float]:
-    began = time.perf_counter()
-    start = compress_spectral(problem, width, depth, scale)
-    before = _now(start[0]) - began
-    step_size = fraction * float(stability_limit(problem, depth))
-    return descend(problem, start, step_size, outer_ratio=outer_ratio, **options), before
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """P2's factors at eps = 1, which every scale shares, the seconds that they took, and the limit of the step."""
+
+    factors: list[torch.Tensor]
+    seconds: float
+    limit: float
+
+
+def _start(problem: SparseCompletion, width: int, depth: int) -> _Start:
+    began = _now(problem.seen.rows.values)
+    factors = compress_spectral(problem, width, depth, 1.0)
+    seconds = _now(factors[0]) - began
+    return _Start(factors, seconds, float(stability_limit(problem, depth)))
+
+
+def _descend(problem: SparseCompletion, start: _Start, scale: float, fraction: float, outer_ratio, options) -> History:
+    factors = [scale * factor for factor in start.factors]
+    return descend(problem, factors, fraction * start.limit, outer_ratio=outer_ratio, **options)
 
 
 def _trace(iterations, seconds, error, stop: int, settings: dict[str, float]) -> Trace:
