@@ -105,11 +105,15 @@ def fetch_all(names: Iterable[str], manifest: str | Path | None = None) -> list[
     Raises DataError for the first that cannot be had.
     """
     entries = _select(names, manifest)
-    missing = [entry for entry in entries if not any(step(entry, []) for step in (_from_local, _from_cache))]
-    if missing and missing[0].sources and os.environ.get("COMPRESSIBLE_OFFLINE") != "1":
-        with _locked(cached_path(missing[0].name).with_name("group")), shared_archives():
+    found = [_from_local(entry, []) or _from_cache(entry, []) for entry in entries]
+    if all(found):
+        return found
+    try:
+        # One process fills the cache; the others wait, and then find all of it there.
+        with _locked(cached_path(entries[0].name).with_name("group")), shared_archives():
             return [fetch(entry.name, manifest) for entry in entries]
-    return [fetch(entry.name, manifest) for entry in entries]
+    except (filelock.Timeout, OSError) as error:
+        raise DataError(f"cannot fetch {', '.join(entry.name for entry in entries)}: {_one_line(error)}") from error
 
 
 def find(name: str, manifest: str | Path | None = None) -> Path | None:

@@ -55,7 +55,7 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
 
 
 def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) that write text, such as T5, in float32 and evaluation mode; data.DataError if not to be had."""
+    """(model, tokenizer) that write text, such as T5, in float32, evaluation mode; data.DataError if not to be had."""
     return _load("AutoModelForSeq2SeqLM", name, {}).eval(), load_tokenizer(name)
 
 

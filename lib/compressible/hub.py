@@ -13,7 +13,9 @@ import pandas as pd
 from .data import DataError
 
 
-def read_table(repository: str, config: str, split: str, columns: list[str], revision: str | None = None) -> pd.DataFrame:
+def read_table(
+    repository: str, config: str, split: str, columns: list[str], revision: str | None = None
+) -> pd.DataFrame:
     """The columns of one split of a data set that the hub keeps as parquet files, or the hub's cache does.
 
     Both of the hub's layouts are read, `config/split-00000-of-00001.parquet` and `config/split/0000.parquet`;

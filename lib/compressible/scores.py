@@ -10,7 +10,7 @@ import numpy as np
 
 
 def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation of (N,) or (N, 1) outputs with (N,) labels; 0 if one of them is constant, NaN if not finite."""
+    """Pearson's correlation of (N,) or (N, 1) outputs with (N,) labels; 0 if one is constant, NaN if not finite."""
     from scipy.stats import pearsonr
 
     found = outputs.reshape(len(labels)).astype(np.float64)

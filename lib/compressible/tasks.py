@@ -89,8 +89,8 @@ class Examples:
 class Task:
     """A task ready to train on: kind "regression", "classification" or "generation", its metric and its rows.
 
-    `outputs` is the number of a head's outputs (0: no head), `sources` where the rows came from, `dropped` how many rows
-    of each split were too long for the authors' protocol.
+    `outputs` is the number of a head's outputs (0: no head), `sources` where the rows came from, `dropped` how many
+    rows of each split were too long for the authors' protocol.
     """
 
     name: str

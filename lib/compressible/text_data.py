@@ -88,8 +88,9 @@ SETS = {
 def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path | None = None) -> Rows:
     """Rows of one split ("train" or "validation") of a task of SETS, in the order of the files.
 
-    `source`: "local" (COMPRESSIBLE_DATA, the cache and data/manifest.toml's own sources), "hub", or "auto", local first.
-    Raises data.DataError if they cannot be had, ValueError for an unknown name, split or source.
+    `source`: "local" (COMPRESSIBLE_DATA, the cache and data/manifest.toml's own sources), "hub", or "auto", which is
+    local first. Raises data.DataError if they cannot be had, ValueError for an unknown name, split or
+    source.
     """
     for kind, value, known in (("task", name, SETS), ("split", split, SPLITS), ("source", source, SOURCES)):
         if value not in known:
