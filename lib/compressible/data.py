@@ -58,7 +58,7 @@ class DataSet:
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
     """Entries by name from `path` (default: data/manifest.toml); DataError if it is not valid."""
     tables = _read(path)
-    owners = tables.get("terms", {}) | tables.get("sets", {})
+    owners = tables.get("terms", {}) | {name: vars(found) for name, found in load_sets(path).items()}
     return {
         name: _entry(name, table, owners.get(name.partition("/")[0], {}))
         for name, table in tables.get("files", {}).items()

@@ -111,9 +111,9 @@ def _load(kind: str, name: str, settings: dict) -> Any:
 def _cannot(name: str, place: str, error: Exception) -> str:
     below = os.environ.get("COMPRESSIBLE_MODELS")
     tried = [f"COMPRESSIBLE_MODELS: no folder {Path(below) / name}" if below else "COMPRESSIBLE_MODELS: not set"]
-    tried.append(f"{'folder' if Path(place).is_dir() else 'the hub'} {place}: {hub.one_line(error)}")
-    close = hub.unknown("model", name, KNOWN).partition("; ")[2]
-    return f"{hub.failure(f'model {name!r}', tried, 'COMPRESSIBLE_MODELS')}\nOf those used here {close}."
+    tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {hub.one_line(error)}")
+    message = hub.failure(f"model {name!r}", tried, "COMPRESSIBLE_MODELS")
+    return message if name in KNOWN else f"{message}\nOr is it misspelt? {hub.unknown('model', name, KNOWN)}."
 
 
 @torch.no_grad()
