@@ -163,6 +163,12 @@ def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch)
     assert left == set(encoders.MINILM)
 
 
+def test_minilm_in_two_places_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "fetch_all", lambda names: [tmp_path / str(i) / "file" for i, _ in enumerate(names)])
+    with pytest.raises(data.DataError, match="into one folder"):
+        encoders.find_model("minilm")
+
+
 @needs_minilm
 def test_minilm_is_the_real_one():
     model, tokenizer = encoders.load_encoder("minilm", 1)

@@ -16,7 +16,7 @@ PAIRS = [
 ]
 
 
-def tiny_tokenizer(special: bool = True):
+def tiny_tokenizer():
     """A WordPiece tokenizer of the words of PAIRS, letters and digits."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
