@@ -34,6 +34,12 @@ _HOME = {
     "save_adapter": "adapter_files",
     "load_adapter": "adapter_files",
     "save_peft_adapter": "adapter_files",
+    "Examples": "tasks",
+    "Task": "tasks",
+    "load_task": "tasks",
+    "load_encoder": "encoders",
+    "load_seq2seq": "encoders",
+    "load_tokenizer": "encoders",
     "compare_starts": "compare",
     "stack_starts": "compare",
 }

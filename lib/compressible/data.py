@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import filelock
 
 from .paths import atomic_path, cache_dir, repository
-from .sources import SourceError, reader
+from .sources import SourceError, reader, shared_archives
 
 LOCK_SECONDS = 900
 
@@ -57,8 +57,12 @@ class DataSet:
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
     """Entries by name from `path` (default: data/manifest.toml); DataError if it is not valid."""
-    tables, sets = _read(path).get("files", {}), load_sets(path)
-    return {name: _entry(name, table, sets.get(name.partition("/")[0])) for name, table in tables.items()}
+    tables = _read(path)
+    owners = tables.get("terms", {}) | {name: vars(found) for name, found in load_sets(path).items()}
+    return {
+        name: _entry(name, table, owners.get(name.partition("/")[0], {}))
+        for name, table in tables.get("files", {}).items()
+    }
 
 
 def load_sets(path: str | Path | None = None) -> dict[str, DataSet]:
@@ -95,6 +99,23 @@ def fetch_first(names: Iterable[str], manifest: str | Path | None = None) -> Pat
     raise DataError(_failure(entries, tried))
 
 
+def fetch_all(names: Iterable[str], manifest: str | Path | None = None) -> list[Path]:
+    """Verified paths of all `names`, in order; an archive that holds several is downloaded once.
+
+    Raises DataError for the first that cannot be had.
+    """
+    entries = _select(names, manifest)
+    found = [_from_local(entry, []) or _from_cache(entry, []) for entry in entries]
+    if all(found):
+        return found
+    try:
+        # One process fills the cache; the others wait, and then find all of it there.
+        with _locked(cached_path(entries[0].name).with_name("group")), shared_archives():
+            return [fetch(entry.name, manifest) for entry in entries]
+    except (filelock.Timeout, OSError) as error:
+        raise DataError(f"cannot fetch {', '.join(entry.name for entry in entries)}: {_one_line(error)}") from error
+
+
 def find(name: str, manifest: str | Path | None = None) -> Path | None:
     """Verified path of the file `name` in the local folder or the cache, without any network; else None."""
     (entry,) = _select([name], manifest)
@@ -114,8 +135,8 @@ def _read(path: str | Path | None) -> dict:
         raise DataError(f"cannot read the data manifest {path}: {error}") from error
 
 
-def _entry(name: str, table: dict, owner: DataSet | None) -> Entry:
-    inherited = {"licence": owner.licence, "citation": owner.citation} if owner else {}
+def _entry(name: str, table: dict, owner: dict) -> Entry:
+    inherited = {key: owner[key] for key in ("licence", "citation") if key in owner}
     entry = _build(Entry, name, inherited | table | {"sources": tuple(table.get("sources", ()))})
     parts = PurePosixPath(name).parts
     if not parts or ".." in parts or parts[0] == "/" or "\\" in name:
@@ -186,14 +207,18 @@ def _from_sources(entry: Entry, tried: list[str]) -> Path | None:
     else:
         path = cached_path(entry.name)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+            with _locked(path):
                 return _fill_cache(entry, path, tried)
         except filelock.Timeout:
             tried.append(f"cache: another process has held {path}.lock for {LOCK_SECONDS} s")
         except OSError as error:
             tried.append(f"cache: {_one_line(error)}")
     return None
+
+
+def _locked(path: Path) -> filelock.BaseFileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(f"{path}.lock", timeout=LOCK_SECONDS)
 
 
 def _fill_cache(entry: Entry, path: Path, tried: list[str]) -> Path | None:

