@@ -94,18 +94,18 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Module, config: DeepLoraConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.base, self.config, self.probe = base, config, None
-        self.factors = nn.ParameterList(_start(self.shape, config, generator, base.weight.device))
+        start = _start(self.shape, config, generator, base.weight.device)
+        self.factors = nn.ParameterList([nn.Parameter(factor.to(factor_dtype(base))) for factor in start])
 
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n), outputs and inputs, whatever the layout of the base's weight."""
-        rows, columns = self.base.weight.shape
-        return (columns, rows) if self.transposed else (rows, columns)
+        return layer_shape(self.base)
 
     @property
     def transposed(self) -> bool:
         """Whether the base keeps its weight as (n, m), as transformers' Conv1D and nn.Embedding (ids in) do."""
-        return isinstance(self.base, nn.Embedding) or type(self.base).__name__ == "Conv1D"
+        return is_transposed(self.base)
 
     @property
     def weight(self) -> Tensor:
@@ -118,7 +118,7 @@ class Adapter(nn.Module):
         return getattr(self.base, "bias", None)
 
     def update(self) -> Tensor:
-        """Return the update W_L ... W_1 (m, n), scaled, in float32."""
+        """Return the update W_L ... W_1 (m, n), scaled, in the factors' precision."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return product(list(self._ready())) * self.config.scaling
 
@@ -177,6 +177,22 @@ def get_deep_lora_model(
     return model
 
 
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return (m, n), outputs and inputs of a layer, whatever the layout of its weight."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if is_transposed(layer) else (rows, columns)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Return whether a layer keeps its weight as (n, m), as transformers' Conv1D and nn.Embedding (ids in) do."""
+    return isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+
+
+def factor_dtype(layer: nn.Module) -> torch.dtype:
+    """Return float32, or float64 for a layer in float64: eps^L needs more range than half precision has."""
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters of a model by the name of the layer that they adapt."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
@@ -231,7 +247,7 @@ def first_output(output: object) -> Tensor:
 
 def _start(
     shape: tuple[int, int], config: DeepLoraConfig, generator: torch.Generator | None, device: torch.device
-) -> list[nn.Parameter]:
+) -> list[Tensor]:
     """The factors of an (m, n) update as the config starts them; none yet for "compressed"."""
     (m, n), r = shape, config.r
     if config.variant == "compressed":
@@ -244,7 +260,7 @@ def _start(
     else:
         bound = 1 / math.sqrt(n)  # kaiming_uniform with a = sqrt(5), peft's
         start = [(2 * torch.rand(r, n, generator=generator) - 1) * bound, torch.zeros(m, r)]
-    return [nn.Parameter(factor.to(device)) for factor in start]
+    return [factor.to(device) for factor in start]
 
 
 def _autocast_is_half(device: str) -> bool:

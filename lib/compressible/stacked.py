@@ -1,0 +1,254 @@
+"""Adapters and heads of S runs side by side on one frozen layer: factors (S, ., .), batches (S * B, ...) run by run.
+
+Runs whose chains have the same number of factors are stacked into one chain, padded with zeros to the largest width,
+which is exact: padded rows and columns get zero gradients. Every chain contracts, once a step, to an input and an
+output factor of one size, so that LoRA, thin and compressed runs meet the tokens in the same two batched products.
+Where the width is too large for that to pay (the full variant) the update is formed and added to the weight instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .adapter_start import _Probe, compressed_frames, top_frames
+from .adapters import DeepLoraConfig
+from .factors import product, stack_factors
+
+Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
+
+
+class StackedAdapter(nn.Module):
+    """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run."""
+
+    def __init__(self, base: nn.Module, configs: Sequence[DeepLoraConfig], shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.base, self.configs, self.shape = base, list(configs), shape
+        self.chains = nn.ModuleList()
+        self.scalings: list[Tensor] = []
+        self.sink: Callable | None = None
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def fill(self, starts: Sequence[Chain]) -> None:
+        """Take the S runs' starting factors; runs with chains of equal length must be neighbours."""
+        lengths = [len(start) for start in starts]
+        self.spans = [(lengths.index(n), lengths.index(n) + lengths.count(n)) for n in dict.fromkeys(lengths)]
+        widths = max(start[0].shape[0] for start in starts)
+        self.chains = nn.ModuleList()
+        for begin, end in self.spans:
+            stack = stack_factors([_widened(start, widths) for start in starts[begin:end]])
+            self.chains.append(nn.ParameterList([nn.Parameter(factor) for factor in stack]))
+        kind, device = starts[0][0].dtype, starts[0][0].device
+        scalings = torch.tensor([config.scaling for config in self.configs], dtype=kind, device=device)
+        self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
+
+    @property
+    def runs(self) -> int:
+        """S, the number of runs."""
+        return len(self.configs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight: models ask layers for its dtype and device."""
+        return self.base.weight
+
+    @property
+    def dense(self) -> bool:
+        """Whether forming the update costs less per token than two factors of its width."""
+        m, n = self.shape
+        width = self.chains[0][0].shape[-2]
+        return not isinstance(self.base, nn.Embedding) and width * (m + n) >= m * n
+
+    def contracted(self) -> tuple[Tensor, Tensor]:
+        """Return W_{L-1} ... W_1 (S, k, n), scaled, and W_L (S, m, k); embeddings: W_1 and W_L ... W_2, scaled."""
+        if self.held is not None:
+            return self.held
+        ends = [self._halves(chain, scale) for chain, scale in zip(self.chains, self.scalings, strict=True)]
+        lower, upper = zip(*ends, strict=True)
+        return (lower[0], upper[0]) if len(lower) == 1 else (torch.cat(lower), torch.cat(upper))
+
+    def updates(self) -> Tensor:
+        """Return the updates (S, m, n) of all runs."""
+        lower, upper = self.contracted()
+        return upper @ lower
+
+    def chain(self, run: int) -> Chain:
+        """Return copies of one run's factors at their own width."""
+        for (begin, end), chain in zip(self.spans, self.chains, strict=True):
+            if begin <= run < end:
+                own = self.width(run)
+                factors = [factor[run - begin].detach() for factor in chain]
+                inner = [factor[:own, :own] for factor in factors[1:-1]]
+                return [part.clone() for part in (factors[0][:own], *inner, factors[-1][:, :own])]
+        raise IndexError(f"run is {run}, expected below {self.runs}")
+
+    def width(self, run: int) -> int:
+        """The inner width of one run's chain."""
+        config = self.configs[run]
+        return min(self.shape) if config.variant == "full" else config.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base(x) plus every run's share of the update."""
+        if x.shape[0] % self.runs:
+            raise ValueError(f"a layer got {tuple(x.shape)}, expected batches of {self.runs} runs in the first axis")
+        if self.sink is not None:
+            return self.sink(x, self.base(x))
+        lower, upper = self.contracted()
+        if isinstance(self.base, nn.Embedding):
+            ids = x.reshape(self.runs, 1, -1).expand(-1, lower.shape[1], -1)
+            out = self.base(x)
+            return out + (upper @ lower.gather(2, ids)).mT.reshape(out.shape).to(out.dtype)
+        rate = self.configs[0].lora_dropout
+        if self.dense and not (rate and self.training):
+            return self._dense(x, upper @ lower)
+        out = self.base(x)
+        dropped = functional.dropout(x, rate, self.training).reshape(self.runs, -1, self.shape[1]).to(out.dtype)
+        inner = dropped @ lower.mT.to(out.dtype)
+        return torch.baddbmm(out.view(self.runs, -1, self.shape[0]), inner, upper.mT.to(out.dtype)).view(out.shape)
+
+    def _dense(self, x: Tensor, update: Tensor) -> Tensor:
+        frozen = self.base.weight if self._is_linear else self.base.weight.mT
+        weight = (frozen + update).mT.to(x.dtype)
+        flat = x.reshape(self.runs, -1, self.shape[1])
+        out = flat @ weight if self.base.bias is None else torch.baddbmm(self.base.bias, flat, weight)
+        return out.view(*x.shape[:-1], self.shape[0])
+
+    def _halves(self, chain: nn.ParameterList, scale: Tensor) -> tuple[Tensor, Tensor]:
+        factors = list(chain)
+        with torch.autocast(factors[0].device.type, enabled=False):
+            if isinstance(self.base, nn.Embedding):
+                return factors[0], product(factors[1:]) * scale
+            return product(factors[:-1]) * scale, factors[-1]
+
+    @property
+    def _is_linear(self) -> bool:
+        return isinstance(self.base, nn.Linear)
+
+
+class StackedLinear(nn.Module):
+    """A linear layer that S runs train, each its own: weight (S, m, n), bias (S, m); keeps its own precision."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+        super().__init__()
+        self.stacked = nn.Parameter(torch.stack(list(weights)))
+        self.biases = None if biases is None else nn.Parameter(torch.stack(list(biases)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The stacked weights (S, m, n)."""
+        return self.stacked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (S * B, ..., m)."""
+        runs, m, n = self.stacked.shape
+        if x.shape[0] % runs:
+            raise ValueError(f"a layer got {tuple(x.shape)}, expected batches of {runs} runs in the first axis")
+        flat = x.reshape(runs, -1, n).to(self.stacked.dtype)
+        out = flat @ self.stacked.mT
+        out = out if self.biases is None else out + self.biases[:, None]
+        return out.view(*x.shape[:-1], m)
+
+
+def stacked_adapters(model: nn.Module) -> dict[str, StackedAdapter]:
+    """Return the stacked adapters of a model by the name of the layer that they adapt."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, StackedAdapter)}
+
+
+def hold(model: nn.Module, contracted: bool) -> None:
+    """Contract every chain once and keep it (for an evaluation), or let go of it."""
+    for adapter in stacked_adapters(model).values():
+        adapter.held = None
+        if contracted:
+            with torch.no_grad():
+                lower, upper = adapter.contracted()
+                adapter.held = (lower, upper)
+
+
+def compressed_starts(
+    adapters: dict[str, StackedAdapter],
+    which: Sequence[int],
+    losses: Callable[[], Tensor],
+    generators: Sequence[torch.Generator],
+) -> dict[int, dict[str, Chain]]:
+    """Return, by run and layer, the compressed start of the runs `which` from one backward pass of all of them.
+
+    losses gives the sum of the runs' losses. A layer's gradients (S', m, n) live only until their decomposition; frames
+    are then drawn from each run's generator in the order of the layers.
+    """
+    sinks = {name: _StackSink(adapter, which) for name, adapter in adapters.items()}
+    try:
+        for name, adapter in adapters.items():
+            adapter.sink = sinks[name].watch
+        with torch.enable_grad():
+            torch.autograd.backward(losses(), inputs=[sink.token for sink in sinks.values()])
+    finally:
+        for adapter in adapters.values():
+            adapter.sink = None
+    missing = [name for name, sink in sinks.items() if sink.pairs is None]
+    if missing:
+        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
+    return {
+        run: {name: _chain(adapter, run, sinks[name].pair(at), generator) for name, adapter in adapters.items()}
+        for at, (run, generator) in enumerate(zip(which, generators, strict=True))
+    }
+
+
+class _StackSink:
+    """Collects the gradients of one layer's updates, run by run, and keeps their leading singular vectors."""
+
+    def __init__(self, adapter: StackedAdapter, which: Sequence[int]) -> None:
+        self.adapter, self.which, self.pending, self.total = adapter, list(which), 0, None
+        self.token = torch.zeros((), device=adapter.weight.device, requires_grad=True)
+        self.pairs: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, x: Tensor, out: Tensor) -> Tensor:
+        self.pending += torch.is_grad_enabled()
+        return _Probe.apply(x, out, self.token, self)
+
+    def pair(self, at: int) -> tuple[Tensor, Tensor]:
+        """The leading left (m, r / 2) and right (n, r / 2) singular vectors of the run at this place."""
+        rank = self.adapter.configs[self.which[at]].r // 2
+        return tuple(side[at, :, :rank] for side in self.pairs)
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        (m, n), runs = self.adapter.shape, self.adapter.runs
+        # float32 at least, as for one run: a bfloat16 gradient has too few digits for its singular vectors
+        kind = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.reshape(runs, -1, m)[self.which].to(kind)
+        if isinstance(self.adapter.base, nn.Embedding):
+            ids = x.reshape(runs, -1)[self.which]
+            gradient = torch.stack([g.new_zeros(n, m).index_add_(0, i, g) for i, g in zip(ids, grad, strict=True)]).mT
+        else:
+            gradient = grad.mT @ x.reshape(runs, -1, n)[self.which].to(kind)
+        self.total = gradient if self.total is None else self.total + gradient
+        self.pending -= 1
+        if not self.pending:
+            rank = max(self.adapter.configs[run].r for run in self.which) // 2
+            self.pairs, self.total = top_frames(self.total, rank), None
+
+
+def _chain(adapter: StackedAdapter, run: int, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Chain:
+    config = adapter.configs[run]
+    right, left = compressed_frames(*pair, adapter.shape, generator)
+    inner = [config.init_scale * torch.eye(config.r, dtype=right.dtype, device=right.device)] * config.depth
+    return [right.mT.contiguous(), *inner, left.contiguous()]
+
+
+def _widened(chain: Chain, width: int) -> Chain:
+    """Zero rows and columns up to the inner width."""
+    own = chain[0].shape[0]
+    grow = width - own
+    inner = [functional.pad(factor, (0, grow, 0, grow)) for factor in chain[1:-1]]
+    return [functional.pad(chain[0], (0, 0, 0, grow)), *inner, functional.pad(chain[-1], (0, grow))]
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and tensor of all that the runs train: stacked factors and heads."""
+    for name, module in model.named_modules():
+        if isinstance(module, StackedAdapter | StackedLinear):
+            for own, parameter in module.named_parameters(recurse=True):
+                if not own.startswith("base."):
+                    yield f"{name}.{own}", parameter

@@ -1,0 +1,53 @@
+"""AdamW over the stacked tensors of S runs: one flat vector, with a rate for every element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class StackedAdamW:
+    """AdamW without weight decay whose parameters (S', ...) have one rate a run; steps can live in a CUDA graph.
+
+    parameters: pairs of a tensor and the rates (S',) of its leading axis. Values and gradients become views of flat
+    vectors, so that a step is a handful of kernels however many layers there are. A run whose values are no longer
+    finite does not touch the others.
+    """
+
+    def __init__(
+        self, parameters: Sequence[tuple[nn.Parameter, Tensor]], betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+    ) -> None:  # fmt: skip
+        self.betas, self.eps = betas, eps
+        first = parameters[0][0]
+        total = sum(parameter.numel() for parameter, _ in parameters)
+        empty = [torch.zeros(total, dtype=first.dtype, device=first.device) for _ in range(5)]
+        self.value, self.gradient, self.mean, self.square, self.rate = empty
+        self.count = torch.zeros((), dtype=torch.float64, device=first.device)
+        begin = 0
+        for parameter, rates in parameters:
+            view = slice(begin, begin + parameter.numel())
+            begin = view.stop
+            self.value[view].view_as(parameter).copy_(parameter.detach())
+            shape = (-1, *[1] * (parameter.dim() - 1))
+            self.rate[view].view_as(parameter).copy_(rates.to(first.device, first.dtype).view(shape))
+            parameter.data = self.value[view].view_as(parameter)
+            parameter.grad = self.gradient[view].view_as(parameter)
+
+    def zero(self) -> None:
+        """Set the gradients to zero."""
+        self.gradient.zero_()
+
+    @torch.no_grad()
+    def step(self, factor: Tensor) -> None:
+        """Take one step at `factor` () times the rates."""
+        (first, second), kind = self.betas, self.value.dtype
+        self.count += 1
+        self.mean.lerp_(self.gradient, 1 - first)
+        self.square.mul_(second).addcmul_(self.gradient, self.gradient, value=1 - second)
+        root = (1 - second**self.count).sqrt().to(kind)
+        change = (self.square.sqrt() / root).add_(self.eps)
+        torch.div(self.mean, change, out=change)
+        self.value.sub_(change.mul_(self.rate).mul_((factor / (1 - first**self.count)).to(kind)))

@@ -1,0 +1,354 @@
+"""Stacked fine-tuning: every run as it would go alone, whatever shares its pass."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import compressible as cd
+from compressible import finetune as ft
+from compressible.adapters import adapters, merge_and_unload
+from compressible.reference_tuning import reference_fine_tune
+from compressible.stacked import stacked_adapters
+from compressible.streams import RunStreams
+
+VOCABULARY, LENGTH = 50, 24
+
+
+@dataclasses.dataclass
+class Rows:
+    tokens: dict
+    labels: torch.Tensor
+
+
+@dataclasses.dataclass
+class Task:
+    kind: str
+    train: Rows
+    validation: Rows
+    name: str = "toy"
+
+    def score(self, logits, labels):
+        if self.kind == "regression":
+            return float(np.corrcoef(np.asarray(logits)[:, 0], labels)[0, 1])
+        return float((np.asarray(logits).argmax(1) == labels).mean())
+
+
+def rows(count: int, kind: str, seed: int) -> Rows:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, LENGTH), generator=draw)
+    lengths = torch.randint(4, LENGTH + 1, (count,), generator=draw)
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    tokens = {"input_ids": ids * mask, "attention_mask": mask}
+    if kind == "generation":
+        return Rows(tokens, torch.where(torch.rand(count, 6, generator=draw) < 0.2, -100, ids[:, :6]))
+    score = (ids * mask).sum(1).double() / mask.sum(1) / VOCABULARY
+    return Rows(tokens, score if kind == "regression" else (score > 0.5).long())
+
+
+def task(kind: str = "regression", train: int = 40, validation: int = 11) -> Task:
+    return Task(kind, rows(train, kind, 0), rows(validation, kind, 1))
+
+
+def bert(outputs: int = 1, dropout: float = 0.1, layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=40,
+        max_position_embeddings=LENGTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        num_labels=outputs, attn_implementation="sdpa",
+    )  # fmt: skip
+    return BertForSequenceClassification(config).double().eval()
+
+
+def config(variant: str = "thin", **given) -> cd.DeepLoraConfig:
+    values = {"r": 4, "init_scale": 0.1, "task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+    return cd.DeepLoraConfig(variant=variant, **(values | given))
+
+
+def lora(**given) -> cd.DeepLoraConfig:
+    return config(depth=2, **given)
+
+
+def mixed() -> list[cd.FineTuningRun]:
+    Run = cd.FineTuningRun
+    return [
+        Run(config("compressed"), 1e-2, 3, label="compressed"),
+        Run(config("thin", r=6), 1e-3, 0, label="thin"),
+        Run(lora(init_lora_weights="paper"), 1e-3, 1, head_lr=1e-2),
+        Run(lora(init_lora_weights="standard", r=2, lora_alpha=8.0), 2e-3, 2, subset=torch.arange(20)),
+        Run(config("full"), 1e-3, 4),
+        Run(config("compressed", r=2, depth=2 + 1), 2e-2, 5),
+        Run(config("thin", depth=4), 1e-3, 0),
+    ]
+
+
+def assert_equal(found: cd.RunHistory, expected: cd.RunHistory, tolerance: float) -> None:
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=tolerance)
+    for step, score in expected.scores.items():
+        assert found.scores[step] == pytest.approx(score, rel=max(tolerance, 1e-6))
+    for name, chain in expected.chains.items():
+        for own, other in zip(found.chains[name], chain, strict=True):
+            torch.testing.assert_close(own, other, rtol=tolerance, atol=tolerance)
+    for name, head in expected.heads.items():
+        for key, value in head.items():
+            torch.testing.assert_close(found.heads[name][key], value.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_every_run_of_a_mixed_stack_goes_as_the_plain_run_alone(dropout, embeddings):
+    changed = {"embeddings": True, "exclude_modules": ["position_embeddings", "token_type_embeddings"]}
+    runs = [
+        dataclasses.replace(run, config=dataclasses.replace(run.config, **changed)) if embeddings else run
+        for run in mixed()
+    ]
+    options = {"steps": 7, "batch_size": 4, "decay_ratio": 0.1, "evaluate_at": (0, 7), "dropout": dropout}
+    stacked = cd.fine_tune(bert(), runs, task(), **options)
+    for found, expected in zip(stacked, reference_fine_tune(bert(), runs, task(), **options), strict=True):
+        assert_equal(found, expected, 1e-8)
+    assert {found.shared for found in stacked} == {1, 6}  # the full one goes by itself
+
+
+@pytest.mark.parametrize("kind, outputs", [("regression", 1), ("classification", 3)])
+def test_a_run_is_the_same_alone_and_in_a_stack(kind, outputs):
+    runs, data = mixed(), task(kind)
+    together = cd.fine_tune(bert(outputs), runs, data, 5, 4, evaluate_at=(5,))
+    for run, found in zip(runs, together, strict=True):
+        assert_equal(found, cd.fine_tune(bert(outputs), [run], data, 5, 4, evaluate_at=(5,))[0], 1e-9)
+
+
+def test_stacks_may_be_limited():
+    runs = mixed()
+    for found, expected in zip(
+        cd.fine_tune(bert(), runs, task(), 3, 4, max_stack=2), cd.fine_tune(bert(), runs, task(), 3, 4), strict=True
+    ):
+        assert_equal(found, expected, 1e-10)
+        assert found.shared <= 2
+
+
+def test_a_decoder_with_conv1d_and_a_t5_go_as_the_plain_run():
+    torch.manual_seed(0)
+    gpt = GPT2ForSequenceClassification(GPT2Config(
+        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0,
+    )).double().eval()  # fmt: skip
+    shape = dict(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0)
+    t5 = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).double().eval()
+    own = {"task_type": None, "modules_to_save": None}
+    cases = ((gpt, "regression", config(modules_to_save=["score"])), (t5, "generation", config("compressed", **own)))
+    for model, kind, chosen in cases:
+        runs = [cd.FineTuningRun(chosen, 1e-3, seed) for seed in (0, 1)]
+        stacked = cd.fine_tune(model, runs, task(kind), 4, 4)
+        for found, expected in zip(stacked, reference_fine_tune(model, runs, task(kind), 4, 4), strict=True):
+            assert_equal(found, expected, 1e-8)
+    scored = cd.fine_tune(t5, runs, task("generation"), 2, 4, evaluate_at=(2,))
+    assert all(np.isfinite(found.scores[2]) for found in scored)
+
+
+def test_in_float32_a_stack_stays_within_noise_of_the_plain_runs():
+    model = bert().float()
+    runs = mixed()
+    stacked = cd.fine_tune(model, runs, task(), 6, 4)
+    for found, expected in zip(stacked, reference_fine_tune(model, runs, task(), 6, 4), strict=True):
+        np.testing.assert_allclose(found.losses, expected.losses, rtol=2e-3)
+
+
+def test_bfloat16_keeps_factors_in_float32_and_learns_the_same_within_its_noise():
+    model, runs = bert(dropout=0.0).float(), mixed()
+    half = cd.fine_tune(model, runs, task(), 10, 4, precision="bfloat16")
+    full = cd.fine_tune(model, runs, task(), 10, 4)
+    for found, expected in zip(half, full, strict=True):
+        assert {factor.dtype for chain in found.chains.values() for factor in chain} == {torch.float32}
+        np.testing.assert_allclose(found.losses, expected.losses, rtol=0.1, atol=0.02)
+    assert next(model.parameters()).dtype is torch.float32
+
+
+def test_a_diverging_run_leaves_its_neighbours_alone():
+    runs = [cd.FineTuningRun(config(), 1e-3, 0), cd.FineTuningRun(config(), 1e200, 1, label="too fast")]
+    good, bad = cd.fine_tune(bert(), runs, task(), 6, 4, evaluate_at=(6,))
+    assert_equal(good, cd.fine_tune(bert(), runs[:1], task(), 6, 4, evaluate_at=(6,))[0], 1e-10)
+    assert bad.divergence is not None and np.isnan(bad.scores[6]) and good.divergence is None
+    with pytest.raises(ft.TuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
+        bad.model()
+    assert error.value.history is bad
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_call_goes_on_where_it_was(tmp_path):
+    runs, data = mixed()[:4], task()
+    seen = []
+
+    def watch(snapshot):
+        seen.append(snapshot.step)
+        if snapshot.step == 8 and seen.count(8) == 1:
+            raise Killed
+        return [{"norm": update.norm()} for update in next(iter(snapshot.updates()))[1]]
+
+    options = {"steps": 10, "batch_size": 4, "evaluate_at": (0, 5, 10), "watch_at": (2, 8), "watch": watch}
+    with pytest.raises(Killed):
+        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
+    resumed = cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
+    assert seen == [2, 8, 8]
+    for found, expected in zip(resumed, cd.fine_tune(bert(), runs, data, **options), strict=True):
+        assert_equal(found, expected, 1e-12)
+        assert found.watched[2]["norm"] == pytest.approx(expected.watched[2]["norm"].item())
+    with pytest.raises(ValueError, match="belongs to other runs"):
+        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", **(options | {"steps": 12}))
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
+    from peft import PeftModel
+
+    source, data = bert().float(), task()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    for history in cd.fine_tune(source, mixed(), data, 4, 4):
+        model = history.model().eval()
+        tokens = {name: value[:5] for name, value in data.validation.tokens.items()}
+        logits = model(**tokens).logits
+        if history.run.config.variant == "full":
+            continue
+        folder = tmp_path / f"{history.run.seed}-{history.run.config.variant}-{history.run.config.depth}"
+        cd.save_peft_adapter(model, folder)
+        loaded = PeftModel.from_pretrained(bert().float(), folder).eval()
+        torch.testing.assert_close(loaded(**tokens).logits, logits, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    import copy
+
+    merged = merge_and_unload(copy.deepcopy(model), tokens)
+    assert not adapters(merged)
+    torch.testing.assert_close(merged(**tokens).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_snapshots_show_the_updates_of_each_run():
+    def watch(snapshot):
+        norms = [update.flatten(1).norm(dim=1) for _, update in snapshot.updates()]
+        return torch.stack(norms).sum(0).tolist()
+
+    runs = [cd.FineTuningRun(config("full", init_scale=1e-3), rate, 0) for rate in (1e-3, 1e-2)]
+    slow, fast = cd.fine_tune(bert(), runs, task(), 5, 4, watch_at=(0, 5), watch=watch)
+    assert slow.watched[0] == fast.watched[0] and slow.watched[0] < 1e-6
+    assert 0 < slow.watched[5] < fast.watched[5]
+
+
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_compiled_steps_equal_eager_ones(compiler, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=compiler, **options))
+    runs = [mixed()[i] for i in (0, 1)]
+    model, data = bert(layers=1), task()
+    for rows_ in (data.train, data.validation):
+        rows_.tokens["attention_mask"][:, :] = 1  # one length, one compilation
+    torch._dynamo.reset()
+    dropout = compiler == "eager"  # inductor takes a minute for the hashes on a CPU
+    compiled = cd.fine_tune(model, runs, data, 4, 4, compiled=True, dropout=dropout)
+    for found, expected in zip(compiled, cd.fine_tune(model, runs, data, 4, 4, dropout=dropout), strict=True):
+        assert_equal(found, expected, 1e-8)
+
+
+# dropout
+
+
+def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_padding():
+    step = torch.zeros((), dtype=torch.int64)
+    streams = RunStreams([0, 1], step)
+    one = torch.ones(2 * 32, 40, 64, dtype=torch.float64)
+
+    def draw(x, streams=streams):
+        with streams:
+            return nn.functional.dropout(x, 0.3), nn.functional.dropout(x, 0.3)
+
+    first, second = draw(one)
+    assert first.mean().item() == pytest.approx(1, abs=0.02)
+    assert (first == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
+    step += 1
+    masks = [*(part for mask in (first, second) for part in mask.chunk(2)), *draw(one)[0].chunk(2)]
+    both = torch.stack([(mask == 0).double().flatten() for mask in masks])
+    assert (torch.corrcoef(both) - torch.eye(6, dtype=torch.float64)).abs().max() < 0.018  # five deviations
+    neighbours = (first[:, :, 1:] == 0).double() * (first[:, :, :-1] == 0).double()
+    assert neighbours.mean().item() == pytest.approx(0.09, abs=0.01)
+    step -= 1
+    alone = draw(one[:32, :20], RunStreams([1], step))[0]
+    torch.testing.assert_close(alone, first[32:, :20])
+
+
+def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_exactly():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, 2, 6, 8, dtype=torch.float64)
+    mask = torch.rand(4, 1, 6, 6) > 0.3
+    mask |= torch.eye(6, dtype=torch.bool)
+    attention = nn.functional.scaled_dot_product_attention
+    expected = attention(query, key, value, mask)
+    means = []
+    step = torch.zeros((), dtype=torch.int64)
+    for _ in range(400):
+        with RunStreams([0, 1], step):
+            torch.testing.assert_close(attention(query, key, value, mask), expected)
+            means.append(attention(query, key, value, mask, dropout_p=0.2))
+        step += 1
+    assert (torch.stack(means).mean(0) - expected).abs().max() < 0.15
+
+
+# errors
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({"steps": 0}, "steps is 0"),
+    ({"batch_size": 64}, "40 rows"),
+    ({"decay_ratio": 2.0}, "decay_ratio is 2.0"),
+    ({"evaluate_at": (9,)}, "steps from 0 to 5"),
+    ({"watch_at": (1,)}, "watch"),
+    ({"precision": "half"}, "'half'"),
+    ({"runs": []}, "at least one run"),
+    ({"graphed": True}, "CUDA"),
+    ({"runs": [cd.FineTuningRun(config(), -1.0)]}, "lr is -1.0"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.tensor([1, 2, 3, 99]))]}, "rows from 0 to 39"),
+    ({"runs": [cd.FineTuningRun(config(target_modules=["nothing"]), 1e-3)]}, "matches no layer"),
+    ({"runs": [cd.FineTuningRun(config(modules_to_save=["LayerNorm"]), 1e-3)]}, "LayerNorm"),
+])  # fmt: skip
+def test_bad_values_are_named_before_work_starts(changed, message):
+    given = {"runs": mixed()[:1], "steps": 5, "batch_size": 4} | changed
+    with pytest.raises(ValueError, match=message):
+        cd.fine_tune(bert(), given.pop("runs"), task(), **given)
+
+
+def test_layers_that_see_no_batch_axis_are_refused():
+    runs = [cd.FineTuningRun(config(embeddings=True), 1e-3, seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match="in the first axis"):
+        cd.fine_tune(bert(), runs, task(), 2, 4)
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(Exception, match=r"(?i)header"):
+        cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphed_steps_on_a_gpu_equal_eager_ones(compiled):
+    runs, model, data = mixed(), bert().cuda(), task()
+    graphed = cd.fine_tune(model, runs, data, 12, 4, evaluate_at=(12,), compiled=compiled)
+    for found, expected in zip(graphed, cd.fine_tune(model, runs, data, 12, 4, graphed=False), strict=True):
+        assert_equal(found, expected, 1e-7)
+
+
+def test_stacked_adapters_name_the_layers_that_a_plain_model_adapts():
+    tuning = ft.Tuning(bert(), [mixed()[0]], task(), 2, 4)
+    plain = cd.get_deep_lora_model(bert(), config())
+    assert set(stacked_adapters(tuning.model)) == set(adapters(plain))
