@@ -107,7 +107,8 @@ class StackedAdapter(nn.Module):
         out = self.base(x)
         dropped = functional.dropout(x, rate, self.training).reshape(self.runs, -1, self.shape[1]).to(out.dtype)
         inner = dropped @ lower.mT.to(out.dtype)
-        return torch.baddbmm(out.view(self.runs, -1, self.shape[0]), inner, upper.mT.to(out.dtype)).view(out.shape)
+        # In place, since a linear layer's backward pass does not need what it returned: spares a copy of the tokens.
+        return out.view(self.runs, -1, self.shape[0]).baddbmm_(inner, upper.mT.to(out.dtype)).view(out.shape)
 
     def _dense(self, x: Tensor, update: Tensor) -> Tensor:
         frozen = self.base.weight if self._is_linear else self.base.weight.mT
@@ -121,7 +122,9 @@ class StackedAdapter(nn.Module):
         with torch.autocast(factors[0].device.type, enabled=False):
             if isinstance(self.base, nn.Embedding):
                 return factors[0], product(factors[1:]) * scale
-            return product(factors[:-1]) * scale, factors[-1]
+            # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
+            inner = [product(factors[1:-1])] if len(factors) > 2 else []
+            return product([factors[0], *inner]) * scale, factors[-1]
 
     @property
     def _is_linear(self) -> bool:
