@@ -290,7 +290,7 @@ def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_pa
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # words wrap around, in numpy where interpreted
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 7), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 700), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
 def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
     from compressible.tuning_kernels import Dropped
 

@@ -347,8 +347,7 @@ class Tuning:
         generators = [_generator(self.runs[i], "factors") for i in which]
         loss = lambda: self._losses(tokens, labels).sum()  # noqa: E731
         found = compressed_starts(adapters, which, loss, generators)
-        kinds = {i: {name: [f.to(kind) for f in chain] for name, chain in start.items()} for i, start in found.items()}
-        return [kinds.get(i, start) for i, start in enumerate(starts)]
+        return [_moved(found[i], kind, self.device) if i in found else start for i, start in enumerate(starts)]
 
     def _head(self, name: str) -> StackedLinear:
         source = self.source.get_submodule(name)
@@ -477,7 +476,11 @@ def _drawn(
     """A run's starting factors by layer, in the order of the layers; empty chains for compressed."""
     generator = _generator(run, "factors")
     starts = {name: _start(shape, run.config, generator, torch.device("cpu")) for name, shape in shapes.items()}
-    return {name: [f.detach().to(device, kind) for f in factors] for name, factors in starts.items()}
+    return _moved(starts, kind, device)
+
+
+def _moved(starts: dict[str, list[Tensor]], kind: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
+    return {name: [factor.to(device, kind) for factor in chain] for name, chain in starts.items()}
 
 
 def _generator(run: FineTuningRun, purpose: str) -> torch.Generator:

@@ -179,7 +179,7 @@ def compressed_starts(
     """Return, by run and layer, the compressed start of the runs `which` from one backward pass of all of them.
 
     losses gives the sum of the runs' losses. A layer's gradients (S', m, n) live only until their decomposition; frames
-    are then drawn from each run's generator in the order of the layers.
+    are then drawn from each run's generator in the order of the layers. The starts are on the CPU.
     """
     sinks = {name: _StackSink(adapter, which) for name, adapter in adapters.items()}
     try:
@@ -230,7 +230,8 @@ class _StackSink:
         self.pending -= 1
         if not self.pending:
             rank = max(self.adapter.configs[run].r for run in self.which) // 2
-            self.pairs, self.total = top_frames(self.total, rank), None
+            # Frames are drawn on the CPU next: thousands of small decompositions that a GPU would only wait for.
+            self.pairs, self.total = tuple(side.cpu() for side in top_frames(self.total, rank)), None
 
 
 def _chain(adapter: StackedAdapter, run: int, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Chain:

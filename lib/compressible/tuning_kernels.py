@@ -22,27 +22,30 @@ def _mix(x):
 
 @triton.jit
 def dropped(
-    x, out, seeds, step, place, threshold, count, rows, d1, d2, d3, d4,
+    x, out, seeds, step, place, threshold, lines, rows, d1, d2, d3, last,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """out <- x / P(keep) where kept, else 0; x (S * rows, d1, d2, d3, d4) flat, seeds (S,), grid (count / BLOCK,)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    rest = at
-    i4 = rest % d4
-    rest = rest // d4
+    """out <- x / P(keep) where kept, else 0; x (S * rows, d1, d2, d3, last), of which the last axis is number AXIS.
+
+    seeds (S,); lines = S * rows * d1 * d2 * d3, BL of them a program: only they need divisions.
+    """
+    line = tl.program_id(0) * BL + tl.arange(0, BL)
+    rest = line
     i3 = rest % d3
     rest = rest // d3
     i2 = rest % d2
     rest = rest // d2
     i1 = rest % d1
     row = rest // d1
-    seed = tl.load(seeds + row // rows, mask=inside, other=0)
+    seed = tl.load(seeds + row // rows, mask=line < lines, other=0)
     word = _mix(_mix(seed + place * A3) + tl.load(step).to(tl.int32) * A4)
-    word += (row % rows).to(tl.int32) * A0 + i1.to(tl.int32) * A1 + i2.to(tl.int32) * A2
-    word += i3.to(tl.int32) * A3 + i4.to(tl.int32) * A4
-    keep = (_mix(word) & 0x7FFFFFFF) >= threshold
+    word += (row % rows) * A0 + i1 * A1 + i2 * A2 + i3 * A3
+    column = tl.arange(0, BC)
+    along = A1 if AXIS == 1 else A2 if AXIS == 2 else A3 if AXIS == 3 else A4
+    keep = (_mix(word[:, None] + column[None, :] * along) & 0x7FFFFFFF) >= threshold
+    inside = (line < lines)[:, None] & (column < last)[None, :]
+    at = line.to(tl.int64)[:, None] * last + column[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(KIND)
     two31 = tl.full((), 1, tl.int64) << 31
     scale = two31.to(KIND) / (two31 - threshold).to(KIND)
@@ -88,11 +91,14 @@ class Dropped(torch.autograd.Function):
 def _launch(x: Tensor, seeds: Tensor, step: Tensor, place: int, threshold: int, axes: tuple) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    sizes = [*x.shape[1:], *[1] * (5 - x.dim())]
+    *lead, last = x.shape[1:]
+    columns = triton.next_power_of_2(last)
+    each, lines = max(1, 2 * BLOCK // columns), x.numel() // last
     kind = tl.float64 if x.dtype is torch.float64 else tl.float32
-    dropped[(triton.cdiv(x.numel(), BLOCK),)](
-        x, out, seeds, step, place, threshold, x.numel(), len(x) // len(seeds), *sizes, *axes, KIND=kind, BLOCK=BLOCK
-    )
+    dropped[(triton.cdiv(lines, each),)](
+        x, out, seeds, step, place, threshold, lines, len(x) // len(seeds), *lead, *[1] * (3 - len(lead)), last,
+        *axes, KIND=kind, BL=each, BC=columns, AXIS=x.dim() - 1,
+    )  # fmt: skip
     return out
 
 
