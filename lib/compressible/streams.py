@@ -57,7 +57,7 @@ class RunStreams(TorchFunctionMode):
 
     def _fusible(self, input: Tensor) -> bool:
         """Whether one Triton kernel does it; a compiler fuses the plain form with what is around it."""
-        return input.is_cuda and has_triton() and not torch.compiler.is_compiling()
+        return not torch.compiler.is_compiling() and input.is_cuda and has_triton()  # a compiler reads the first only
 
     def _fused(self, input: Tensor, threshold: int) -> Tensor:
         from .tuning_kernels import Dropped
