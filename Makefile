@@ -65,7 +65,7 @@ torch-gpu:
 
 # Values are checked first, since snakemake removes the earlier figure of a job that it starts.
 figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
-	@$(if $(ARGS),for id in $(or $(ID),$(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*/*.ipynb))); do \
+	@$(if $(ARGS),for id in $(or $(ID),$$($(BIN)/python -m compressible list | awk '$$2 == "$(PRESET)" {print $$1}')); do \
 		$(BIN)/python -m compressible run $$id --preset $(PRESET) --check $(ARGS) || exit 2; done)
 	@$(SNAKEMAKE) --config preset=$(PRESET) label=$(LABEL) gpus=$(GPUS) ids='$(ID)' $(PASSED)
 

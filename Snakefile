@@ -33,6 +33,8 @@ def read_presets():
 
 def choose(wanted):
     """Ids to build: all that have the preset, or those that were named."""
+    if not CHOICES:
+        raise WorkflowError(f"no notebook has a preset {PRESET!r}")
     unknown = sorted(set(wanted) - set(CHOICES))
     if unknown:
         known = ", ".join(CHOICES)

@@ -84,12 +84,23 @@ def test_impossible_values_of_defaults_and_overrides_together_are_refused(add_no
         catalogue.plan(ID, overrides={"rank": "20"})
 
 
-@pytest.mark.parametrize("entry", ["{minutes: soon}", "{minutes: 1, gpus: 2}", "{minutes: 1, gpu: 2}", "3"])
+@pytest.mark.parametrize(
+    "entry", ["{minutes: soon}", "{minutes: 1, gpus: 2}", "{minutes: 1, gpu: 2}", "{minutes: 1, needs: 2}", "3"]
+)
 def test_malformed_preset_is_refused(entry, add_notebook):
     add_notebook("01_good")
     Path("notebooks/kwon2024/presets.yaml").write_text(f"01_good: {{quick: {entry}}}\n")
     with pytest.raises(catalogue.BatchError, match="01_good, quick"):
         catalogue.presets(ID)
+
+
+def test_a_failed_run_tells_what_its_preset_needs(add_notebook, capsys):
+    add_notebook("01_good", "raise RuntimeError('no such model')")
+    entry = "{quick: {minutes: 1}, paper: {minutes: 1, needs: a model from the hub}}"
+    Path("notebooks/kwon2024/presets.yaml").write_text(f"01_good: {entry}\n")
+    assert main(["run", ID, "--preset", "paper"]) == 1
+    assert "s; preset paper needs a model from the hub" in capsys.readouterr().out
+    assert main(["run", ID]) == 1 and "needs" not in capsys.readouterr().out
 
 
 # runs
@@ -219,6 +230,17 @@ def test_snakemake_goes_on_after_a_failure_and_repeats_only_that(add_notebook, c
     assert snakemake("args=-p step_size 5").returncode == 0 and record(id=bad)["step_size"] == 5
     assert Path(f"figures/quick/{good}.json").stat().st_mtime_ns == made
     assert not Path(f"figures/quick/failed/{bad}.txt").exists()
+
+
+def test_snakemake_builds_what_has_the_preset_and_refuses_a_preset_that_nothing_has(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    small, _ = add_notebook("01_small"), add_notebook("02_other")
+    presets = Path("notebooks/kwon2024/presets.yaml")
+    presets.write_text(presets.read_text().replace("01_small:", "01_small:\n  minilm: {minutes: 1}"))
+    assert snakemake("preset=minilm").returncode == 0
+    assert [file.stem for file in Path("figures/minilm/kwon2024").glob("*.json")] == [Path(small).name]
+    result = snakemake("preset=minlm")
+    assert result.returncode != 0 and "no notebook has a preset 'minlm'" in result.stderr + result.stdout
 
 
 def test_snakemake_refuses_an_id_it_does_not_know(add_notebook, checkout):

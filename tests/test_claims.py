@@ -196,6 +196,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("bound = 1.0", 'bound = 1.0\nscale = "cube"', "scale"),
         ("bound = 1.0", 'bound = -1.0\nscale = "log"', "log needs bounds above zero"),
         ("bound = 1.0", "bound = 1.0\nrequires = 3", "requires"),
+        ("bound = 1.0", "bound = 1.0\npreset = 3", "preset: got 3"),
         (f'"{FIGURE}.x"', '"completion"', "id: expected a figure id, a dot and a name"),
         ("[[claim]]", "[[claims]]", "unknown table 'claims'"),
         ("bound = 1.0", "bound = ", "claims.toml: "),
@@ -222,6 +223,25 @@ def write_record(root: Path, preset: str, tested: Claim, metric: Any) -> None:
     path.write_text(json.dumps({"id": tested.figure, "preset": preset, "claims": [asdict(verdict)]}))
 
 
+def test_the_table_takes_the_record_that_a_claim_names(tmp_path: Path) -> None:
+    for preset, value in (("paper", 2.0), ("minilm", SURE), ("another", 3.0)):
+        write_record(tmp_path, preset, claim(), value)
+    small = claim(preset="minilm")
+    assert small.rule() == claim().rule()
+    for chosen in (None, "own", "minilm"):
+        assert "ours: 0.5 [0.491, 0.509] (minilm, 5 seeds)" in claims.table(tmp_path, preset=chosen, claims=[small])
+    (tmp_path / "minilm" / f"{FIGURE}.json").unlink()
+    assert "(another)" in claims.table(tmp_path, claims=[small])
+    own = claims.table(tmp_path, preset="own", claims=[small])
+    assert f"ours: no record: `make figure ID={FIGURE} PRESET=minilm`;" in own and "1 NOT TESTED" in own
+
+
+def test_the_command_of_a_claim_without_record_asks_for_the_gpu_that_it_needs(tmp_path: Path) -> None:
+    tested = Claim("yaras2024/04_compressed_completion.x", "P1", "s", "m", "at_most", "here", bound=1.0)
+    command = "`make figure ID=yaras2024/04_compressed_completion PRESET=paper GPUS=1`"
+    assert command in claims.table(tmp_path, claims=[tested])
+
+
 def test_the_table_prefers_the_paper_preset(tmp_path: Path) -> None:
     for preset, value in (("quick", 2.0), ("paper", SURE), ("another", 3.0)):
         write_record(tmp_path, preset, claim(published="0.7"), value)
@@ -237,7 +257,7 @@ def test_claims_without_a_record_or_changed_since_are_not_tested(tmp_path: Path)
     write_record(tmp_path, "quick", claim(), 0.5)
     assert "PASS       a statement" in claims.table(tmp_path, claims=[claim()])
     for changed in (claim(bound=0.9), claim(seeds=5), claim(requires={"dimension": 100})):
-        assert "ours: no record since the claim changed" in claims.table(tmp_path, claims=[changed])
+        assert "ours: no record since the claim changed: `make figure ID=" in claims.table(tmp_path, claims=[changed])
 
 
 def test_files_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
@@ -251,7 +271,8 @@ def test_markdown_groups_by_paper_and_escapes(tmp_path: Path) -> None:
     first = Claim("yaras2024/03_svd.a", "P1", "|a| < b", "m", "at_most", "here", bound=1.0)
     text = claims.table(tmp_path, format="markdown", claims=[claim(), first])
     assert text.index("**P1") < text.index("**P2")
-    assert "| \\|a\\| < b <sub>yaras2024/03_svd.a</sub> |  | no record | NOT TESTED |" in text
+    unrecorded = "no record: `make figure ID=yaras2024/03_svd PRESET=paper`"
+    assert f"| \\|a\\| < b <sub>yaras2024/03_svd.a</sub> |  | {unrecorded} | NOT TESTED |" in text
     with pytest.raises(ValueError, match="format: got 'html'"):
         claims.table(tmp_path, format="html", claims=[])
 
@@ -284,6 +305,6 @@ def test_the_command_prints_and_writes(project: Path, capsys: pytest.CaptureFixt
     assert claims.main([]) == 0
     assert "PASS       a statement" in capsys.readouterr().out
     assert claims.main(["--preset", "paper", "--format", "markdown"]) == 0
-    assert "| no record | NOT TESTED |" in capsys.readouterr().out
+    assert "PRESET=paper` | NOT TESTED |" in capsys.readouterr().out
     assert claims.main(["--write-readme"]) == 0
     assert "| a statement <sub>" in (project / "README.md").read_text()

@@ -236,6 +236,40 @@ def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
     torch.testing.assert_close(merged(**tokens).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_histories_may_go_without_factors():
+    (history,) = cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, keep_factors=False)
+    assert history.chains is None and np.isfinite(history.losses).all()
+    with pytest.raises(RuntimeError, match="keep_factors=True"):
+        history.model()
+
+
+def test_a_compressed_start_refuses_layers_that_are_too_small():
+    runs = [cd.FineTuningRun(cd.DeepLoraConfig(r=4), 1e-2)]
+    with pytest.raises(ValueError, match="'classifier' is \\(1, 16\\), too small"):
+        cd.fine_tune(bert(), runs, task(), 2, 4)
+
+
+def test_snapshots_are_in_full_precision_whatever_the_runs():
+    allowed = []
+
+    def watch(snapshot):
+        for _ in snapshot.updates():
+            allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return [None]
+
+    original = ft.StackedAdapter.updates
+    inside = []
+
+    def spy(adapter):
+        inside.append(torch.backends.cuda.matmul.allow_tf32)
+        return original(adapter)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ft.StackedAdapter, "updates", spy)
+        cd.fine_tune(bert(), mixed()[1:2], task(), 1, 4, watch_at=(1,), watch=watch, precision="tf32")
+    assert inside and not any(inside) and all(allowed)
+
+
 def test_snapshots_show_the_updates_of_each_run():
     def watch(snapshot):
         norms = [update.flatten(1).norm(dim=1) for _, update in snapshot.updates()]

@@ -361,3 +361,12 @@ def test_load_task_refuses_what_cannot_be(tokenizer, stsb):
     with pytest.raises(ValueError, match="no padding token"):
         tasks.load_task("stsb", padless)
     assert hub.one_line(OSError("a\n  b" * 200)).endswith("...")
+
+
+def test_tasks_and_models_name_their_entries_of_the_manifest():
+    from compressible.text_data import manifest_entries
+
+    assert manifest_entries("stsb") == ["glue-stsb/train.csv.gz", "glue-stsb/validation.csv.gz"]
+    assert "minilm/model.safetensors" in manifest_entries("minilm", "vader-tweets")
+    assert manifest_entries("vader-tweets") == ["vader/hutto_ICWSM_2014.tar.gz"]
+    assert manifest_entries("bert-base-cased") == []

@@ -41,6 +41,7 @@ _HOME = {
     "Task": "tasks",
     "load_task": "tasks",
     "load_encoder": "encoders",
+    "load_for_task": "encoders",
     "load_seq2seq": "encoders",
     "load_tokenizer": "encoders",
     "compare_starts": "compare",

@@ -66,7 +66,9 @@ def _run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     with slot:
         done = batch.run(arguments.id, values, arguments.kernel)
-    print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s")
+    needs = "" if done else catalogue.presets(arguments.id)[arguments.preset].needs
+    print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s"
+          f"{f'; preset {arguments.preset} needs {needs}' if needs else ''}")  # fmt: skip
     return 0 if done else 1
 
 

@@ -164,10 +164,7 @@ def get_deep_lora_model(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     wrapped = {name: Adapter(layer, config, generator) for name, layer in targets.items()}
-    for name, adapter in wrapped.items():
-        if config.variant == "compressed" and 2 * min(adapter.shape) < config.r:
-            size = f"{name!r} is {adapter.shape}, too small for r / 2 = {config.r // 2} directions a side"
-            raise ValueError(f"{size}: lower r, or name it in exclude_modules or modules_to_save")
+    check_sizes({name: adapter.shape for name, adapter in wrapped.items()}, config)
     for name, adapter in wrapped.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, adapter)
@@ -175,6 +172,14 @@ def get_deep_lora_model(
         module.requires_grad_(True)
     model.deep_lora_config = config
     return model
+
+
+def check_sizes(shapes: dict[str, tuple[int, int]], config: DeepLoraConfig) -> None:
+    """Raise ValueError for a layer, shapes (m, n) by name, with fewer directions than a compressed start takes."""
+    for name, shape in shapes.items():
+        if config.variant == "compressed" and 2 * min(shape) < config.r:
+            size = f"{name!r} is {shape}, too small for r / 2 = {config.r // 2} directions a side"
+            raise ValueError(f"{size}: lower r, or name it in exclude_modules or modules_to_save")
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

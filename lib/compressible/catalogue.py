@@ -1,7 +1,7 @@
 """The catalogue: which notebooks exist, what a preset sets, which values a run gets, how fresh its figure is.
 
 A notebook is named by its id, `<paper>/<name>`, in every function here. Presets are kept beside the
-notebooks in `notebooks/<paper>/presets.yaml`: {name: {preset: {minutes, gpu, parameters}}}.
+notebooks in `notebooks/<paper>/presets.yaml`: {name: {preset: {minutes, gpu, needs, parameters}}}.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class BatchError(ValueError):
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset says about a notebook: expected minutes, whether a GPU is wanted, its parameters."""
+    """What a preset says about a notebook: minutes, whether a GPU is wanted, what must be had, parameters."""
 
     minutes: float
     gpu: bool = False
     parameters: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,15 +82,18 @@ def presets(id: str) -> dict[str, Preset]:
 
 def _preset(where: str, entry: Any) -> Preset:
     entry = entry if isinstance(entry, dict) else {"?": entry}
-    unknown = sorted(set(entry) - {"minutes", "gpu", "parameters"})
+    unknown = sorted(set(entry) - {"minutes", "gpu", "needs", "parameters"})
     if unknown:
-        raise BatchError(f"preset {where} has {unknown}; expected minutes, gpu and parameters")
+        raise BatchError(f"preset {where} has {unknown}; expected minutes, gpu, needs and parameters")
     minutes, gpu, values = entry.get("minutes"), entry.get("gpu", False), entry.get("parameters") or {}
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
         raise BatchError(f"preset {where} has minutes = {minutes!r}; expected a number above 0")
     if not isinstance(gpu, bool) or not isinstance(values, dict):
         raise BatchError(f"preset {where} has gpu = {gpu!r}, parameters = {values!r}; expected bool, mapping")
-    return Preset(float(minutes), gpu, values)
+    needs = entry.get("needs", "")
+    if not isinstance(needs, str):
+        raise BatchError(f"preset {where} has needs = {needs!r}; expected text: what must be had beforehand")
+    return Preset(float(minutes), gpu, values, needs)
 
 
 def defaults(notebook: Path) -> dict[str, Any]:

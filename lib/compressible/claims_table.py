@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import paths
+from . import catalogue, paths
 from .statements import NOT_TESTED, PAPERS, Claim, load_claims
 
+OWN = "own"
 START, END = "<!-- claims:start -->", "<!-- claims:end -->"
 TITLES = {
     "P1": "P1: Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation (ICML 2024)",
@@ -30,14 +31,16 @@ def table(
 ) -> str:
     """All claims by paper, each with the published value, ours and the verdict, from the JSON records.
 
-    `records_dir` is the root of the figures. The record of the preset `paper` comes first unless `preset`
-    names another; a claim without a record, or changed since, is NOT TESTED.
+    `records_dir` is the root of the figures. The record of the preset that a claim names comes first, then any other;
+    `preset` allows only the one it names, "own" only the claim's own. A claim without a record, or changed since, is
+    NOT TESTED, beside the command that would test it.
     """
     if format not in ("text", "markdown"):
         raise ValueError(f"format: got {format!r}, expected 'text' or 'markdown'")
     records = _records(Path(records_dir) if records_dir is not None else paths.figures_dir(), preset)
+    only_own = preset == OWN
     known = load_claims() if claims is None else claims
-    groups = {p: [_row(c, records) for c in known if c.paper == p] for p in PAPERS}
+    groups = {p: [_row(c, records, only_own) for c in known if c.paper == p] for p in PAPERS}
     draw = _markdown if format == "markdown" else _text
     blocks = [draw(TITLES[paper], rows) for paper, rows in groups.items() if rows]
     return "\n\n".join([*blocks, _count(row for rows in groups.values() for row in rows)]) + "\n"
@@ -59,36 +62,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: print the table of claims; 0 on success."""
     parser = argparse.ArgumentParser(prog="python -m compressible claims", description=main.__doc__)
     parser.add_argument("--format", choices=("text", "markdown"), default="text")
-    parser.add_argument("--preset", help="only the records of this preset")
-    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--preset", help=f"only the records of this preset; {OWN!r}: of the preset that a claim names")
+    parser.add_argument("--write-readme", action="store_true", help="put the table of own records into README.md")
     options = parser.parse_args(argv)
     if options.write_readme:
-        readme_block(table(format="markdown", preset=options.preset))
+        readme_block(table(format="markdown", preset=options.preset or OWN))
     print(table(format=options.format, preset=options.preset), end="")
     return 0
 
 
 def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:
-    """Records, those of the preset `paper` first; a file that is no record of a figure is passed over."""
+    """Records by preset; a file that is no record of a figure is passed over."""
     found = []
-    for file in sorted(root.glob(f"{preset or '*'}/*/*.json")):
+    for file in sorted(root.glob(f"{'*' if preset in (None, OWN) else preset}/*/*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             found.append({"id": record["id"], "preset": record["preset"], "claims": record["claims"]})
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return sorted(found, key=lambda record: (record["preset"] != "paper", record["preset"]))
+    return sorted(found, key=lambda record: record["preset"])
 
 
-def _row(claim: Claim, records: list[dict[str, Any]]) -> dict[str, str]:
+def _row(claim: Claim, records: list[dict[str, Any]], only_own: bool) -> dict[str, str]:
     statement = {"id": claim.id, "claim": claim.statement, "published": claim.published}
-    reason = "no record"
-    for record in (record for record in records if record["id"] == claim.figure):
+    reason = f"no record: {_command(claim)}"
+    mine = [record for record in records if record["id"] == claim.figure]
+    own = [record for record in mine if record["preset"] == claim.preset]
+    for record in own if only_own else [*own, *(record for record in mine if record not in own)]:
         verdict = next((v for v in record["claims"] if v["id"] == claim.id), None)
         if verdict and verdict.get("rule") == claim.rule():
             return statement | {"ours": _ours(verdict, record["preset"]), "verdict": verdict["verdict"]}
-        reason = "no record since the claim changed"
+        reason = f"no record since the claim changed: {_command(claim)}"
     return statement | {"ours": reason, "verdict": NOT_TESTED}
+
+
+def _command(claim: Claim) -> str:
+    """What makes the record on which a claim is judged."""
+    preset = catalogue.presets(claim.figure).get(claim.preset)
+    return f"`make figure ID={claim.figure} PRESET={claim.preset}{' GPUS=1' if preset and preset.gpu else ''}`"
 
 
 def _ours(verdict: dict[str, Any], preset: str) -> str:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import data, hub
-from .tasks import PROTOCOLS
+from . import data, hub, machine
+from .tasks import PROTOCOLS, Task, load_task
 
 MINILM = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
@@ -52,6 +53,23 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
         _restart(layer, generator, lecun=False)
         layer.bias.requires_grad_(False)
     return model.eval(), load_tokenizer(name)
+
+
+def load_for_task(
+    encoder: str, task: str, protocol: str = "clean", max_length: int = 128, validation_rows: int = 0,
+    device: str = "cpu", seed: int = 0,
+) -> tuple[nn.Module, Task]:  # fmt: skip
+    """(model, task): an encoder on `device` with a head for the task, tokenised for it; see load_encoder and load_task.
+
+    validation_rows: only the first so many validation examples, 0 for all.
+    """
+    if validation_rows < 0:
+        raise ValueError(f"validation_rows is {validation_rows!r}, expected an integer >= 0")
+    place = machine.resolve_device(device)
+    loaded = load_task(task, load_tokenizer(encoder), protocol, max_length)
+    model, _ = load_encoder(encoder, loaded.outputs, protocol, seed)
+    rows = range(min(validation_rows or len(loaded.validation), len(loaded.validation)))
+    return model.to(place), replace(loaded, validation=loaded.validation.take(rows))
 
 
 def load_seq2seq(name: str) -> tuple[nn.Module, Any]:

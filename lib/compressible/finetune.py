@@ -14,7 +14,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from .adapters import (
     DeepLoraConfig,
     _expect,
     _start,
+    check_sizes,
     factor_dtype,
     first_output,
     get_deep_lora_model,
@@ -96,17 +97,19 @@ class RunHistory:
     seconds: float
     peak_bytes: int
     shared: int
-    chains: dict[str, list[Tensor]] = field(repr=False)
-    heads: dict[str, dict[str, Tensor]] = field(repr=False)
+    chains: dict[str, list[Tensor]] | None = field(repr=False)
+    heads: dict[str, dict[str, Tensor]] | None = field(repr=False)
     base: nn.Module = field(repr=False)
 
     def model(self) -> nn.Module:
         """Return the model with this run's adapters and head, as `get_deep_lora_model` makes it; to merge or export.
 
         Frozen weights are shared with the model that was given; copy it before you merge. Raises DivergenceError for a
-        run that diverged.
+        run that diverged, RuntimeError where factors were not kept.
         """
         self.check()
+        if self.chains is None:
+            raise RuntimeError("this history holds no factors: call fine_tune with keep_factors=True")
         model = get_deep_lora_model(_sharing(self.base), self.run.config)
         for name, chain in self.chains.items():
             model.get_submodule(name).factors = nn.ParameterList([nn.Parameter(factor.clone()) for factor in chain])
@@ -143,9 +146,11 @@ class Snapshot:
     _model: nn.Module = field(repr=False)
 
     def updates(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the layer's name and its runs' updates (S, m, n)."""
+        """Yield the layer's name and its runs' updates (S, m, n), in full float32 whatever the runs' precision."""
         for name, adapter in stacked_adapters(self._model).items():
-            yield name, adapter.updates()
+            with _precision("float32"):
+                updates = adapter.updates()
+            yield name, updates
 
 
 def fine_tune(
@@ -165,6 +170,7 @@ def fine_tune(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 100,
     max_stack: int | None = None,
+    keep_factors: bool = True,
     show_progress: bool | None = None,
 ) -> list[RunHistory]:
     """Train all runs over the frozen `model`, as few passes as their shapes allow, and return a history a run.
@@ -172,7 +178,8 @@ def fine_tune(
     The rate decays linearly to decay_ratio of its start (1: constant). Steps of evaluate_at and watch_at count updates
     made, 0 to `steps`; `watch` returns one value a run. Precision "tf32" is the authors' (JAX's default); "bfloat16"
     is the frozen model's only. compiled: torch.compile; graphed: CUDA graphs, by default on a GPU. With `checkpoint`, a
-    file name, a killed call goes on where it was. The runs of a pass are at most max_stack. `model` is never changed.
+    file name, a killed call goes on where it was. The runs of a pass are at most max_stack. Without keep_factors the
+    histories hold no factors, which for many wide runs are much memory. `model` is never changed.
     Raises ValueError on impossible arguments; a run that diverges ends alone, see RunHistory.
     """
     evaluate_at, watch_at = sorted(set(evaluate_at)), sorted(set(watch_at))
@@ -184,6 +191,8 @@ def fine_tune(
         tuning = Tuning(model, [runs[i] for i in members], task, steps, batch_size, decay_ratio, precision, dropout)
         tuning.accelerate(compiled, graphed)
         histories = tuning.train(evaluate_at, watch_at, watch, place, checkpoint_every, show_progress)
+        if not keep_factors:
+            histories = [replace(history, chains=None, heads=None) for history in histories]
         found.update(zip(members, histories, strict=True))
         del tuning
     return [found[i] for i in range(len(runs))]
@@ -323,6 +332,8 @@ class Tuning:
             parameter.requires_grad_(False)
         configs = [run.config for run in self.runs]
         layers = matching(model, configs[0]).items()
+        for config in configs:
+            check_sizes({name: layer_shape(layer) for name, layer in layers}, config)
         adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers}
         for name, adapter in adapters.items():
             _replace(model, name, adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Claim:
     scale: str = "linear"
     every: bool = False
     seeds: int = 1
+    preset: str = "paper"
     requires: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,7 +57,7 @@ class Claim:
 
     def rule(self) -> str:
         """Digest of everything that a verdict depends on, so that an outdated verdict can be told."""
-        spoken = ("id", "paper", "statement", "source", "published")
+        spoken = ("id", "paper", "statement", "source", "published", "preset")
         parts = {name: value for name, value in vars(self).items() if name not in spoken}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -122,6 +124,7 @@ def _mistakes(entry: Mapping[str, Any], ids: set[str]) -> list[str]:
         f"judge: got {entry['judge']!r}, expected one of {tuple(_BOUNDS)}": entry["judge"] not in _BOUNDS,
         f"scale: expected one of {SCALES}": entry.get("scale", "linear") not in SCALES,
         "published: expected text": not isinstance(entry.get("published", ""), str),
+        f"preset: got {entry.get('preset')!r}, expected a preset's name": not _is_label(entry.get("preset", "paper")),
         "seeds: expected a count": type(entry.get("seeds", 1)) is not int or entry.get("seeds", 1) < 1,
         "every: expected true or false": type(entry.get("every", False)) is not bool,
         "requires: expected a table": not isinstance(entry.get("requires", {}), dict),
@@ -155,6 +158,10 @@ def _is_bound(value: Any, count: int) -> bool:
     ends = _numbers(value)
     numbers = all(type(end) in (int, float) and math.isfinite(end) for end in ends)
     return numbers and isinstance(value, list) == (count == 2) and len(ends) == count and ends == sorted(ends)
+
+
+def _is_label(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", text) is not None
 
 
 def _is_claim_id(text: str) -> bool:

@@ -113,6 +113,13 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
             raise data.DataError(f"{error}\n{local}") from None
 
 
+def manifest_entries(*names: str) -> list[str]:
+    """Entries of data/manifest.toml that tasks of SETS and models are read from; none for what only the hub has."""
+    rated = [name for name in names if name in SETS and not SETS[name].repository]
+    folders = ["vader/" if name in rated else f"{SETS[name].folder if name in SETS else name}/" for name in names]
+    return [entry for entry in data.load_manifest() if entry.startswith(tuple(folders))]
+
+
 def _read_local(task: TextSet, split: str, manifest: str | Path | None) -> Rows:
     file = f"{task.folder}/{task.validation if split == 'validation' else split}.csv.gz"
     # Texts such as "NA" and "null" are texts.
