@@ -97,6 +97,15 @@ VOCABULARY: dict[str, Parameter] = {
     "measure_seconds": Parameter(float, POSITIVE, "s", "time that each engine is measured for in steady state"),
     "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
     "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),
+    # fine-tuning: what it costs
+    "encoders": Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", "", "encoders; bert-base is that shape", many=True),
+    "run_counts": Parameter(int, COUNT, "runs", "numbers of runs in a pass to compare", many=True),
+    "full_runs": Parameter(int, COUNT, "runs", "runs of the full variant in a pass"),
+    "tuning_precisions": Parameter(str, "float32|tf32|bfloat16", "", "precisions, the main one first", many=True),
+    "batch_size": Parameter(int, COUNT, "rows", "rows in a run's batch"),
+    "length": Parameter(int, "[3, inf)", "tokens", "length of every row"),
+    "compiled": Parameter(bool, "", "", "whether torch.compile is measured, too"),
+    "budget_seconds": Parameter(float, POSITIVE, "s", "time after which no other measurement begins"),
     # ratings
     "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
     "items": Parameter(int, COUNT, "", "items with the most ratings to keep"),
