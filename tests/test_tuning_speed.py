@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compressible import tuning_speed as speed
 
-LAYERS, HIDDEN, WIDE, BATCH, LENGTH = 2, 16, 40, 2, 8
+LAYERS, HIDDEN, WIDE, BATCH, LENGTH = 2, 64, 160, 2, 8
 
 
 def tiny(name: str = "", seed: int = 0) -> BertForSequenceClassification:
