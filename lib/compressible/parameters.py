@@ -97,7 +97,7 @@ VOCABULARY: dict[str, Parameter] = {
     "measure_seconds": Parameter(float, POSITIVE, "s", "time that each engine is measured for in steady state"),
     "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
     "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),
-    # fine-tuning: what it costs
+    # fine-tuning
     "encoders": Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", "", "encoders; bert-base is that shape", many=True),
     "run_counts": Parameter(int, COUNT, "runs", "numbers of runs in a pass to compare", many=True),
     "full_runs": Parameter(int, COUNT, "runs", "runs of the full variant in a pass"),
@@ -105,6 +105,10 @@ VOCABULARY: dict[str, Parameter] = {
     "batch_size": Parameter(int, COUNT, "rows", "rows in a run's batch"),
     "length": Parameter(int, "[3, inf)", "tokens", "length of every row"),
     "compiled": Parameter(bool, "", "", "whether torch.compile is measured, too"),
+    "few_rows": Parameter(int, COUNT, "rows", "rows to learn from"),
+    "validation_rows": Parameter(int, COUNT, "rows", "rows to be judged on"),
+    "deep_rates": Parameter(float, POSITIVE, "", "learning rates of Deep LoRA's inner factors", many=True),
+    "lora_rates": Parameter(float, POSITIVE, "", "learning rates of LoRA", many=True),
     "budget_seconds": Parameter(float, POSITIVE, "s", "time after which no other measurement begins"),
     # ratings
     "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
@@ -126,6 +130,7 @@ AT_MOST = (
     ("inner_widths", ("dimension", "dimensions", "users", "items")),
     ("guess", ("dimension", "dimensions", "users", "items")),
     ("rank_guesses", ("dimension", "dimensions", "users", "items")),
+    ("batch_size", ("few_rows",)),
 )
 
 
