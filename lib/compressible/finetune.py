@@ -222,8 +222,7 @@ class Tuning:
 
     def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
         """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU)."""
-        if compiled:
-            self.call = torch.compile(self._pass, dynamic=False)
+        self.call = torch.compile(self._pass, dynamic=False) if compiled else self._pass
         if graphed is None:
             graphed = self.device.type == "cuda"
         _expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
