@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -194,7 +195,7 @@ def fine_tune(
         if not keep_factors:
             histories = [replace(history, chains=None, heads=None) for history in histories]
         found.update(zip(members, histories, strict=True))
-        del tuning
+        tuning.release()
     return [found[i] for i in range(len(runs))]
 
 
@@ -253,6 +254,13 @@ class Tuning:
                     bar.update(1)
         _synchronize(self.device)
         return self._histories(scores, watched, time.perf_counter() - began)
+
+    def release(self) -> None:
+        """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
+        self.graphs, self.call, self.model, self.adam = None, None, None, None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def advance(self, step: int) -> None:
         """Take one step of all runs."""
