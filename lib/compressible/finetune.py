@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,7 @@ def fine_tune(
             histories = [replace(history, chains=None, heads=None) for history in histories]
         found.update(zip(members, histories, strict=True))
         del tuning
+        gc.collect()  # a pass refers to itself; its memory must go before the next begins
     return [found[i] for i in range(len(runs))]
 
 
