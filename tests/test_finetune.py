@@ -22,9 +22,11 @@ from transformers import (
 import compressible as cd
 from compressible import finetune as ft
 from compressible.adapters import adapters, merge_and_unload
+from compressible.cuda import interpreted
 from compressible.reference_tuning import reference_fine_tune
 from compressible.stacked import stacked_adapters
-from compressible.streams import RunStreams
+from compressible.stacked_adam import StackedAdamW
+from compressible.streams import AXES, RunStreams
 
 VOCABULARY, LENGTH = 50, 24
 
@@ -338,6 +340,54 @@ def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_pa
     step -= 1
     alone = draw(one[:32, :20], RunStreams([1], step))[0]
     torch.testing.assert_close(alone, first[32:, :20])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # words wrap around, in numpy where interpreted
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 700), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
+def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
+    from compressible.tuning_kernels import Dropped
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not interpreted():
+        pytest.skip("needs a CUDA device or Triton's interpreter")
+    streams = RunStreams([3, 9], torch.tensor(5, device=device))
+    streams.place = 4
+    x = torch.randn(shape, dtype=kind, device=device, requires_grad=True)
+    expected = streams._plain(x, round(0.3 * 2**31))
+    found = Dropped.apply(x, streams.seeds, streams.step, streams.place, round(0.3 * 2**31), AXES)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn(shape, dtype=kind, device=device)
+    slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected)]
+    torch.testing.assert_close(*slopes)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_the_kernel_of_adamw_takes_the_plain_steps_and_torchs(kind):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not interpreted():
+        pytest.skip("needs a CUDA device or Triton's interpreter")
+    start = [torch.randn(2, 3, 5, dtype=kind, device=device), torch.randn(2, 4, dtype=kind, device=device)]
+    rates = torch.tensor([1e-2, 3e-2], dtype=torch.float64)
+    fused, plain = (StackedAdamW([(nn.Parameter(p.clone()), rates) for p in start]) for _ in range(2))
+    own = [nn.Parameter(p[run].clone()) for run in (0, 1) for p in start]
+    groups = [{"params": own[2 * run : 2 * run + 2], "lr": rates[run].item()} for run in (0, 1)]
+    torchs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
+    for _ in range(4):
+        gradient = torch.randn(fused.value.shape, dtype=kind, device=device)
+        parts = gradient[:30].view(2, 3, 5), gradient[30:].view(2, 4)
+        for run in (0, 1):
+            for at, part in enumerate(parts):
+                own[2 * run + at].grad = part[run].clone()
+        factor = torch.tensor(1.0, dtype=torch.float64, device=device)
+        for adam, name in ((fused, "_fused"), (plain, "_plain")):
+            adam.gradient.copy_(gradient)
+            adam._fused = adam._plain = getattr(adam, name)
+            adam.step(factor)
+        torchs.step()
+    torch.testing.assert_close(fused.value, plain.value)
+    both = torch.cat([torch.stack([own[0], own[2]]).flatten(), torch.stack([own[1], own[3]]).flatten()])
+    torch.testing.assert_close(fused.value, both.detach())
 
 
 def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_exactly():

@@ -224,8 +224,7 @@ class Tuning:
 
     def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
         """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU)."""
-        if compiled:
-            self.call = torch.compile(self._pass, dynamic=False)
+        self.call = torch.compile(self._pass, dynamic=False) if compiled else self._pass
         if graphed is None:
             graphed = self.device.type == "cuda"
         _expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
@@ -360,8 +359,7 @@ class Tuning:
         generators = [_generator(self.runs[i], "factors") for i in which]
         loss = lambda: self._losses(tokens, labels).sum()  # noqa: E731
         found = compressed_starts(adapters, which, loss, generators)
-        kinds = {i: {name: [f.to(kind) for f in chain] for name, chain in start.items()} for i, start in found.items()}
-        return [kinds.get(i, start) for i, start in enumerate(starts)]
+        return [_moved(found[i], kind, self.device) if i in found else start for i, start in enumerate(starts)]
 
     def _head(self, name: str) -> StackedLinear:
         source = self.source.get_submodule(name)
@@ -490,7 +488,11 @@ def _drawn(
     """A run's starting factors by layer, in the order of the layers; empty chains for compressed."""
     generator = _generator(run, "factors")
     starts = {name: _start(shape, run.config, generator, torch.device("cpu")) for name, shape in shapes.items()}
-    return {name: [f.detach().to(device, kind) for f in factors] for name, factors in starts.items()}
+    return _moved(starts, kind, device)
+
+
+def _moved(starts: dict[str, list[Tensor]], kind: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
+    return {name: [factor.to(device, kind) for factor in chain] for name, chain in starts.items()}
 
 
 def _generator(run: FineTuningRun, purpose: str) -> torch.Generator:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import machine
 
@@ -58,6 +59,13 @@ def count_sparse_step(shape: tuple[int, int], entries: int, width: int, depth: i
     parameters = width * (m + n) + inner * width * width
     operations = 6 * entries * width + 6 * inner * width * width * n + 2 * entries + 2 * parameters
     return Work(operations, entries * (8 + itemsize) + 2 * itemsize * parameters)
+
+
+def count_operations(call: Callable[[], object]) -> int:
+    """Return the operations of all matrix products that `call` does, forwards and backwards, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def time_calls(call: Callable[[], object], wait: Callable[[], object], seconds: float, trials: int) -> np.ndarray:

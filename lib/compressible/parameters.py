@@ -105,7 +105,7 @@ VOCABULARY: dict[str, Parameter] = {
     "max_length": Parameter(int, "[3, inf)", "word pieces", "longest example"),
     "validation_rows": Parameter(int, NOT_NEGATIVE, "", "validation examples to take, 0 for all"),
     "sample_sizes": Parameter(int, COUNT, "", "numbers of training examples to compare", many=True),
-    "batch_size": Parameter(int, COUNT, "", "examples in a training batch"),
+    "batch_size": Parameter(int, COUNT, "rows", "examples in a run's training batch"),
     "adapter_rank": Parameter(int, COUNT, "", "inner width r of LoRA and of thin and compressed adapters"),
     "learning_rate": Parameter(float, POSITIVE, "", "peak rate of AdamW"),
     "inner_learning_rate": Parameter(float, POSITIVE, "", "rate of the inner factors of compressed adapters"),
@@ -116,6 +116,16 @@ VOCABULARY: dict[str, Parameter] = {
     "evaluate_at": Parameter(int, NOT_NEGATIVE, "steps", "steps at which the validation score is taken", many=True),
     "precision": Parameter(str, "float32|tf32|bfloat16", "", "precision of the frozen model's products"),
     "max_stack": Parameter(int, COUNT, "runs", "most runs in one pass"),
+    "encoders": Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", "", "encoders; bert-base is that shape", many=True),
+    "run_counts": Parameter(int, COUNT, "runs", "numbers of runs in a pass to compare", many=True),
+    "full_runs": Parameter(int, COUNT, "runs", "runs of the full variant in a pass"),
+    "tuning_precisions": Parameter(str, "float32|tf32|bfloat16", "", "precisions, the main one first", many=True),
+    "length": Parameter(int, "[3, inf)", "tokens", "length of every row"),
+    "compiled": Parameter(bool, "", "", "whether torch.compile is measured, too"),
+    "few_rows": Parameter(int, COUNT, "rows", "rows to learn from"),
+    "deep_rates": Parameter(float, POSITIVE, "", "learning rates of Deep LoRA's inner factors", many=True),
+    "lora_rates": Parameter(float, POSITIVE, "", "learning rates of LoRA", many=True),
+    "budget_seconds": Parameter(float, POSITIVE, "s", "time after which no other measurement begins"),
     # ratings
     "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
     "items": Parameter(int, COUNT, "", "items with the most ratings to keep"),
@@ -136,6 +146,7 @@ AT_MOST = (
     ("inner_widths", ("dimension", "dimensions", "users", "items")),
     ("guess", ("dimension", "dimensions", "users", "items")),
     ("rank_guesses", ("dimension", "dimensions", "users", "items")),
+    ("batch_size", ("few_rows",)),
 )
 
 

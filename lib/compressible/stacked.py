@@ -9,13 +9,14 @@ Where the width is too large for that to pay (the full variant) the update is fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter_start import _Probe, compressed_frames, top_frames
-from .adapters import DeepLoraConfig
+from .adapters import DeepLoraConfig, is_transposed
 from .factors import product, stack_factors
 
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
@@ -104,14 +105,17 @@ class StackedAdapter(nn.Module):
         rate = self.configs[0].lora_dropout
         if self.dense and not (rate and self.training):
             return self._dense(x, upper @ lower)
-        out = self.base(x)
-        dropped = functional.dropout(x, rate, self.training).reshape(self.runs, -1, self.shape[1]).to(out.dtype)
-        inner = dropped @ lower.mT.to(out.dtype)
-        return torch.baddbmm(out.view(self.runs, -1, self.shape[0]), inner, upper.mT.to(out.dtype)).view(out.shape)
+        flat = x.reshape(self.runs, -1, self.shape[1])
+        lower, upper = lower.to(self.base.weight.dtype), upper.to(self.base.weight.dtype)
+        if not (rate and self.training) and x.dtype == lower.dtype:
+            out = _LowRankLinear.apply(flat, self._frozen, self.base.bias, lower, upper)
+        else:
+            out = self.base(flat)
+            out = out + functional.dropout(flat, rate, self.training).to(lower.dtype) @ lower.mT @ upper.mT
+        return out.view(*x.shape[:-1], self.shape[0])
 
     def _dense(self, x: Tensor, update: Tensor) -> Tensor:
-        frozen = self.base.weight if self._is_linear else self.base.weight.mT
-        weight = (frozen + update).mT.to(x.dtype)
+        weight = (self._frozen + update).mT.to(x.dtype)
         flat = x.reshape(self.runs, -1, self.shape[1])
         out = flat @ weight if self.base.bias is None else torch.baddbmm(self.base.bias, flat, weight)
         return out.view(*x.shape[:-1], self.shape[0])
@@ -121,11 +125,33 @@ class StackedAdapter(nn.Module):
         with torch.autocast(factors[0].device.type, enabled=False):
             if isinstance(self.base, nn.Embedding):
                 return factors[0], product(factors[1:]) * scale
-            return product(factors[:-1]) * scale, factors[-1]
+            # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
+            inner = [product(factors[1:-1])] if len(factors) > 2 else []
+            return product([factors[0], *inner]) * scale, factors[-1]
 
     @property
-    def _is_linear(self) -> bool:
-        return isinstance(self.base, nn.Linear)
+    def _frozen(self) -> Tensor:
+        """The frozen weight as (m, n)."""
+        return self.base.weight.mT if is_transposed(self.base) else self.base.weight
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """x W^T + b + x A^T B^T, run by run, with both sums inside the products: no pass over the tokens of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lower: Tensor, upper: Tensor) -> Tensor:
+        """x (S, P, n), weight (m, n) frozen, A = lower (S, k, n), B = upper (S, m, k); returns (S, P, m)."""
+        inner = x @ lower.mT
+        ctx.save_for_backward(x, weight, lower, upper, inner)
+        return functional.linear(x, weight, bias).baddbmm_(inner, upper.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        """Gradients of x, A and B."""
+        x, weight, lower, upper, inner = ctx.saved_tensors
+        narrow = grad @ upper
+        back = (grad @ weight).baddbmm_(narrow, lower) if ctx.needs_input_grad[0] else None
+        return back, None, None, narrow.mT @ x, grad.mT @ inner
 
 
 class StackedLinear(nn.Module):
@@ -176,7 +202,7 @@ def compressed_starts(
     """Return, by run and layer, the compressed start of the runs `which` from one backward pass of all of them.
 
     losses gives the sum of the runs' losses. A layer's gradients (S', m, n) live only until their decomposition; frames
-    are then drawn from each run's generator in the order of the layers.
+    are then drawn from each run's generator in the order of the layers. The starts are on the CPU.
     """
     sinks = {name: _StackSink(adapter, which) for name, adapter in adapters.items()}
     try:
@@ -227,7 +253,8 @@ class _StackSink:
         self.pending -= 1
         if not self.pending:
             rank = max(self.adapter.configs[run].r for run in self.which) // 2
-            self.pairs, self.total = top_frames(self.total, rank), None
+            # Frames are drawn on the CPU next: thousands of small decompositions that a GPU would only wait for.
+            self.pairs, self.total = tuple(side.cpu() for side in top_frames(self.total, rank)), None
 
 
 def _chain(adapter: StackedAdapter, run: int, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Chain:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .cuda import has_triton
+
 
 class StackedAdamW:
     """AdamW without weight decay whose parameters (S', ...) have one rate a run; steps can live in a CUDA graph.
@@ -26,6 +28,8 @@ class StackedAdamW:
         empty = [torch.zeros(total, dtype=first.dtype, device=first.device) for _ in range(5)]
         self.value, self.gradient, self.mean, self.square, self.rate = empty
         self.count = torch.zeros((), dtype=torch.float64, device=first.device)
+        scalars = [1 - betas[0], 1 - betas[1], 1.0, 1.0, eps]
+        self.scalars = torch.tensor(scalars, dtype=torch.float64, device=first.device)
         begin = 0
         for parameter, rates in parameters:
             view = slice(begin, begin + parameter.numel())
@@ -43,11 +47,21 @@ class StackedAdamW:
     @torch.no_grad()
     def step(self, factor: Tensor) -> None:
         """Take one step at `factor` () times the rates."""
-        (first, second), kind = self.betas, self.value.dtype
+        (first, second), fused = self.betas, self.value.is_cuda and has_triton()
         self.count += 1
+        root, scaled = (1 - second**self.count).sqrt(), factor / (1 - first**self.count)
+        (self._fused if fused else self._plain)(root, scaled)
+
+    def _fused(self, root: Tensor, scaled: Tensor) -> None:
+        from .tuning_kernels import fused_adam
+
+        torch.stack([root, scaled], out=self.scalars[2:4])
+        fused_adam(self.value, self.gradient, self.mean, self.square, self.rate, self.scalars)
+
+    def _plain(self, root: Tensor, scaled: Tensor) -> None:
+        (first, second), kind = self.betas, self.value.dtype
         self.mean.lerp_(self.gradient, 1 - first)
         self.square.mul_(second).addcmul_(self.gradient, self.gradient, value=1 - second)
-        root = (1 - second**self.count).sqrt().to(kind)
-        change = (self.square.sqrt() / root).add_(self.eps)
+        change = (self.square.sqrt() / root.to(kind)).add_(self.eps)
         torch.div(self.mean, change, out=change)
-        self.value.sub_(change.mul_(self.rate).mul_((factor / (1 - first**self.count)).to(kind)))
+        self.value.sub_(change.mul_(self.rate).mul_(scaled.to(kind)))

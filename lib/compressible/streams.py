@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .cuda import has_triton
+
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -48,8 +50,23 @@ class RunStreams(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
-        kept = input * (self._keep(input.shape, p, input.device).to(input.dtype) * (1 / (1 - p)))
+        self._check(input.shape)
+        self.place += 1
+        kept = (self._fused if self._fusible(input) else self._plain)(input, round(p * 2**31))
         return input.copy_(kept) if inplace else kept
+
+    def _fusible(self, input: Tensor) -> bool:
+        """Whether one Triton kernel does it; a compiler fuses the plain form with what is around it."""
+        return not torch.compiler.is_compiling() and input.is_cuda and has_triton()  # a compiler reads the first only
+
+    def _fused(self, input: Tensor, threshold: int) -> Tensor:
+        from .tuning_kernels import Dropped
+
+        return Dropped.apply(input, self.seeds, self.step, self.place, threshold, AXES)
+
+    def _plain(self, input: Tensor, threshold: int) -> Tensor:
+        kept = self._keep(input.shape, threshold, input.device)
+        return torch.where(kept, input * (2**31 / (2**31 - threshold)), 0)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -72,17 +89,18 @@ class RunStreams(TorchFunctionMode):
             scores = scores + attn_mask
         return self._dropout(scores.softmax(-1), dropout_p) @ value
 
-    def _keep(self, shape: torch.Size, p: float, device: torch.device) -> Tensor:
-        """A mask (S * B, ...), True with probability 1 - p."""
+    def _check(self, shape: torch.Size) -> None:
         runs = len(self.seeds)
         if shape[0] % runs or len(shape) > len(AXES):
             raise ValueError(f"dropout met a tensor of shape {tuple(shape)}, expected {runs} runs in its first axis")
-        self.place += 1
+
+    def _keep(self, shape: torch.Size, threshold: int, device: torch.device) -> Tensor:
+        """A mask (S * B, ...), True with probability 1 - threshold / 2^31."""
+        runs = len(self.seeds)
         stream = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
         word = (stream[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)
         for axis in range(1, len(shape)):
             word = word[..., None] + _axis(shape[axis], axis, device)
-        threshold = round(p * 2**31)
         return (_mix(word) & 0x7FFFFFFF) >= threshold
 
 
