@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -258,6 +260,24 @@ def test_histories_may_go_without_factors():
     assert history.chains is None and np.isfinite(history.losses).all()
     with pytest.raises(RuntimeError, match="keep_factors=True"):
         history.model()
+
+
+def test_a_pass_is_gone_before_the_next_begins(monkeypatch):
+    passes, alive = [], []
+    build = ft.Tuning.__init__
+
+    def noted(tuning, *values, **named):
+        alive.append(sum(other() is not None for other in passes))
+        passes.append(weakref.ref(tuning))
+        build(tuning, *values, **named)
+
+    monkeypatch.setattr(ft.Tuning, "__init__", noted)
+    gc.disable()
+    try:
+        cd.fine_tune(bert(layers=1), mixed()[1:3], task(), 2, 4, evaluate_at=(2,), max_stack=1)
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_a_compressed_start_refuses_layers_that_are_too_small():
