@@ -7,6 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+try:
+    from . import tuning_kernels as fused
+except ImportError:  # triton is for Linux only
+    fused = None
+
 
 class StackedAdamW:
     """AdamW without weight decay whose parameters (S', ...) have one rate a run; steps can live in a CUDA graph.
@@ -35,6 +40,9 @@ class StackedAdamW:
             self.rate[view].view_as(parameter).copy_(rates.to(first.device, first.dtype).view(shape))
             parameter.data = self.value[view].view_as(parameter)
             parameter.grad = self.gradient[view].view_as(parameter)
+        if self._fused:  # compiled here, since a graph that is being captured loads no kernel; a step of size 0
+            one = torch.ones((), dtype=first.dtype, device=first.device)
+            self._take(one, 0 * one)
 
     def zero(self) -> None:
         """Set the gradients to zero."""
@@ -45,9 +53,21 @@ class StackedAdamW:
         """Take one step at `factor` () times the rates."""
         (first, second), kind = self.betas, self.value.dtype
         self.count += 1
+        root = (1 - second**self.count).sqrt().to(kind)
+        size = (factor / (1 - first**self.count)).to(kind)
+        if self._fused:
+            self._take(root, size)
+            return
         self.mean.lerp_(self.gradient, 1 - first)
         self.square.mul_(second).addcmul_(self.gradient, self.gradient, value=1 - second)
-        root = (1 - second**self.count).sqrt().to(kind)
         change = (self.square.sqrt() / root).add_(self.eps)
         torch.div(self.mean, change, out=change)
-        self.value.sub_(change.mul_(self.rate).mul_((factor / (1 - first**self.count)).to(kind)))
+        self.value.sub_(change.mul_(self.rate).mul_(size))
+
+    @property
+    def _fused(self) -> bool:
+        return fused is not None and self.value.is_cuda and self.value.dtype is torch.float32
+
+    def _take(self, root: Tensor, size: Tensor) -> None:
+        vectors = (self.value, self.gradient, self.mean, self.square, self.rate)
+        fused.adamw_step(*vectors, root, size, self.betas, self.eps)

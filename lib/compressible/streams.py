@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+try:
+    from . import tuning_kernels as fused
+except ImportError:  # triton is for Linux only; compiled passes fuse masks by themselves
+    fused = None
+
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
@@ -48,6 +53,10 @@ class RunStreams(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
+        if fused is not None and not torch.compiler.is_compiling() and not inplace and fused.takes(input):
+            self._check(input.shape)
+            self.place += 1
+            return fused.Drop.apply(input, self.seeds, self.step, self.place, p, AXES)
         kept = input * (self._keep(input.shape, p, input.device).to(input.dtype) * (1 / (1 - p)))
         return input.copy_(kept) if inplace else kept
 
@@ -74,9 +83,7 @@ class RunStreams(TorchFunctionMode):
 
     def _keep(self, shape: torch.Size, p: float, device: torch.device) -> Tensor:
         """A mask (S * B, ...), True with probability 1 - p."""
-        runs = len(self.seeds)
-        if shape[0] % runs or len(shape) > len(AXES):
-            raise ValueError(f"dropout met a tensor of shape {tuple(shape)}, expected {runs} runs in its first axis")
+        runs = self._check(shape)
         self.place += 1
         stream = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
         word = (stream[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)
@@ -84,6 +91,12 @@ class RunStreams(TorchFunctionMode):
             word = word[..., None] + _axis(shape[axis], axis, device)
         threshold = round(p * 2**31)
         return (_mix(word) & 0x7FFFFFFF) >= threshold
+
+    def _check(self, shape: torch.Size) -> int:
+        runs = len(self.seeds)
+        if shape[0] % runs or len(shape) > len(AXES):
+            raise ValueError(f"dropout met a tensor of shape {tuple(shape)}, expected {runs} runs in its first axis")
+        return runs
 
 
 def _axis(size: int, axis: int, device: torch.device) -> Tensor:
