@@ -198,6 +198,7 @@ def fine_tune(
             histories = [replace(history, chains=None, heads=None) for history in histories]
         found.update(zip(members, histories, strict=True))
         tuning.release()
+        del tuning
     return [found[i] for i in range(len(runs))]
 
 
@@ -262,7 +263,7 @@ class Tuning:
 
     def release(self) -> None:
         """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
-        self.graphs, self.call, self.model, self.adam = None, None, None, None
+        self.graphs = self.call = self.model = self.adam = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
