@@ -133,6 +133,23 @@ def test_a_run_is_the_same_alone_and_in_a_stack(kind, outputs):
         assert_equal(found, cd.fine_tune(bert(outputs), [run], data, 5, 4, evaluate_at=(5,))[0], 1e-9)
 
 
+def test_a_pass_leaves_nothing_behind_for_the_next(monkeypatch):
+    import weakref
+
+    seen, alive = [], []
+    build = ft.Tuning._stack
+
+    def watched(self):
+        alive.append(sum(model() is not None for model in seen))
+        model = build(self)
+        seen.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(ft.Tuning, "_stack", watched)
+    cd.fine_tune(bert(), mixed(), task(), 2, 4, max_stack=1)
+    assert alive == [0] * len(mixed())
+
+
 def test_stacks_may_be_limited():
     runs = mixed()
     for found, expected in zip(

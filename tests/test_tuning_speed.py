@@ -58,10 +58,10 @@ def test_what_breaks_and_what_comes_too_late_say_so_and_leave_the_others(monkeyp
 def test_claims_come_first_and_no_case_twice():
     cases = list(speed.all_cases(["a", "b"], [1, 5, 20, 40], ["bfloat16", "tf32"], 5, compiled=True))
     assert len(cases) == len(set(cases))
-    first = [(case.method, case.runs, case.modes) for case in cases if case.encoder == "a"][:4]
-    both = ("graph", "compiled")
-    one = ("compressed", 1, ("eager", *both))
-    assert first == [*[("peft", 1, ("eager",))] * 2, one, ("compressed", 20, both)]
+    needed = [(case.method, case.runs, case.modes) for case in cases if case.encoder == "a"][:5]
+    assert needed[:2] == [("peft", 1, ("eager",))] * 2
+    assert needed[2:4] == [("compressed", 1, ("eager", "graph")), ("compressed", 20, ("graph",))]
+    assert needed[4] == ("compressed", 20, ("compiled",))
 
 
 def test_an_endless_pass_starts_its_data_again():

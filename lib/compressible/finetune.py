@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
 HEAD_STD = 0.02  # transformers' own start of a head
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
+RECOMPILATIONS = 64
 LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
 
 
@@ -195,8 +197,8 @@ def fine_tune(
         if not keep_factors:
             histories = [replace(history, chains=None, heads=None) for history in histories]
         found.update(zip(members, histories, strict=True))
+        tuning.release()
         del tuning
-        gc.collect()  # a pass refers to itself; its memory must go before the next begins
     return [found[i] for i in range(len(runs))]
 
 
@@ -225,6 +227,9 @@ class Tuning:
     def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
         """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU)."""
         self.call = torch.compile(self._pass, dynamic=False) if compiled else self._pass
+        if compiled:  # one compilation a padded length and a pass; beyond the limit PyTorch goes on uncompiled
+            limits = importlib.import_module("torch._dynamo.config")
+            limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
         if graphed is None:
             graphed = self.device.type == "cuda"
         _expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
@@ -255,6 +260,13 @@ class Tuning:
                     bar.update(1)
         _synchronize(self.device)
         return self._histories(scores, watched, time.perf_counter() - began)
+
+    def release(self) -> None:
+        """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
+        self.graphs = self.call = self.model = self.adam = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def advance(self, step: int) -> None:
         """Take one step of all runs."""

@@ -101,20 +101,25 @@ def all_cases(
     """Yield the notebook's cases, those that its claims need first.
 
     Per encoder: peft in all precisions, then compressed with the fewest runs and GOAL (or the most) in the first one.
+    What takes long to compile comes after that, sweeps over run_counts in the first two precisions last.
     """
     few, first = min(run_counts), precisions[0]
     target = GOAL if GOAL in run_counts else max(run_counts)
-    best = ("graph", "compiled") if compiled else ("graph",)
+    goals = [target] if target > few else []
     for encoder in encoders:
         yield from (Case(encoder, precision, "peft", modes=("eager",)) for precision in precisions)
-        yield Case(encoder, first, "compressed", few, ("eager", *best), real=True)
-        if target > few:
-            yield Case(encoder, first, "compressed", target, best, real=True)
+        yield Case(encoder, first, "compressed", few, ("eager", "graph"), real=True)
+        yield from (Case(encoder, first, "compressed", count, real=True) for count in goals)
+    if compiled:
+        yield from (Case(encoder, first, "compressed", target, ("compiled",)) for encoder in encoders)
     for encoder in encoders:
         yield from (Case(encoder, first, "compressed", count) for count in run_counts if count not in (few, target))
         yield from (Case(encoder, first, method, target) for method in ("thin", "lora"))
         yield Case(encoder, first, "full", full_runs)
-    yield from (Case(e, p, "compressed", count) for p in precisions[1:] for e in encoders for count in run_counts)
+    if compiled:
+        yield from (Case(e, first, "compressed", few, ("compiled",)) for e in encoders if goals)
+    for precision in precisions[1:2]:
+        yield from (Case(encoder, precision, "compressed", count) for count in run_counts for encoder in encoders)
 
 
 def survey_tuning(
@@ -279,7 +284,7 @@ def _values(key: str, timing: Timing) -> dict[str, float | str | np.ndarray]:
     if timing.skipped:
         return {f"{key}/skipped": timing.skipped}
     named = {"setup": timing.setup, "compilation": timing.compilation, "memory": timing.memory, "steps": timing.step}
-    return {f"{key}/{what}": value for what, value in named.items()}
+    return {f"{key}/{what}": value for what, value in named.items() if not np.isnan(value).all()}
 
 
 def _gemm(precision: str, device: str, trials: int) -> float:
