@@ -119,6 +119,18 @@ def test_impossible_arguments_are_refused(folder):
         encoders.load_encoder(str(folder), 0)
 
 
+def test_model_and_task_come_together(folder, monkeypatch):
+    rows = text_data.Rows([("a b",), ("c d e",), ("f",)], [1.0, 2.0, 3.0], "test")
+    monkeypatch.setattr(tasks, "read_rows", lambda *_: rows)
+    model, task = encoders.load_for_task(str(folder), "vader-tweets", "authors", 16, validation_rows=2)
+    assert len(task.train) == 3 and len(task.validation) == 2 and model.num_labels == task.outputs == 1
+    tokens, _ = task.validation.batch(torch.arange(2))
+    assert model(**tokens).logits.shape == (2, 1)
+    assert len(encoders.load_for_task(str(folder), "vader-tweets", validation_rows=9)[1].validation) == 3
+    with pytest.raises(ValueError, match="validation_rows is -1"):
+        encoders.load_for_task(str(folder), "vader-tweets", validation_rows=-1)
+
+
 def test_t5_writes_the_texts_of_a_task(tmp_path):
     model, tokenizer = encoders.load_seq2seq(str(save_t5(tmp_path)))
     rows = text_data.Rows([("name[A], area[b]",), ("name[C]",)], ["A is in b.", "C."], "test")
