@@ -172,10 +172,13 @@ def count_step(model: nn.Module, batch_size: int, length: int) -> int:
     return count_operations(lambda: tuning.advance(0))
 
 
-def rate(out: dict, name: str) -> tuple[str, np.ndarray]:
-    """Return the fastest mode of the case `name` in a survey and its steps of a run per second (T,); "" if none ran."""
+def rate(out: dict, name: str, modes: Sequence[str] = MODES) -> tuple[str, np.ndarray]:
+    """Return the fastest of `modes` of the case `name` in a survey and its steps of a run per second (T,).
+
+    "" and an empty array if none of them ran.
+    """
     runs = int(name.rpartition("/")[2].partition(" x ")[0])
-    ran = {mode: runs / out[f"{name}/{mode}/steps"] for mode in MODES if f"{name}/{mode}/steps" in out}
+    ran = {mode: runs / out[f"{name}/{mode}/steps"] for mode in modes if f"{name}/{mode}/steps" in out}
     best = max(ran, key=lambda mode: np.median(ran[mode]), default="")
     return best, ran.get(best, np.array([]))
 
