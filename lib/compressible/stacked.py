@@ -143,15 +143,20 @@ class _LowRankLinear(torch.autograd.Function):
         """x (S, P, n), weight (m, n) frozen, A = lower (S, k, n), B = upper (S, m, k); returns (S, P, m)."""
         inner = x @ lower.mT
         ctx.save_for_backward(x, weight, lower, upper, inner)
-        return functional.linear(x, weight, bias).baddbmm_(inner, upper.mT)
+        return _plus(functional.linear(x, weight, bias), inner, upper.mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
         """Gradients of x, A and B."""
         x, weight, lower, upper, inner = ctx.saved_tensors
         narrow = grad @ upper
-        back = (grad @ weight).baddbmm_(narrow, lower) if ctx.needs_input_grad[0] else None
+        back = _plus(grad @ weight, narrow, lower) if ctx.needs_input_grad[0] else None
         return back, None, None, narrow.mT @ x, grad.mT @ inner
+
+
+def _plus(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left right, in place but where a compiler traces: PyTorch 2.11 cuts the graph at a changed output."""
+    return torch.baddbmm(total, left, right) if torch.compiler.is_compiling() else total.baddbmm_(left, right)
 
 
 class StackedLinear(nn.Module):
