@@ -166,7 +166,7 @@ def zipped(member: str, text: str) -> bytes:
     ("ml-1m.zip", zipped("ml-1m/ratings.dat", WHOLE), [4.0, 1.0, 3.0], [6, 7, 5]),
     ("ratings_cold_users.csv.gz", gzip.compress(b"user_id,item_id,rating\n2,30,1\n7,30,3\n2,10,4\n"),
      [4.0, 1.0, 3.0], [0, 0, 0]),
-])  # fmt: skip
+], ids=["latest-small", "25m", "1m", "part"])  # fmt: skip
 def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, stars, times):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
     loaded = ratings.load("other", other_set(tmp_path, file, content, {}))
