@@ -20,13 +20,14 @@ from transformers import (
 )
 
 import compressible as cd
-from compressible import finetune as ft
+from compressible import tuning as ft
 from compressible.adapters import adapters, merge_and_unload
 from compressible.cuda import interpreted
 from compressible.reference_tuning import reference_fine_tune
 from compressible.stacked import stacked_adapters
 from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
+from compressible.tuning_runs import TuningDivergenceError
 
 VOCABULARY, LENGTH = 50, 24
 
@@ -200,7 +201,7 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     good, bad = cd.fine_tune(bert(), runs, task(), 6, 4, evaluate_at=(6,))
     assert_equal(good, cd.fine_tune(bert(), runs[:1], task(), 6, 4, evaluate_at=(6,))[0], 1e-10)
     assert bad.divergence is not None and np.isnan(bad.scores[6]) and good.divergence is None
-    with pytest.raises(ft.TuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
+    with pytest.raises(TuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
         bad.model()
     assert error.value.history is bad
 

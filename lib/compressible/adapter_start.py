@@ -11,12 +11,13 @@ let go.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter, adapters, factor_dtype
+from . import machine
+from .adapters import DeepLoraConfig, adapters, factor_dtype, layer_shape
 
 
 def compress_adapters(
@@ -35,27 +36,42 @@ def compress_adapters(
     found = {name: adapter for name, adapter in adapters(model).items() if adapter.config.variant == "compressed"}
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    sinks = {name: _Sink(adapter) for name, adapter in found.items()}
-    meter = _Meter(next(iter(found.values())).weight.device)
-    with torch.enable_grad():
-        for name, adapter in found.items():
-            adapter.probe = sinks[name].watch
+    sinks = {name: GradientSink(adapter.base, adapter.config.r // 2) for name, adapter in found.items()}
+    device, began = str(next(iter(found.values())).weight.device), time.perf_counter()
+    with machine.peak_inside(device) as peak:
         try:
-            for batch in range(batches):
-                for sink in sinks.values():
-                    sink.last = batch == batches - 1
-                # Only towards the sinks: what else is trained keeps its .grad as it was.
-                torch.autograd.backward(loss_step(), inputs=[sink.token for sink in sinks.values()])
+            for name, adapter in found.items():
+                adapter.probe = sinks[name].watch
+            _run(loss_step, list(sinks.values()), batches)
         finally:
             for adapter in found.values():
                 adapter.probe = None
-    missing = [name for name, sink in sinks.items() if sink.pair is None]
-    if missing:
-        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
-    for name, adapter in found.items():
-        right, left = compressed_frames(*sinks[name].pair, adapter.shape, generator)
-        adapter.factors = nn.ParameterList(_chain(right, left, adapter))
-    return meter.read()
+        check_reached(sinks)
+        for name, adapter in found.items():
+            left, right = (side[0] for side in sinks[name].frames)
+            chain = compressed_chain(left, right, adapter.shape, adapter.config, generator)
+            adapter.factors = nn.ParameterList([nn.Parameter(f.to(factor_dtype(adapter.base))) for f in chain])
+        machine.synchronize(device)
+        held = peak() if device != "cpu" else 0
+    return {"seconds": time.perf_counter() - began, "peak_bytes": float(held)}
+
+
+def _run(loss_step: Callable[[], Tensor], sinks: list[GradientSink], batches: int) -> None:
+    for batch in range(batches):
+        for sink in sinks:
+            sink.last = batch == batches - 1
+        # Only towards the sinks: what else is trained keeps its .grad as it was.
+        with torch.enable_grad():
+            torch.autograd.backward(loss_step(), inputs=[sink.token for sink in sinks])
+
+
+def compressed_chain(
+    left: Tensor, right: Tensor, shape: tuple[int, int], config: DeepLoraConfig, generator: torch.Generator
+) -> list[Tensor]:
+    """Return [V^T (r, n), eps I (r, r) x L, U (m, r)] from the gradient's leading vectors (m, r / 2) and (n, r / 2)."""
+    right, left = compressed_frames(left, right, shape, generator)
+    eye = torch.eye(config.r, dtype=right.dtype, device=right.device)
+    return [right.mT.contiguous(), *(config.init_scale * eye for _ in range(config.depth)), left.contiguous()]
 
 
 def compressed_frames(
@@ -99,13 +115,19 @@ def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return pair[0].to(kind), pair[1].to(kind)
 
 
-class _Sink:
-    """Collects the gradient of one layer's update, sum over tokens of grad_out x^T, and keeps its singular vectors."""
+class GradientSink:
+    """Collects the gradients (R, m, n) of a layer's updates, sum over tokens of grad_out x^T, a run each.
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter, self.total, self.pending, self.last = adapter, None, 0, False
-        self.token = torch.zeros((), device=adapter.weight.device, requires_grad=True)  # makes frozen layers recorded
-        self.pair: tuple[Tensor, Tensor] | None = None
+    batches come run by run, (S * B, ...), of which the runs `which` count; `frames` are then the `rank` leading left
+    (R, m, rank) and right (R, n, rank) singular vectors, taken after the last use in the `last` batch, when the
+    gradients go.
+    """
+
+    def __init__(self, layer: nn.Module, rank: int, runs: int = 1, which: Sequence[int] = (0,)) -> None:
+        self.layer, self.rank, self.runs, self.which = layer, rank, runs, list(which)
+        self.total, self.pending, self.last = None, 0, True
+        self.token = torch.zeros((), device=layer.weight.device, requires_grad=True)  # makes frozen layers recorded
+        self.frames: tuple[Tensor, Tensor] | None = None
 
     def watch(self, x: Tensor, out: Tensor) -> Tensor:
         """Pass `out` (..., m) on and take its gradient on the way back; x (..., n), or ids for an embedding."""
@@ -113,31 +135,42 @@ class _Sink:
         return _Probe.apply(x, out, self.token, self)
 
     def add(self, x: Tensor, grad: Tensor) -> None:
-        """Add one use of the layer; after the last of the last batch decompose and let the gradient go."""
-        m, n = self.adapter.shape
+        """Add one use of the layer; after the last of the last batch decompose and let the gradients go."""
+        m, n = layer_shape(self.layer)
+        # float32 at least: a bfloat16 gradient has too few digits for its singular vectors
         kind = torch.promote_types(grad.dtype, torch.float32)
-        grad = grad.reshape(-1, m).to(kind)
-        if isinstance(self.adapter.base, nn.Embedding):
-            gradient = grad.new_zeros(n, m).index_add_(0, x.reshape(-1), grad).mT
+        grad = self._chosen(grad.reshape(self.runs, -1, m)).to(kind)
+        if isinstance(self.layer, nn.Embedding):
+            ids = self._chosen(x.reshape(self.runs, -1))
+            gradient = torch.stack([g.new_zeros(n, m).index_add_(0, i, g) for i, g in zip(ids, grad, strict=True)]).mT
         else:
-            gradient = grad.mT @ x.reshape(-1, n).to(kind)
+            gradient = grad.mT @ self._chosen(x.reshape(self.runs, -1, n)).to(kind)
         self.total = gradient if self.total is None else self.total + gradient
         self.pending -= 1
         if self.last and not self.pending:
             self._decompose()
 
+    def _chosen(self, stacked: Tensor) -> Tensor:
+        return stacked if len(self.which) == self.runs else stacked[self.which]
+
     def _decompose(self) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.total)
-        rank = self.adapter.config.r // 2
-        self.pair, self.total = top_frames(self.total, rank), None
+        self.frames, self.total = top_frames(self.total, self.rank), None
+
+
+def check_reached(sinks: Mapping[str, GradientSink]) -> None:
+    """Raise RuntimeError, with the first layer's name, where a layer saw no gradient."""
+    missing = [name for name, sink in sinks.items() if sink.frames is None]
+    if missing:
+        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
 
 
 class _Probe(torch.autograd.Function):
     """The identity on `out`, whose backward pass shows the gradient to a sink."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, out: Tensor, token: Tensor, sink: _Sink) -> Tensor:
+    def forward(ctx, x: Tensor, out: Tensor, token: Tensor, sink: GradientSink) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
         return out.view_as(out)
@@ -148,23 +181,6 @@ class _Probe(torch.autograd.Function):
         return None, grad, grad.new_zeros((), dtype=torch.float32), None
 
 
-class _Meter:
-    """Seconds and peak device memory since it was made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.began = device, time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def read(self) -> dict[str, float]:
-        """Return {"seconds", "peak_bytes"}."""
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
-        return {"seconds": time.perf_counter() - self.began, "peak_bytes": float(peak)}
-
-
 def _frame(size: int, count: int, avoid: Tensor | None, generator: torch.Generator, like: Tensor) -> Tensor:
     """A uniformly random frame (size, count), orthogonal to the orthonormal columns of `avoid`; drawn on the CPU."""
     gaussian = torch.randn(size, count, generator=generator, dtype=torch.float64).to(like.device)
@@ -173,10 +189,3 @@ def _frame(size: int, count: int, avoid: Tensor | None, generator: torch.Generat
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             gaussian = gaussian - span @ (span.mT @ gaussian)
     return torch.linalg.qr(gaussian).Q.to(like.dtype)
-
-
-def _chain(right: Tensor, left: Tensor, adapter: Adapter) -> list[nn.Parameter]:
-    """[V^T (r, n), eps I (r, r) x L, U (m, r)]."""
-    config, kind = adapter.config, factor_dtype(adapter.base)
-    inner = [config.init_scale * torch.eye(config.r, device=right.device) for _ in range(config.depth)]
-    return [nn.Parameter(factor.to(kind).contiguous()) for factor in (right.mT, *inner, left)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from .baselines import _now
 from .engines import choose
 from .factors import orthogonal_factors
-from .machine import peak_memory, reset_peak_memory, resolve_device
+from .machine import peak_inside, resolve_device
 from .sampling import sparse_low_rank
 from .sparse import SparseCompletion
 
@@ -47,9 +47,9 @@ def measure(
     problem = SparseCompletion(observed)
     del observed
     factors = orthogonal_factors(shape, 3, width, 0.1, generator, device=place)
-    reset_peak_memory(place)
-    seconds = step_seconds(problem, factors, max(5, work // count), trials)
-    return seconds, peak_memory(place) if place != "cpu" else held_bytes(problem, factors)
+    with peak_inside(place) as peak:
+        seconds = step_seconds(problem, factors, max(5, work // count), trials)
+        return seconds, peak() if place != "cpu" else held_bytes(problem, factors)
 
 
 def curve(

@@ -204,8 +204,6 @@ def _version(package: str) -> str:
         return ""
 
 
-
-
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(paths.repository()), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
@@ -213,3 +211,14 @@ def _git(*arguments: str) -> str:
 
 # Read on import: a kernel that lives on while a file is edited still runs the code that it read.
 LIBRARY = _library_digest()
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Let CUDA's float32 products use TensorFloat-32 inside for the name "tf32", and not for any other."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

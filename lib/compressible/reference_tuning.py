@@ -12,21 +12,11 @@ from torch import nn
 
 from .adapter_start import compress_adapters
 from .adapters import adapters, first_output, get_deep_lora_model, param_groups
-from .finetune import (
-    BETAS,
-    EPS,
-    LENGTHS,
-    FineTuningRun,
-    RunHistory,
-    TaskLike,
-    _generator,
-    _Rows,
-    data_order,
-    fresh_head,
-    run_losses,
-)
 from .streams import RunStreams
 from .targets import saved_modules
+from .tuning import BETAS, EPS
+from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses
+from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator
 
 
 def reference_fine_tune(
@@ -44,8 +34,8 @@ def _one(
     device = next(source.parameters()).device
     counter = torch.zeros((), dtype=torch.int64, device=device)
     streams = RunStreams([run.seed], counter)
-    rows, order = _Rows(task.train, device), data_order(run, len(task.train.labels), steps, batch_size)
-    model = get_deep_lora_model(copy.deepcopy(source), run.config, _generator(run, "factors"))
+    rows, order = DeviceRows(task.train, device), data_order(run, len(task.train.labels), steps, batch_size)
+    model = get_deep_lora_model(copy.deepcopy(source), run.config, run_generator(run, "factors"))
     for name, module in saved_modules(model, run.config):
         weight, bias = fresh_head(module, run, name)
         module.weight.data = weight
@@ -60,7 +50,7 @@ def _one(
         return run_losses(task.kind, logits, labels, 1)[0]
 
     if run.config.variant == "compressed":
-        compress_adapters(model, lambda: loss_of(0), generator=_generator(run, "factors"))
+        compress_adapters(model, lambda: loss_of(0), generator=run_generator(run, "factors"))
     groups = param_groups(model, run.lr)
     for group in groups:
         if group["name"] == "saved" and run.head_lr is not None:
@@ -91,7 +81,7 @@ def _one(
 @torch.no_grad()
 def _score(model: nn.Module, task: TaskLike, device: torch.device) -> float:
     model.eval()
-    rows, logits = _Rows(task.validation, device), []
+    rows, logits = DeviceRows(task.validation, device), []
     for part in torch.arange(len(task.validation.labels)).split(64):
         tokens, _ = rows.batch(part, LENGTHS["cpu"])
         logits.append(first_output(model(**tokens)).float().cpu())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .adapter_start import _Probe, compressed_frames, top_frames
+from .adapter_start import GradientSink, check_reached, compressed_chain
 from .adapters import DeepLoraConfig, is_transposed
 from .factors import product, stack_factors
 
@@ -209,7 +209,11 @@ def compressed_starts(
     losses gives the sum of the runs' losses. A layer's gradients (S', m, n) live only until their decomposition; frames
     are then drawn from each run's generator in the order of the layers. The starts are on the CPU.
     """
-    sinks = {name: _StackSink(adapter, which) for name, adapter in adapters.items()}
+    which = list(which)
+    sinks = {}
+    for name, adapter in adapters.items():
+        rank = max(adapter.configs[run].r for run in which) // 2
+        sinks[name] = GradientSink(adapter.base, rank, adapter.runs, which)
     try:
         for name, adapter in adapters.items():
             adapter.sink = sinks[name].watch
@@ -218,55 +222,19 @@ def compressed_starts(
     finally:
         for adapter in adapters.values():
             adapter.sink = None
-    missing = [name for name, sink in sinks.items() if sink.pairs is None]
-    if missing:
-        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
+    check_reached(sinks)
+    # On the CPU: thousands of small decompositions that a GPU would only wait for.
+    frames = {name: [side.cpu() for side in sink.frames] for name, sink in sinks.items()}
     return {
-        run: {name: _chain(adapter, run, sinks[name].pair(at), generator) for name, adapter in adapters.items()}
+        run: {name: _start(adapter, run, frames[name], at, generator) for name, adapter in adapters.items()}
         for at, (run, generator) in enumerate(zip(which, generators, strict=True))
     }
 
 
-class _StackSink:
-    """Collects the gradients of one layer's updates, run by run, and keeps their leading singular vectors."""
-
-    def __init__(self, adapter: StackedAdapter, which: Sequence[int]) -> None:
-        self.adapter, self.which, self.pending, self.total = adapter, list(which), 0, None
-        self.token = torch.zeros((), device=adapter.weight.device, requires_grad=True)
-        self.pairs: tuple[Tensor, Tensor] | None = None
-
-    def watch(self, x: Tensor, out: Tensor) -> Tensor:
-        self.pending += torch.is_grad_enabled()
-        return _Probe.apply(x, out, self.token, self)
-
-    def pair(self, at: int) -> tuple[Tensor, Tensor]:
-        """The leading left (m, r / 2) and right (n, r / 2) singular vectors of the run at this place."""
-        rank = self.adapter.configs[self.which[at]].r // 2
-        return tuple(side[at, :, :rank] for side in self.pairs)
-
-    def add(self, x: Tensor, grad: Tensor) -> None:
-        (m, n), runs = self.adapter.shape, self.adapter.runs
-        # float32 at least, as for one run: a bfloat16 gradient has too few digits for its singular vectors
-        kind = torch.promote_types(grad.dtype, torch.float32)
-        grad = grad.reshape(runs, -1, m)[self.which].to(kind)
-        if isinstance(self.adapter.base, nn.Embedding):
-            ids = x.reshape(runs, -1)[self.which]
-            gradient = torch.stack([g.new_zeros(n, m).index_add_(0, i, g) for i, g in zip(ids, grad, strict=True)]).mT
-        else:
-            gradient = grad.mT @ x.reshape(runs, -1, n)[self.which].to(kind)
-        self.total = gradient if self.total is None else self.total + gradient
-        self.pending -= 1
-        if not self.pending:
-            rank = max(self.adapter.configs[run].r for run in self.which) // 2
-            # Frames are drawn on the CPU next: thousands of small decompositions that a GPU would only wait for.
-            self.pairs, self.total = tuple(side.cpu() for side in top_frames(self.total, rank)), None
-
-
-def _chain(adapter: StackedAdapter, run: int, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Chain:
+def _start(adapter: StackedAdapter, run: int, frames: list[Tensor], at: int, generator: torch.Generator) -> Chain:
     config = adapter.configs[run]
-    right, left = compressed_frames(*pair, adapter.shape, generator)
-    inner = [config.init_scale * torch.eye(config.r, dtype=right.dtype, device=right.device)] * config.depth
-    return [right.mT.contiguous(), *inner, left.contiguous()]
+    left, right = (side[at, :, : config.r // 2] for side in frames)
+    return compressed_chain(left, right, adapter.shape, config, generator)
 
 
 def _widened(chain: Chain, width: int) -> Chain:

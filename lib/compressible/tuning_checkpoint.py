@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .paths import atomic_path
 
 if TYPE_CHECKING:
-    from .finetune import Tuning
+    from .tuning import Tuning
 
 
 class Checkpoint:

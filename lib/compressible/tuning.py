@@ -1,0 +1,321 @@
+"""One pass of fine-tuning: S runs over one copy of the model's structure, trained, evaluated and looked at.
+
+On a GPU each step, with its backward pass and its update, is one CUDA graph a padded length.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import machine
+from .adapters import _expect, _start, check_sizes, factor_dtype, first_output, layer_shape
+from .progress import progress
+from .stacked import StackedAdapter, StackedLinear, compressed_starts, hold, stacked_adapters, trained
+from .stacked_adam import StackedAdamW
+from .streams import RunStreams
+from .targets import matching, saved_modules
+from .tuning_checkpoint import Checkpoint
+from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses
+from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
+
+BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
+EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
+RECOMPILATIONS = 64
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What `watch` gets: the step, and the updates of the S runs of this pass layer by layer."""
+
+    step: int
+    runs: list[FineTuningRun]
+    _model: nn.Module = field(repr=False)
+
+    def updates(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the layer's name and its runs' updates (S, m, n), in full float32 whatever the precision."""
+        for name, adapter in stacked_adapters(self._model).items():
+            with machine.matmul_precision("float32"):
+                updates = adapter.updates()
+            yield name, updates
+
+
+class Tuning:
+    """One pass: S runs whose stacked adapters fit one copy of the model's structure."""
+
+    def __init__(
+        self, model: nn.Module, runs: list[FineTuningRun], task: TaskLike, steps: int, batch_size: int = 16,
+        decay_ratio: float = 1.0, precision: str = "float32", dropout: bool = True,
+    ) -> None:  # fmt: skip
+        self.device = next(model.parameters()).device
+        self.source, self.runs, self.task, self.steps, self.size = model, runs, task, steps, batch_size
+        self.precision, self.decay_ratio, self.dropout = precision, decay_ratio, dropout
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.losses = torch.full((steps, len(runs)), float("nan"), dtype=torch.float64, device=self.device)
+        self.streams = RunStreams([run.seed for run in runs], self.step)
+        self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
+        self.train_rows = DeviceRows(task.train, self.device)
+        self.validation_rows = DeviceRows(task.validation, self.device)
+        began, self.call = time.perf_counter(), self._pass
+        with machine.matmul_precision(precision):
+            self.model = self._stack()
+        self.adam = StackedAdamW(self._rates(), BETAS, EPS)
+        self.setup_seconds = time.perf_counter() - began
+        self.graphs: dict[tuple, _Graph] | None = None
+
+    def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
+        """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU)."""
+        self.call = torch.compile(self._pass, dynamic=False) if compiled else self._pass
+        if compiled:  # one compilation a padded length and a pass; beyond the limit PyTorch goes on uncompiled
+            from torch._dynamo import config as limits
+
+            limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
+        if graphed is None:
+            graphed = self.device.type == "cuda"
+        _expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
+        self.graphs = {} if graphed else None
+
+    def train(
+        self, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None = None,
+        checkpoint: Path | None = None, checkpoint_every: int = 100, show_progress: bool | None = None,
+    ) -> list[RunHistory]:  # fmt: skip
+        """Take all steps from where the checkpoint left them and return the histories."""
+        scores: dict[int, list[float]] = {}
+        watched: dict[int, list[Any]] = {}
+        saved = None if checkpoint is None else Checkpoint(checkpoint, self)
+        begin = 0 if saved is None else saved.resume(scores, watched)
+        began, device = time.perf_counter(), str(self.device)
+        with machine.peak_inside(device) as peak:
+            self._train(begin, evaluate_at, watch_at, watch, scores, watched, saved, checkpoint_every, show_progress)
+            machine.synchronize(device)
+            held = peak() if self.device.type == "cuda" else 0
+        return self._histories(scores, watched, time.perf_counter() - began, held)
+
+    def _train(
+        self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,
+        scores: dict, watched: dict, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
+    ) -> None:  # fmt: skip
+        bar = progress(self.steps, f"{len(self.runs)} runs", enabled=show_progress)
+        with bar, machine.matmul_precision(self.precision):
+            for step in range(begin, self.steps + 1):
+                if step in evaluate_at and step not in scores:
+                    scores[step] = self.evaluate()
+                if step in watch_at and step not in watched:
+                    with torch.no_grad():
+                        watched[step] = watch(Snapshot(step, self.runs, self.model))
+                if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
+                    saved.save(step, scores, watched)
+                if step < self.steps:
+                    self.advance(step)
+                    bar.update(1)
+
+    def release(self) -> None:
+        """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
+        self.graphs = self.call = self.model = self.adam = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def advance(self, step: int) -> None:
+        """Take one step of all runs."""
+        rows = self.order[step].reshape(-1)
+        tokens, labels = self.train_rows.batch(rows, LENGTHS[self.device.type])
+        if self.graphs is None:
+            self._update(tokens, labels)
+            return
+        key = tuple(value.shape for value in tokens.values())
+        if key not in self.graphs:
+            self.graphs[key] = _Graph(self, tokens, labels)
+        self.graphs[key].replay(tokens, labels)
+
+    @torch.no_grad()
+    def evaluate(self) -> list[float]:
+        """Return the score of every run on the validation set; NaN where its logits are not finite."""
+        self.model.eval()
+        hold(self.model, True)
+        logits = self._validation_logits()
+        hold(self.model, False)
+        if self.task.kind == "generation":
+            return [value.item() for value in logits]
+        labels = self.task.validation.labels.cpu().numpy()
+        finite = [bool(np.isfinite(run).all()) for run in logits]
+        pairs = zip(logits, finite, strict=True)
+        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs]
+
+    def _validation_logits(self) -> np.ndarray | Tensor:
+        """Logits (S, N, outputs) on the CPU, in the order of the rows; for generation the mean losses (S,)."""
+        runs, count = len(self.runs), len(self.task.validation.labels)
+        by_length = self.validation_rows.lengths.argsort() if self.validation_rows.lengths is not None else None
+        by_length = torch.arange(count) if by_length is None else by_length
+        parts = []
+        for rows in by_length.split(max(1, EVALUATION_ROWS // runs)):
+            tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
+            logits = first_output(self._forward(tokens, labels))
+            if self.task.kind == "generation":
+                parts.append(run_losses("generation", logits, labels, runs) * len(rows))
+            else:
+                parts.append(logits.float().view(runs, len(rows), -1).cpu())
+        if self.task.kind == "generation":
+            return torch.stack(parts).sum(0).cpu() / count
+        stacked = torch.cat(parts, 1)
+        return stacked[:, by_length.argsort()].numpy()
+
+    def _forward(self, tokens: dict[str, Tensor], labels: Tensor) -> Any:
+        if self.task.kind == "generation":
+            tokens = tokens | {"labels": labels}
+        return self.model(**tokens)
+
+    def _losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """The losses (S,) of one training batch."""
+        self.model.train(self.dropout)
+        self.streams.place = 0  # outside of what may be compiled
+        return self.call(tokens, labels)
+
+    def _pass(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        with self.streams:
+            logits = first_output(self._forward(tokens, labels))
+        return run_losses(self.task.kind, logits, labels, len(self.runs))
+
+    def _update(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
+        self.adam.zero()
+        losses = self._losses(tokens, labels)
+        losses.sum().backward()
+        with torch.no_grad():
+            self.losses.index_copy_(0, self.step[None], losses.detach().double()[None])
+            self.adam.step(1 - (1 - self.decay_ratio) * self.step.double() / self.steps)
+            self.step += 1
+
+    def _stack(self) -> nn.Module:
+        """A copy of the model's structure with stacked adapters and heads; frozen weights are shared if they can be."""
+        half = self.precision == "bfloat16"
+        model = copy.deepcopy(self.source).to(torch.bfloat16) if half else sharing(self.source)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        configs = [run.config for run in self.runs]
+        layers = matching(model, configs[0]).items()
+        for config in configs:
+            check_sizes({name: layer_shape(layer) for name, layer in layers}, config)
+        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers}
+        for name, adapter in adapters.items():
+            _replace(model, name, adapter)
+        for name, _ in list(saved_modules(model, configs[0])):
+            _replace(model, name, self._head(name))
+        starts = self._starts(model, adapters)
+        for name, adapter in adapters.items():
+            adapter.fill([start[name] for start in starts])
+        return model
+
+    def _starts(self, model: nn.Module, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
+        """Every run's starting factors by layer: drawn, or for compressed runs from the gradient of the first batch."""
+        shapes = {name: adapter.shape for name, adapter in adapters.items()}
+        kind = factor_dtype(next(iter(adapters.values())).base)
+        with ThreadPoolExecutor() as pool:  # orthogonal factors are drawn on the CPU: a thread a run
+            starts = list(pool.map(lambda run: _drawn(run, shapes, kind, self.device), self.runs))
+        which = [i for i, run in enumerate(self.runs) if run.config.variant == "compressed"]
+        if not which:
+            return starts
+        self.model = model
+        tokens, labels = self.train_rows.batch(self.order[0].reshape(-1), LENGTHS[self.device.type])
+        generators = [run_generator(self.runs[i], "factors") for i in which]
+        loss = lambda: self._losses(tokens, labels).sum()  # noqa: E731
+        found = compressed_starts(adapters, which, loss, generators)
+        return [_moved(found[i], kind, self.device) if i in found else start for i, start in enumerate(starts)]
+
+    def _head(self, name: str) -> StackedLinear:
+        source = self.source.get_submodule(name)
+        _expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
+        drawn = [fresh_head(source, run, name) for run in self.runs]
+        biases = None if source.bias is None else [bias for _, bias in drawn]
+        return StackedLinear([weight for weight, _ in drawn], biases)
+
+    def _rates(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Every trained tensor and its runs' learning rates."""
+        rates = []
+        for module in self.model.modules():
+            if isinstance(module, StackedAdapter):
+                for (begin, end), chain in zip(module.spans, module.chains, strict=True):
+                    members = self.runs[begin:end]
+                    inner = torch.tensor([run.lr for run in members], dtype=torch.float64)
+                    outer = inner * torch.tensor([run.config.lr_ratio for run in members], dtype=torch.float64)
+                    ends = (0, len(chain) - 1)
+                    rates += [(factor, outer if at in ends else inner) for at, factor in enumerate(chain)]
+            elif isinstance(module, StackedLinear):
+                own = [run.lr if run.head_lr is None else run.head_lr for run in self.runs]
+                rates += [(p, torch.tensor(own, dtype=torch.float64)) for p in module.parameters()]
+        assert len(rates) == len(list(trained(self.model)))
+        return rates
+
+    def _histories(self, scores: dict, watched: dict, seconds: float, peak: int) -> list[RunHistory]:
+        losses = self.losses.T.cpu().numpy()
+        adapters = stacked_adapters(self.model)
+        heads = {name: m for name, m in self.model.named_modules() if isinstance(m, StackedLinear)}
+        histories = []
+        for at, run in enumerate(self.runs):
+            lost = np.flatnonzero(~np.isfinite(losses[at]))
+            history = RunHistory(
+                run, losses[at], {step: values[at] for step, values in scores.items()},
+                {step: values[at] for step, values in watched.items()}, int(lost[0]) if len(lost) else None,
+                seconds, peak, len(self.runs),
+                {name: adapter.chain(at) for name, adapter in adapters.items()},
+                {name: _own(head, at) for name, head in heads.items()}, self.source,
+            )  # fmt: skip
+            histories.append(history)
+        return histories
+
+
+class _Graph:
+    """One step for one padded length as a CUDA graph over buffers of its own."""
+
+    def __init__(self, tuning: Tuning, tokens: dict[str, Tensor], labels: Tensor) -> None:
+        self.tokens = {name: value.clone() for name, value in tokens.items()}
+        self.labels = labels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up libraries and compiled code; gradients are zeroed before use
+            for _ in range(2):
+                tuning._losses(self.tokens, self.labels).sum().backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        shared = next(iter(tuning.graphs.values())).graph.pool() if tuning.graphs else None
+        with torch.cuda.graph(self.graph, pool=shared):
+            tuning._update(self.tokens, self.labels)
+
+    def replay(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
+        """Take one step with these rows."""
+        for name, value in tokens.items():
+            self.tokens[name].copy_(value)
+        self.labels.copy_(labels)
+        self.graph.replay()
+
+
+def _drawn(
+    run: FineTuningRun, shapes: dict[str, tuple[int, int]], kind: torch.dtype, device: torch.device
+) -> dict[str, list[Tensor]]:
+    """A run's starting factors by layer, in the order of the layers; empty chains for compressed."""
+    generator = run_generator(run, "factors")
+    starts = {name: _start(shape, run.config, generator, torch.device("cpu")) for name, shape in shapes.items()}
+    return _moved(starts, kind, device)
+
+
+def _moved(starts: dict[str, list[Tensor]], kind: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
+    return {name: [factor.to(device, kind) for factor in chain] for name, chain in starts.items()}
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _own(head: StackedLinear, at: int) -> dict[str, Tensor]:
+    state = {"weight": head.stacked[at].detach().clone()}
+    return state if head.biases is None else state | {"bias": head.biases[at].detach().clone()}

@@ -1,0 +1,60 @@
+"""What fine-tuning reads, and its losses: rows on the device, cut to their longest, and one mean loss a run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
+
+
+class Rows(Protocol):
+    """Examples: tokens by name (N, T), padded at the end, and labels (N, ...)."""
+
+    tokens: dict[str, Tensor]
+    labels: Tensor
+
+
+class TaskLike(Protocol):
+    """What a task needs here; `tasks.Task` is one. kind: "regression", "classification" or "generation"."""
+
+    kind: str
+    train: Rows
+    validation: Rows
+
+    def score(self, logits: Tensor, labels: Tensor) -> float: ...
+
+
+class DeviceRows:
+    """Examples on the device, cut to the longest of the rows that are asked for; lengths stay on the CPU."""
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        mask = rows.tokens.get("attention_mask")
+        self.lengths = None if mask is None else mask.sum(1).cpu()
+        self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
+        self.labels = rows.labels.to(device)
+
+    def batch(self, rows: Tensor, multiple: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T a multiple, at most what the examples have."""
+        on = rows.to(self.labels.device, non_blocking=True)
+        longest = None
+        if self.lengths is not None:
+            longest = -(-int(self.lengths[rows].max()) // multiple) * multiple
+        return {name: value[on, :longest] for name, value in self.tokens.items()}, self.labels[on]
+
+
+def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
+    """Return the mean loss (S,) of every run from logits (S * B, ...): squared error or cross-entropy.
+
+    kind "generation": mean over the run's tokens whose label is not -100.
+    """
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if kind == "regression":
+        return (logits.squeeze(-1) - labels).square().view(runs, -1).mean(1)
+    if kind == "classification":
+        return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
+    each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+    return each.view(runs, -1).sum(1) / (labels != -100).view(runs, -1).sum(1)
