@@ -387,7 +387,9 @@ def test_the_kernel_of_adamw_takes_the_plain_steps_and_torchs(kind):
         pytest.skip("needs a CUDA device or Triton's interpreter")
     start = [torch.randn(2, 3, 5, dtype=kind, device=device), torch.randn(2, 4, dtype=kind, device=device)]
     rates = torch.tensor([1e-2, 3e-2], dtype=torch.float64)
-    fused, plain = (StackedAdamW([(nn.Parameter(p.clone()), rates) for p in start]) for _ in range(2))
+    shaped = [rates[:, None, None], rates[:, None]]
+    given = [[(nn.Parameter(p.clone()), r) for p, r in zip(start, shaped, strict=True)] for _ in range(2)]
+    fused, plain = (StackedAdamW(pairs) for pairs in given)
     own = [nn.Parameter(p[run].clone()) for run in (0, 1) for p in start]
     groups = [{"params": own[2 * run : 2 * run + 2], "lr": rates[run].item()} for run in (0, 1)]
     torchs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)

@@ -8,12 +8,14 @@ Where the width is too large for that to pay (the full variant) the update is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 from .adapter_start import GradientSink, check_reached, compressed_chain
 from .adapters import DeepLoraConfig, is_transposed
@@ -23,28 +25,31 @@ Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
 
 
 class StackedAdapter(nn.Module):
-    """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run."""
+    """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run.
+
+    Its factors lie in a `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
+    """
 
     def __init__(self, base: nn.Module, configs: Sequence[DeepLoraConfig], shape: tuple[int, int]) -> None:
         super().__init__()
         self.base, self.configs, self.shape = base, list(configs), shape
-        self.chains = nn.ModuleList()
+        self.embedding = isinstance(base, nn.Embedding)
+        self.spans: list[tuple[int, int]] = []
         self.scalings: list[Tensor] = []
+        self.source: Callable[[], list[Chain]] | None = None
         self.sink: Callable | None = None
         self.held: tuple[Tensor, Tensor] | None = None
 
-    def fill(self, starts: Sequence[Chain]) -> None:
-        """Take the S runs' starting factors; runs with chains of equal length must be neighbours."""
+    def stacked(self, starts: Sequence[Chain]) -> list[Chain]:
+        """Return the S runs' starting factors as stacks (S', ., .), one chain a span of runs of equal length."""
         lengths = [len(start) for start in starts]
         self.spans = [(lengths.index(n), lengths.index(n) + lengths.count(n)) for n in dict.fromkeys(lengths)]
-        widths = max(start[0].shape[0] for start in starts)
-        self.chains = nn.ModuleList()
-        for begin, end in self.spans:
-            stack = stack_factors([_widened(start, widths) for start in starts[begin:end]])
-            self.chains.append(nn.ParameterList([nn.Parameter(factor) for factor in stack]))
+        self.inner = max(start[0].shape[0] for start in starts)
         kind, device = starts[0][0].dtype, starts[0][0].device
         scalings = torch.tensor([config.scaling for config in self.configs], dtype=kind, device=device)
         self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
+        widened = [_widened(start, self.inner) for start in starts]
+        return [stack_factors(widened[begin:end]) for begin, end in self.spans]
 
     @property
     def runs(self) -> int:
@@ -60,14 +65,13 @@ class StackedAdapter(nn.Module):
     def dense(self) -> bool:
         """Whether forming the update costs less per token than two factors of its width."""
         m, n = self.shape
-        width = self.chains[0][0].shape[-2]
-        return not isinstance(self.base, nn.Embedding) and width * (m + n) >= m * n
+        return not self.embedding and self.inner * (m + n) >= m * n
 
     def contracted(self) -> tuple[Tensor, Tensor]:
         """Return W_{L-1} ... W_1 (S, k, n), scaled, and W_L (S, m, k); embeddings: W_1 and W_L ... W_2, scaled."""
         if self.held is not None:
             return self.held
-        ends = [self._halves(chain, scale) for chain, scale in zip(self.chains, self.scalings, strict=True)]
+        ends = [halves(chain, s, self.embedding) for chain, s in zip(self.source(), self.scalings, strict=True)]
         lower, upper = zip(*ends, strict=True)
         return (lower[0], upper[0]) if len(lower) == 1 else (torch.cat(lower), torch.cat(upper))
 
@@ -78,7 +82,7 @@ class StackedAdapter(nn.Module):
 
     def chain(self, run: int) -> Chain:
         """Return copies of one run's factors at their own width."""
-        for (begin, end), chain in zip(self.spans, self.chains, strict=True):
+        for (begin, end), chain in zip(self.spans, self.source(), strict=True):
             if begin <= run < end:
                 own = self.width(run)
                 factors = [factor[run - begin].detach() for factor in chain]
@@ -98,7 +102,7 @@ class StackedAdapter(nn.Module):
         if self.sink is not None:
             return self.sink(x, self.base(x))
         lower, upper = self.contracted()
-        if isinstance(self.base, nn.Embedding):
+        if self.embedding:
             ids = x.reshape(self.runs, 1, -1).expand(-1, lower.shape[1], -1)
             out = self.base(x)
             return out + (upper @ lower.gather(2, ids)).mT.reshape(out.shape).to(out.dtype)
@@ -120,19 +124,20 @@ class StackedAdapter(nn.Module):
         out = flat @ weight if self.base.bias is None else torch.baddbmm(self.base.bias, flat, weight)
         return out.view(*x.shape[:-1], self.shape[0])
 
-    def _halves(self, chain: nn.ParameterList, scale: Tensor) -> tuple[Tensor, Tensor]:
-        factors = list(chain)
-        with torch.autocast(factors[0].device.type, enabled=False):
-            if isinstance(self.base, nn.Embedding):
-                return factors[0], product(factors[1:]) * scale
-            # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
-            inner = [product(factors[1:-1])] if len(factors) > 2 else []
-            return product([factors[0], *inner]) * scale, factors[-1]
-
     @property
     def _frozen(self) -> Tensor:
         """The frozen weight as (m, n)."""
         return self.base.weight.mT if is_transposed(self.base) else self.base.weight
+
+
+def halves(chain: Sequence[Tensor], scale: Tensor, embedding: bool = False) -> tuple[Tensor, Tensor]:
+    """Return W_{L-1} ... W_1 (..., k, n), scaled, and W_L (..., m, k); for embeddings W_1 and W_L ... W_2, scaled."""
+    with torch.autocast(chain[0].device.type, enabled=False):
+        if embedding:
+            return chain[0], product(chain[1:]) * scale
+        # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
+        inner = [product(chain[1:-1])] if len(chain) > 2 else []
+        return product([chain[0], *inner]) * scale, chain[-1]
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -143,20 +148,31 @@ class _LowRankLinear(torch.autograd.Function):
         """x (S, P, n), weight (m, n) frozen, A = lower (S, k, n), B = upper (S, m, k); returns (S, P, m)."""
         inner = x @ lower.mT
         ctx.save_for_backward(x, weight, lower, upper, inner)
-        return _plus(functional.linear(x, weight, bias), inner, upper.mT)
+        return _linear_plus(x, weight, bias, inner, upper.mT)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
         """Gradients of x, A and B."""
         x, weight, lower, upper, inner = ctx.saved_tensors
         narrow = grad @ upper
-        back = _plus(grad @ weight, narrow, lower) if ctx.needs_input_grad[0] else None
+        back = _linear_plus(grad, weight.mT, None, narrow, lower) if ctx.needs_input_grad[0] else None
         return back, None, None, narrow.mT @ x, grad.mT @ inner
 
 
-def _plus(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """total + left right, in place but where a compiler traces: PyTorch 2.11 cuts the graph at a changed output."""
-    return torch.baddbmm(total, left, right) if torch.compiler.is_compiling() else total.baddbmm_(left, right)
+@torch.library.custom_op("compressible::linear_plus", mutates_args=())
+def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """x W^T + b + left right in place of the first sum, behind a compiler's back: it would copy that sum."""
+    return functional.linear(x, weight, bias).baddbmm_(left, right)
+
+
+@_linear_plus.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@register_flop_formula(torch.ops.compressible.linear_plus)
+def _(x: Sequence[int], weight: Sequence[int], bias: Any, left: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0] + 2 * math.prod(left) * weight[0]
 
 
 class StackedLinear(nn.Module):
@@ -186,16 +202,6 @@ class StackedLinear(nn.Module):
 def stacked_adapters(model: nn.Module) -> dict[str, StackedAdapter]:
     """Return the stacked adapters of a model by the name of the layer that they adapt."""
     return {name: module for name, module in model.named_modules() if isinstance(module, StackedAdapter)}
-
-
-def hold(model: nn.Module, contracted: bool) -> None:
-    """Contract every chain once and keep it (for an evaluation), or let go of it."""
-    for adapter in stacked_adapters(model).values():
-        adapter.held = None
-        if contracted:
-            with torch.no_grad():
-                lower, upper = adapter.contracted()
-                adapter.held = (lower, upper)
 
 
 def compressed_starts(
@@ -243,12 +249,3 @@ def _widened(chain: Chain, width: int) -> Chain:
     grow = width - own
     inner = [functional.pad(factor, (0, grow, 0, grow)) for factor in chain[1:-1]]
     return [functional.pad(chain[0], (0, 0, 0, grow)), *inner, functional.pad(chain[-1], (0, grow))]
-
-
-def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and tensor of all that the runs train: stacked factors and heads."""
-    for name, module in model.named_modules():
-        if isinstance(module, StackedAdapter | StackedLinear):
-            for own, parameter in module.named_parameters(recurse=True):
-                if not own.startswith("base."):
-                    yield f"{name}.{own}", parameter

@@ -11,9 +11,9 @@ from .cuda import has_triton
 
 
 class StackedAdamW:
-    """AdamW without weight decay whose parameters (S', ...) have one rate a run; steps can live in a CUDA graph.
+    """AdamW without weight decay whose elements have rates of their own, one a run; steps can live in a CUDA graph.
 
-    parameters: pairs of a tensor and the rates (S',) of its leading axis. Values and gradients become views of flat
+    parameters: pairs of a tensor and the rates that broadcast against it. Values and gradients become views of flat
     vectors, so that a step is a handful of kernels however many layers there are. A run whose values are no longer
     finite does not touch the others.
     """
@@ -23,6 +23,7 @@ class StackedAdamW:
         eps: float = 1e-6,
     ) -> None:  # fmt: skip
         self.betas, self.eps = betas, eps
+        self.shapes = [tuple(parameter.shape) for parameter, _ in parameters]
         first = parameters[0][0]
         total = sum(parameter.numel() for parameter, _ in parameters)
         empty = [torch.zeros(total, dtype=first.dtype, device=first.device) for _ in range(5)]
@@ -35,8 +36,7 @@ class StackedAdamW:
             view = slice(begin, begin + parameter.numel())
             begin = view.stop
             self.value[view].view_as(parameter).copy_(parameter.detach())
-            shape = (-1, *[1] * (parameter.dim() - 1))
-            self.rate[view].view_as(parameter).copy_(rates.to(first.device, first.dtype).view(shape))
+            self.rate[view].view_as(parameter).copy_(rates.to(first.device, first.dtype))
             parameter.data = self.value[view].view_as(parameter)
             parameter.grad = self.gradient[view].view_as(parameter)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from . import machine
 from .adapters import _expect, _start, check_sizes, factor_dtype, first_output, layer_shape
+from .chain_groups import ChainGroups
 from .progress import progress
-from .stacked import StackedAdapter, StackedLinear, compressed_starts, hold, stacked_adapters, trained
+from .stacked import StackedAdapter, StackedLinear, compressed_starts, stacked_adapters
 from .stacked_adam import StackedAdamW
 from .streams import RunStreams
 from .targets import matching, saved_modules
@@ -66,7 +67,7 @@ class Tuning:
         self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
         self.train_rows = DeviceRows(task.train, self.device)
         self.validation_rows = DeviceRows(task.validation, self.device)
-        began, self.call = time.perf_counter(), self._pass
+        began, self.call, self.chains = time.perf_counter(), self._pass, ChainGroups()
         with machine.matmul_precision(precision):
             self.model = self._stack()
         self.adam = StackedAdamW(self._rates(), BETAS, EPS)
@@ -121,7 +122,7 @@ class Tuning:
 
     def release(self) -> None:
         """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
-        self.graphs = self.call = self.model = self.adam = None
+        self.graphs = self.call = self.model = self.adam = self.chains = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -142,9 +143,9 @@ class Tuning:
     def evaluate(self) -> list[float]:
         """Return the score of every run on the validation set; NaN where its logits are not finite."""
         self.model.eval()
-        hold(self.model, True)
+        self.chains.contract()
         logits = self._validation_logits()
-        hold(self.model, False)
+        self.chains.release()
         if self.task.kind == "generation":
             return [value.item() for value in logits]
         labels = self.task.validation.labels.cpu().numpy()
@@ -182,8 +183,10 @@ class Tuning:
         return self.call(tokens, labels)
 
     def _pass(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        self.chains.contract()
         with self.streams:
             logits = first_output(self._forward(tokens, labels))
+        self.chains.release()
         return run_losses(self.task.kind, logits, labels, len(self.runs))
 
     def _update(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
@@ -211,8 +214,7 @@ class Tuning:
         for name, _ in list(saved_modules(model, configs[0])):
             _replace(model, name, self._head(name))
         starts = self._starts(model, adapters)
-        for name, adapter in adapters.items():
-            adapter.fill([start[name] for start in starts])
+        self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
         return model
 
     def _starts(self, model: nn.Module, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
@@ -239,21 +241,13 @@ class Tuning:
         return StackedLinear([weight for weight, _ in drawn], biases)
 
     def _rates(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every trained tensor and its runs' learning rates."""
-        rates = []
-        for module in self.model.modules():
-            if isinstance(module, StackedAdapter):
-                for (begin, end), chain in zip(module.spans, module.chains, strict=True):
-                    members = self.runs[begin:end]
-                    inner = torch.tensor([run.lr for run in members], dtype=torch.float64)
-                    outer = inner * torch.tensor([run.config.lr_ratio for run in members], dtype=torch.float64)
-                    ends = (0, len(chain) - 1)
-                    rates += [(factor, outer if at in ends else inner) for at, factor in enumerate(chain)]
-            elif isinstance(module, StackedLinear):
-                own = [run.lr if run.head_lr is None else run.head_lr for run in self.runs]
-                rates += [(p, torch.tensor(own, dtype=torch.float64)) for p in module.parameters()]
-        assert len(rates) == len(list(trained(self.model)))
-        return rates
+        """Every trained tensor and its runs' learning rates, as they broadcast against it."""
+        inner = torch.tensor([run.lr for run in self.runs], dtype=torch.float64)
+        outer = inner * torch.tensor([run.config.lr_ratio for run in self.runs], dtype=torch.float64)
+        head = torch.tensor([run.lr if run.head_lr is None else run.head_lr for run in self.runs], dtype=torch.float64)
+        chains = [(p, (outer if ends else inner)[of, None, None]) for p, of, ends in self.chains.parameters()]
+        heads = [p for module in self.model.modules() if isinstance(module, StackedLinear) for p in module.parameters()]
+        return chains + [(p, head.view(-1, *[1] * (p.dim() - 1))) for p in heads]
 
     def _histories(self, scores: dict, watched: dict, seconds: float, peak: int) -> list[RunHistory]:
         losses = self.losses.T.cpu().numpy()

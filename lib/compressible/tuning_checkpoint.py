@@ -72,6 +72,7 @@ def _digest(tuning: Tuning) -> str:
     ]
     rows = [len(tuning.task.train.labels), len(tuning.task.validation.labels)]
     settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, rows]
+    settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
     return hashlib.sha256(json.dumps([runs, settings], sort_keys=True).encode()).hexdigest()[:16]
 
 
