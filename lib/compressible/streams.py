@@ -21,6 +21,7 @@ from .cuda import has_triton
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+LARGEST = 128  # queries, keys and head size up to which one program of the kernel holds a head
 
 
 class RunStreams(TorchFunctionMode):
@@ -34,6 +35,11 @@ class RunStreams(TorchFunctionMode):
         super().__init__()
         self.seeds = torch.tensor([_word(seed) for seed in seeds], dtype=torch.int32, device=step.device)
         self.step, self.place = step, 0
+        self.room = 0  # bytes of shared memory for the kernel of attention; asked for here, where no compiler reads
+        if step.is_cuda and has_triton():
+            from . import attention_kernel  # noqa: F401  registers its operators
+
+            self.room = torch.cuda.get_device_properties(step.device).shared_memory_per_block_optin
 
     def __enter__(self) -> RunStreams:
         self.place = 0
@@ -72,15 +78,23 @@ class RunStreams(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Softmax attention written out where it drops weights; torch's own otherwise."""
+        """Softmax attention in one kernel or written out where it drops weights; torch's own otherwise."""
         if dropout_p == 0:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        if not enable_gqa and self._attendable(query, key, value, attn_mask):
+            self._check(query.shape)
+            self.place += 1
+            return torch.ops.compressible.dropped_attention(
+                query, key, value, None if is_causal else attn_mask, self.seeds, self.step, self.place,
+                round(dropout_p * 2**31), scale, is_causal,
+            )  # fmt: skip
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-        scores = (query @ key.mT) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        scores = (query @ key.mT) * scale
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None and attn_mask.dtype is torch.bool:
@@ -88,6 +102,22 @@ class RunStreams(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         return self._dropout(scores.softmax(-1), dropout_p) @ value
+
+    def _attendable(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether one Triton kernel does this attention, compiled or not: short, and in TF32 or half precision."""
+        if not self.room or query.dim() != 4 or query.shape[:2] != key.shape[:2] or key.shape != value.shape:
+            return False
+        size = query.shape[3]
+        if size != key.shape[3] or max(query.shape[2], key.shape[2], size) > LARGEST:
+            return False
+        if not query.dtype == key.dtype == value.dtype or (mask is not None and mask.requires_grad):
+            return False
+        # the weights, four tiles and a transposed one, padded to powers of two: what the backward pass takes on Hopper
+        if query.element_size() * LARGEST * (LARGEST + 5 * (64 if size <= 64 else LARGEST)) > self.room:
+            return False
+        if query.dtype is torch.float32:
+            return not query.is_cuda or torch.backends.cuda.matmul.allow_tf32
+        return query.dtype in (torch.float16, torch.bfloat16)
 
     def _check(self, shape: torch.Size) -> None:
         runs = len(self.seeds)
