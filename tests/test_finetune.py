@@ -472,6 +472,19 @@ def test_graphed_steps_on_a_gpu_equal_eager_ones(compiled):
         assert_equal(found, expected, 1e-7)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel of attention needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_attention_in_one_kernel_learns_the_same_within_the_precisions_noise(precision, compiled, monkeypatch):
+    runs, model, data = mixed()[:3], bert().float().cuda(), task()
+    options = {"steps": 6, "batch_size": 4, "precision": precision, "compiled": compiled}
+    found = cd.fine_tune(model, runs, data, **options)
+    monkeypatch.setattr(RunStreams, "_attendable", lambda *_: False)
+    torch._dynamo.reset()
+    for one, other in zip(found, cd.fine_tune(model, runs, data, **options), strict=True):
+        np.testing.assert_allclose(one.losses, other.losses, rtol=0.02)
+
+
 def test_stacked_adapters_name_the_layers_that_a_plain_model_adapts():
     tuning = ft.Tuning(bert(), [mixed()[0]], task(), 2, 4)
     plain = cd.get_deep_lora_model(bert(), config())
