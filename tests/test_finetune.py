@@ -472,6 +472,19 @@ def test_graphed_steps_on_a_gpu_equal_eager_ones(compiled):
         assert_equal(found, expected, 1e-7)
 
 
+def test_chains_of_one_shape_are_one_tensor_and_contract_as_layer_by_layer():
+    tuning = ft.Tuning(bert(layers=3), mixed()[:4], task(), 2, 4)
+    layers = stacked_adapters(tuning.model)
+    shapes = {adapter.shape for adapter in layers.values()}
+    assert len(layers) == 19 and len(tuning.chains.groups) == len(shapes) == 3  # 16 -> 16, 16 -> 40 and 40 -> 16
+    apart = {name: adapter.contracted() for name, adapter in layers.items()}
+    tuning.chains.contract()
+    for name, adapter in layers.items():
+        torch.testing.assert_close(adapter.contracted(), apart[name], rtol=1e-12, atol=1e-14)
+    tuning.chains.release()
+    assert all(adapter.held is None for adapter in layers.values())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel of attention needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
