@@ -334,8 +334,17 @@ def test_training_resumes_from_files(variant, tmp_path):
     for (name, mine), (other, theirs) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other and torch.equal(mine, theirs) and mine.requires_grad == theirs.requires_grad
     assert _train(model, steps=3) == _train(again, steps=3)
-    with pytest.raises(ValueError, match="differ in"):
+    with pytest.raises(ValueError, match=r"\['classifier'\] matches no module"):
         cd.load_adapter(_gpt2(), tmp_path)
+    shorter = _bert()
+    shorter.bert.encoder.layer = shorter.bert.encoder.layer[:1]
+    with pytest.raises(ValueError, match="differ in"):
+        cd.load_adapter(shorter, tmp_path)
+
+
+def test_a_batch_for_a_compressed_start_needs_compressed_adapters():
+    with pytest.raises(ValueError, match="no adapter of variant 'compressed'"):
+        cd.compress_adapters(_adapted(variant="thin"), lambda: torch.zeros(()))
 
 
 def test_float16_is_refused_and_bfloat16_trains():

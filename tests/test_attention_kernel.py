@@ -207,7 +207,7 @@ def test_compiled_whole_it_stays_the_same():
     torch._dynamo.reset()
     results = []
     for call in (layer, torch.compile(layer, fullgraph=True, backend="inductor" if CUDA else "aot_eager")):
-        drawn.place = 0  # which entering may not do where it is compiled
+        drawn.begin()  # which entering does not do where it is compiled
         out = call(x)
         assert drawn.place == 1
         results.append([out, *torch.autograd.grad((out * out).sum(), weights)])

@@ -23,6 +23,7 @@ import compressible as cd
 from compressible import tuning as ft
 from compressible.adapters import adapters, merge_and_unload
 from compressible.cuda import interpreted
+from compressible.machine import matmul_precision, tensor_float_32
 from compressible.reference_tuning import reference_fine_tune
 from compressible.stacked import stacked_adapters
 from compressible.stacked_adam import StackedAdamW
@@ -75,6 +76,18 @@ def bert(outputs: int = 1, dropout: float = 0.1, layers: int = 2) -> nn.Module:
         num_labels=outputs, attn_implementation="sdpa",
     )  # fmt: skip
     return BertForSequenceClassification(config).double().eval()
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    shape = dict(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0)
+    return T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).double().eval()
+
+
+def checkpointing() -> nn.Module:
+    model = bert()
+    model.activation_checkpointing_enable()
+    return model
 
 
 def config(variant: str = "thin", **given) -> cd.DeepLoraConfig:
@@ -134,6 +147,31 @@ def test_a_run_is_the_same_alone_and_in_a_stack(kind, outputs):
         assert_equal(found, cd.fine_tune(bert(outputs), [run], data, 5, 4, evaluate_at=(5,))[0], 1e-9)
 
 
+@pytest.mark.parametrize("runs", [[0, 1, 2], [4]])  # narrow factors, and the full variant's dense update
+def test_dropout_before_the_adapters_goes_as_in_the_plain_run_alone(runs):
+    chosen = [mixed()[i] for i in runs]
+    given = [dataclasses.replace(r, config=dataclasses.replace(r.config, lora_dropout=0.3)) for r in chosen]
+    stacked = cd.fine_tune(bert(), given, task(), 6, 4)
+    for run, found, expected in zip(given, stacked, reference_fine_tune(bert(), given, task(), 6, 4), strict=True):
+        assert_equal(found, expected, 1e-8)
+        assert_equal(found, cd.fine_tune(bert(), [run], task(), 6, 4)[0], 1e-9)
+
+
+def test_scores_of_generation_do_not_depend_on_how_many_share_the_pass(monkeypatch):
+    monkeypatch.setattr(ft, "EVALUATION_ROWS", 12)
+    runs = [cd.FineTuningRun(config(task_type="SEQ_2_SEQ_LM", modules_to_save=None), 1e-3, seed) for seed in range(3)]
+    data = task("generation")
+    together = cd.fine_tune(t5(), runs, data, 2, 4, evaluate_at=(2,))
+    alone = cd.fine_tune(t5(), runs[:1], data, 2, 4, evaluate_at=(2,))
+    assert together[0].scores[2] == pytest.approx(alone[0].scores[2], rel=1e-9)
+
+
+def test_processes_of_their_own_runs_do_not_share_gradients(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: pytest.fail("each process has its own runs"))
+    cd.fine_tune(bert(), mixed()[:1], task(), 2, 4)
+
+
 def test_a_pass_leaves_nothing_behind_for_the_next(monkeypatch):
     import weakref
 
@@ -165,16 +203,14 @@ def test_a_decoder_with_conv1d_and_a_t5_go_as_the_plain_run():
     gpt = GPT2ForSequenceClassification(GPT2Config(
         vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=16, n_layer=2, n_head=2, num_labels=1, pad_token_id=0,
     )).double().eval()  # fmt: skip
-    shape = dict(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0)
-    t5 = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).double().eval()
     own = {"task_type": None, "modules_to_save": None}
-    cases = ((gpt, "regression", config(modules_to_save=["score"])), (t5, "generation", config("compressed", **own)))
+    cases = ((gpt, "regression", config(modules_to_save=["score"])), (t5(), "generation", config("compressed", **own)))
     for model, kind, chosen in cases:
         runs = [cd.FineTuningRun(chosen, 1e-3, seed) for seed in (0, 1)]
         stacked = cd.fine_tune(model, runs, task(kind), 4, 4)
         for found, expected in zip(stacked, reference_fine_tune(model, runs, task(kind), 4, 4), strict=True):
             assert_equal(found, expected, 1e-8)
-    scored = cd.fine_tune(t5, runs, task("generation"), 2, 4, evaluate_at=(2,))
+    scored = cd.fine_tune(t5(), runs, task("generation"), 2, 4, evaluate_at=(2,))
     assert all(np.isfinite(found.scores[2]) for found in scored)
 
 
@@ -184,6 +220,20 @@ def test_in_float32_a_stack_stays_within_noise_of_the_plain_runs():
     stacked = cd.fine_tune(model, runs, task(), 6, 4)
     for found, expected in zip(stacked, reference_fine_tune(model, runs, task(), 6, 4), strict=True):
         np.testing.assert_allclose(found.losses, expected.losses, rtol=2e-3)
+
+
+@pytest.mark.parametrize("before", ["tf32", "ieee", "none"])
+def test_precision_is_put_back_whichever_way_it_was_set(before):
+    settings = torch.backends.cuda.matmul
+    settings.fp32_precision = before
+    try:
+        for name in ("tf32", "bfloat16"):
+            with matmul_precision(name):
+                assert tensor_float_32() == (name == "tf32") == settings.allow_tf32
+            assert settings.fp32_precision == before
+        cd.fine_tune(bert(), mixed()[:1], task(), 1, 4, precision="tf32")
+    finally:
+        settings.allow_tf32, settings.fp32_precision = False, "none"
 
 
 def test_bfloat16_keeps_factors_in_float32_and_learns_the_same_within_its_noise():
@@ -256,6 +306,13 @@ def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
     torch.testing.assert_close(merged(**tokens).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_the_model_of_a_run_over_bfloat16_runs_and_draws_nothing():
+    (history,) = cd.fine_tune(bert().bfloat16(), mixed()[1:2], task(), 2, 4)
+    state = torch.get_rng_state()
+    assert history.model().eval()(**task().validation.tokens).logits.isfinite().all()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_histories_may_go_without_factors():
     (history,) = cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, keep_factors=False)
     assert history.chains is None and np.isfinite(history.losses).all()
@@ -322,7 +379,8 @@ def test_snapshots_show_the_updates_of_each_run():
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])
 def test_compiled_steps_equal_eager_ones(compiler, monkeypatch):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, backend=compiler, **options))
+    whole = {"backend": compiler, "fullgraph": True}
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, **whole, **options))
     runs = [mixed()[i] for i in (0, 1)]
     model, data = bert(layers=2 if compiler == "eager" else 1), task()  # two: the first must get its gradients
     for rows_ in (data.train, data.validation):
@@ -439,21 +497,61 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
     ({"precision": "half"}, "'half'"),
     ({"runs": []}, "at least one run"),
     ({"graphed": True}, "CUDA"),
+    ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+    ({"task": dataclasses.replace(task(), kind="regresion")}, "'regresion'"),
+    ({"watch_at": (1,), "watch": lambda snapshot: []}, "0 values"),
     ({"runs": [cd.FineTuningRun(config(), -1.0)]}, "lr is -1.0"),
     ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.tensor([1, 2, 3, 99]))]}, "rows from 0 to 39"),
     ({"runs": [cd.FineTuningRun(config(target_modules=["nothing"]), 1e-3)]}, "matches no layer"),
     ({"runs": [cd.FineTuningRun(config(modules_to_save=["LayerNorm"]), 1e-3)]}, "LayerNorm"),
+    ({"runs": [cd.FineTuningRun(config(modules_to_save=["clasifier"]), 1e-3)]}, "'clasifier'.*matches no module"),
+    ({"model": bert().half()}, "float16"),
+    ({"model": nn.Sequential(bert(), nn.BatchNorm1d(3))}, "'1' is BatchNorm1d"),
+    ({"model": checkpointing()}, "gradient checkpointing"),
 ])  # fmt: skip
 def test_bad_values_are_named_before_work_starts(changed, message):
-    given = {"runs": mixed()[:1], "steps": 5, "batch_size": 4} | changed
+    given = {"model": bert(), "runs": mixed()[:1], "task": task(), "steps": 5, "batch_size": 4} | changed
     with pytest.raises(ValueError, match=message):
-        cd.fine_tune(bert(), given.pop("runs"), task(), **given)
+        cd.fine_tune(**given)
+
+
+def test_padding_before_the_tokens_is_refused():
+    data = task()
+    data.train.tokens["attention_mask"][3] = torch.arange(LENGTH) >= 5
+    with pytest.raises(ValueError, match="after padding in row 3"):
+        cd.fine_tune(bert(), mixed()[:1], data, 2, 4)
+
+
+def test_what_draws_from_one_stream_for_all_runs_is_refused():
+    attention, x = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True), torch.randn(4, 3, 8)
+    with RunStreams([0, 1], torch.zeros((), dtype=torch.int64)):
+        with pytest.raises(ValueError, match="multi_head_attention_forward"):
+            attention(x, x, x)
+        attention.eval()(x, x, x)
+        with pytest.raises(ValueError, match="dropout2d"):
+            nn.functional.dropout2d(x, 0.1)
+        with pytest.raises(ValueError, match="attn_mask and is_causal"):
+            nn.functional.scaled_dot_product_attention(x, x, x, torch.ones(3, 3) > 0, 0.1, True)
+        assert not nn.functional.dropout(x, 1.0).any()
 
 
 def test_layers_that_see_no_batch_axis_are_refused():
     runs = [cd.FineTuningRun(config(embeddings=True), 1e-3, seed) for seed in (0, 1)]
     with pytest.raises(ValueError, match="in the first axis"):
         cd.fine_tune(bert(), runs, task(), 2, 4)
+
+
+def test_a_state_belongs_to_its_model_and_its_data(tmp_path):
+    given = {"runs": [dataclasses.replace(mixed()[0], subset=list(range(20)))], "steps": 2, "batch_size": 4}
+    given["checkpoint"] = tmp_path / "state.safetensors"
+    cd.fine_tune(bert(), task=task(), **given)
+    other = bert()
+    other.bert.pooler.dense.weight.data *= 3
+    turned = task()
+    turned.train.labels = turned.train.labels.flip(0)
+    for model, data in ((other, task()), (bert(), turned)):
+        with pytest.raises(ValueError, match="belongs to other runs"):
+            cd.fine_tune(model, task=data, **given)
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):

@@ -28,15 +28,17 @@ def compress_adapters(
     loss_step runs the model on one batch and returns the loss, a scalar tensor. With one batch each layer's gradient
     lives only until its SVD; with several, one gradient a layer is held on its device. Over several processes the
     gradients are averaged, so that all get the same factors, if `generator` has the same seed everywhere. Returns
-    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1 and RuntimeError if a layer saw no
-    gradient.
+    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1 or no adapter is of that variant, and
+    RuntimeError if a layer saw no gradient.
     """
     if batches < 1:
         raise ValueError(f"batches is {batches}, expected at least 1")
     found = {name: adapter for name, adapter in adapters(model).items() if adapter.config.variant == "compressed"}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no adapter of variant 'compressed', expected at least one")
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    sinks = {name: GradientSink(adapter.base, adapter.config.r // 2) for name, adapter in found.items()}
+    sinks = {name: GradientSink(adapter.base, adapter.config.r // 2, shared=True) for name, adapter in found.items()}
     device, began = str(next(iter(found.values())).weight.device), time.perf_counter()
     with machine.peak_inside(device) as peak:
         try:
@@ -120,11 +122,13 @@ class GradientSink:
 
     batches come run by run, (S * B, ...), of which the runs `which` count; `frames` are then the `rank` leading left
     (R, m, rank) and right (R, n, rank) singular vectors, taken after the last use in the `last` batch, when the
-    gradients go.
+    gradients go. shared: of the gradients' sum over all processes.
     """
 
-    def __init__(self, layer: nn.Module, rank: int, runs: int = 1, which: Sequence[int] = (0,)) -> None:
-        self.layer, self.rank, self.runs, self.which = layer, rank, runs, list(which)
+    def __init__(
+        self, layer: nn.Module, rank: int, runs: int = 1, which: Sequence[int] = (0,), shared: bool = False
+    ) -> None:
+        self.layer, self.rank, self.runs, self.which, self.shared = layer, rank, runs, list(which), shared
         self.total, self.pending, self.last = None, 0, True
         self.token = torch.zeros((), device=layer.weight.device, requires_grad=True)  # makes frozen layers recorded
         self.frames: tuple[Tensor, Tensor] | None = None
@@ -154,7 +158,7 @@ class GradientSink:
         return stacked if len(self.which) == self.runs else stacked[self.which]
 
     def _decompose(self) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.total)
         self.frames, self.total = top_frames(self.total, self.rank), None
 

@@ -6,12 +6,15 @@ and the mask again from its inputs: nothing but these is kept.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .cuda import interpreted
 from .streams import AXES
@@ -172,6 +175,16 @@ def _keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *dropped_attention_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7
+
+
+@register_flop_formula(torch.ops.compressible.dropped_attention)
+def _(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return 4 * math.prod(query) * key[2]
+
+
+@register_flop_formula(torch.ops.compressible.dropped_attention_backward)
+def _(grad: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return 10 * math.prod(query) * key[2]  # the weights are made again
 
 
 dropped_attention.register_autograd(_backward, setup_context=_keep_inputs)

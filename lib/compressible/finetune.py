@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adapters import DeepLoraConfig, _expect
 from .targets import matching, saved_modules
 from .tuning import Snapshot, Tuning
-from .tuning_data import TaskLike
+from .tuning_data import KINDS, TaskLike
 from .tuning_runs import FineTuningRun, RunHistory
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -51,21 +52,26 @@ def fine_tune(
     is the frozen model's only. compiled: torch.compile; graphed: CUDA graphs, by default on a GPU. With `checkpoint`, a
     file name, a killed call goes on where it was. The runs of a pass are at most max_stack. Without keep_factors the
     histories hold no factors, which for many wide runs are much memory. `model` is never changed.
-    Raises ValueError on impossible arguments; a run that diverges ends alone, see RunHistory.
+    Raises ValueError on impossible arguments and RuntimeError where no gradient reaches a compressed layer; a run that
+    diverges ends alone, see RunHistory.
     """
     evaluate_at, watch_at = sorted(set(evaluate_at)), sorted(set(watch_at))
     _check(runs, task, steps, batch_size, decay_ratio, evaluate_at, watch_at, watch, precision, max_stack)
+    _expect("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "an integer >= 1")
+    _check_model(model)
     groups = list(_passes(model, runs, max_stack))
     found: dict[int, RunHistory] = {}
     for number, members in enumerate(groups):
         place = None if checkpoint is None else Path(f"{checkpoint}.{number}" if len(groups) > 1 else checkpoint)
         tuning = Tuning(model, [runs[i] for i in members], task, steps, batch_size, decay_ratio, precision, dropout)
-        tuning.accelerate(compiled, graphed)
-        histories = tuning.train(evaluate_at, watch_at, watch, place, checkpoint_every, show_progress)
-        if not keep_factors:
-            histories = [replace(history, chains=None, heads=None) for history in histories]
-        found.update(zip(members, histories, strict=True))
-        tuning.release()
+        try:
+            tuning.accelerate(compiled, graphed)
+            histories = tuning.train(evaluate_at, watch_at, watch, place, checkpoint_every, show_progress)
+            if not keep_factors:
+                histories = [replace(history, chains=None, heads=None) for history in histories]
+            found.update(zip(members, histories, strict=True))
+        finally:
+            tuning.release()
         del tuning
     return [found[i] for i in range(len(runs))]
 
@@ -104,6 +110,7 @@ def _check(
     _expect("batch_size", batch_size, isinstance(batch_size, int) and batch_size >= 1, "an integer >= 1")
     _expect("decay_ratio", decay_ratio, 0 <= decay_ratio <= 1, "a number in [0, 1]")
     _expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    _expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
     _expect("max_stack", max_stack, max_stack is None or max_stack >= 1, "None or an integer >= 1")
     for name, marks in (("evaluate_at", evaluate_at), ("watch_at", watch_at)):
         _expect(name, marks, all(0 <= mark <= steps for mark in marks), f"steps from 0 to {steps}")
@@ -115,3 +122,15 @@ def _check(
         _expect("subset", f"{own} rows", own >= batch_size, f"at least one batch of {batch_size}")
         inside = run.subset is None or (int(min(run.subset)) >= 0 and int(max(run.subset)) < rows)
         _expect("subset", run.subset, inside, f"rows from 0 to {rows - 1}")
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise ValueError for a model whose pass is not the sum of its runs' own."""
+    if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
+        raise ValueError("the model is in float16, expected float32 or bfloat16: eps^L = 1e-9 underflows there")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kind = type(module).__name__
+            raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")
+        if getattr(module, "gradient_checkpointing", False):
+            raise ValueError(f"{name!r} has gradient checkpointing on: call model.gradient_checkpointing_disable()")

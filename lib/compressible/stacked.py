@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,14 +36,20 @@ class StackedAdapter(nn.Module):
         self.base, self.configs, self.shape = base, list(configs), shape
         self.embedding = isinstance(base, nn.Embedding)
         self.spans: list[tuple[int, int]] = []
+        self.inner = 0
         self.scalings: list[Tensor] = []
         self.source: Callable[[], list[Chain]] | None = None
         self.sink: Callable | None = None
         self.held: tuple[Tensor, Tensor] | None = None
 
     def stacked(self, starts: Sequence[Chain]) -> list[Chain]:
-        """Return the S runs' starting factors as stacks (S', ., .), one chain a span of runs of equal length."""
+        """Take the spans and the width of the S runs' starting factors and return them as stacks (S', ., .) by span.
+
+        Raises ValueError unless runs with chains of equal length are neighbours.
+        """
         lengths = [len(start) for start in starts]
+        if sum(a != b for a, b in pairwise(lengths)) + 1 != len(set(lengths)):
+            raise ValueError(f"chains have lengths {lengths}, expected runs of equal length side by side")
         self.spans = [(lengths.index(n), lengths.index(n) + lengths.count(n)) for n in dict.fromkeys(lengths)]
         self.inner = max(start[0].shape[0] for start in starts)
         kind, device = starts[0][0].dtype, starts[0][0].device
@@ -115,7 +122,8 @@ class StackedAdapter(nn.Module):
             out = _LowRankLinear.apply(flat, self._frozen, self.base.bias, lower, upper)
         else:
             out = self.base(flat)
-            out = out + functional.dropout(flat, rate, self.training).to(lower.dtype) @ lower.mT @ upper.mT
+            kept = functional.dropout(x, rate, self.training).reshape(flat.shape)  # drawn as it is for a run alone
+            out = out + kept.to(lower.dtype) @ lower.mT @ upper.mT
         return out.view(*x.shape[:-1], self.shape[0])
 
     def _dense(self, x: Tensor, update: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ other padding, after a resume, and in a CUDA graph.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +18,15 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .cuda import has_triton
+from .machine import tensor_float_32
 
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)
+STREAMLESS = (
+    functional.multi_head_attention_forward, functional.alpha_dropout, functional.feature_alpha_dropout,
+    functional.dropout1d, functional.dropout2d, functional.dropout3d,
+)  # fmt: skip
 LARGEST = 128  # queries, keys and head size up to which one program of the kernel holds a head
 
 
@@ -34,15 +40,23 @@ class RunStreams(TorchFunctionMode):
     def __init__(self, seeds: Sequence[int], step: Tensor) -> None:
         super().__init__()
         self.seeds = torch.tensor([_word(seed) for seed in seeds], dtype=torch.int32, device=step.device)
-        self.step, self.place = step, 0
+        self.step = step
         self.room = 0  # bytes of shared memory for the kernel of attention; asked for here, where no compiler reads
         if step.is_cuda and has_triton():
             from . import attention_kernel  # noqa: F401  registers its operators
 
             self.room = torch.cuda.get_device_properties(step.device).shared_memory_per_block_optin
 
+        self.begin()
+
+    def begin(self) -> None:
+        """Start at the first place and ask for what no compiler can read; called before a compiled pass enters."""
+        self.place, self.rounded = 0, tensor_float_32()
+
     def __enter__(self) -> RunStreams:
         self.place = 0
+        if not torch.compiler.is_compiling():
+            self.begin()
         return super().__enter__()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -51,6 +65,8 @@ class RunStreams(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func in STREAMLESS and _drops(func, args, kwargs):
+            raise ValueError(f"{func.__name__} draws from one stream for all runs, expected dropout or sdpa attention")
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -58,6 +74,8 @@ class RunStreams(TorchFunctionMode):
             return input
         self._check(input.shape)
         self.place += 1
+        if p == 1:
+            return input.mul_(0) if inplace else input * 0
         kept = (self._fused if self._fusible(input) else self._plain)(input, round(p * 2**31))
         return input.copy_(kept) if inplace else kept
 
@@ -78,17 +96,22 @@ class RunStreams(TorchFunctionMode):
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Softmax attention in one kernel or written out where it drops weights; torch's own otherwise."""
+        """Softmax attention in one kernel or written out where it drops weights; torch's own otherwise.
+
+        A query to which a mask of bools leaves no key gets NaN, where torch's own gives 0.
+        """
+        if is_causal and attn_mask is not None:
+            raise ValueError("attention got attn_mask and is_causal, expected one of them")
         if dropout_p == 0:
             return functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        if not enable_gqa and self._attendable(query, key, value, attn_mask):
+        if dropout_p < 1 and not enable_gqa and self._attendable(query, key, value, attn_mask):
             self._check(query.shape)
             self.place += 1
             return torch.ops.compressible.dropped_attention(
-                query, key, value, None if is_causal else attn_mask, self.seeds, self.step, self.place,
+                query, key, value, attn_mask, self.seeds, self.step, self.place,
                 round(dropout_p * 2**31), scale, is_causal,
             )  # fmt: skip
         if enable_gqa:
@@ -116,7 +139,7 @@ class RunStreams(TorchFunctionMode):
         if query.element_size() * LARGEST * (LARGEST + 5 * (64 if size <= 64 else LARGEST)) > self.room:
             return False
         if query.dtype is torch.float32:
-            return not query.is_cuda or torch.backends.cuda.matmul.allow_tf32
+            return not query.is_cuda or self.rounded
         return query.dtype in (torch.float16, torch.bfloat16)
 
     def _check(self, shape: torch.Size) -> None:
@@ -132,6 +155,13 @@ class RunStreams(TorchFunctionMode):
         for axis in range(1, len(shape)):
             word = word[..., None] + _axis(shape[axis], axis, device)
         return (_mix(word) & 0x7FFFFFFF) >= threshold
+
+
+def _drops(func: Callable, args: tuple, kwargs: dict) -> bool:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    rate = given.arguments["dropout_p" if "dropout_p" in given.arguments else "p"]
+    return given.arguments["training"] and rate > 0
 
 
 def _axis(size: int, axis: int, device: torch.device) -> Tensor:

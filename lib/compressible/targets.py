@@ -34,10 +34,12 @@ def matching(model: nn.Module, config: DeepLoraConfig) -> dict[str, nn.Module]:
 
 
 def saved_modules(model: nn.Module, config: DeepLoraConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of what is trained whole."""
-    for name, module in model.named_modules():
-        if config.modules_to_save and _named(name, config.modules_to_save):
-            yield name, module
+    """Yield name and module of what is trained whole; ValueError where names are given and none is found."""
+    wanted = config.modules_to_save
+    found = [(name, module) for name, module in model.named_modules() if wanted and _named(name, wanted)]
+    if wanted and not found:
+        raise ValueError(f"modules_to_save = {wanted!r} matches no module")
+    yield from found
 
 
 def _heads(model: nn.Module, config: DeepLoraConfig) -> set[str]:

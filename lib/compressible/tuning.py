@@ -27,7 +27,7 @@ from .stacked_adam import StackedAdamW
 from .streams import RunStreams
 from .targets import matching, saved_modules
 from .tuning_checkpoint import Checkpoint
-from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses
+from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
 
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
@@ -67,11 +67,10 @@ class Tuning:
         self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
         self.train_rows = DeviceRows(task.train, self.device)
         self.validation_rows = DeviceRows(task.validation, self.device)
-        began, self.call, self.chains = time.perf_counter(), self._pass, ChainGroups()
+        self.call, self.chains = self._pass, ChainGroups()
         with machine.matmul_precision(precision):
             self.model = self._stack()
         self.adam = StackedAdamW(self._rates(), BETAS, EPS)
-        self.setup_seconds = time.perf_counter() - began
         self.graphs: dict[tuple, _Graph] | None = None
 
     def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
@@ -114,6 +113,8 @@ class Tuning:
                 if step in watch_at and step not in watched:
                     with torch.no_grad():
                         watched[step] = watch(Snapshot(step, self.runs, self.model))
+                    given, runs = len(watched[step]), len(self.runs)
+                    _expect("watch", f"{given} values", given == runs, f"one for each of the pass's {runs} runs")
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
                     saved.save(step, scores, watched)
                 if step < self.steps:
@@ -144,8 +145,10 @@ class Tuning:
         """Return the score of every run on the validation set; NaN where its logits are not finite."""
         self.model.eval()
         self.chains.contract()
-        logits = self._validation_logits()
-        self.chains.release()
+        try:
+            logits = self._validation_logits()
+        finally:
+            self.chains.release()
         if self.task.kind == "generation":
             return [value.item() for value in logits]
         labels = self.task.validation.labels.cpu().numpy()
@@ -163,11 +166,12 @@ class Tuning:
             tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
             logits = first_output(self._forward(tokens, labels))
             if self.task.kind == "generation":
-                parts.append(run_losses("generation", logits, labels, runs) * len(rows))
+                parts.append(torch.stack(token_losses(logits, labels, runs)))
             else:
                 parts.append(logits.float().view(runs, len(rows), -1).cpu())
         if self.task.kind == "generation":
-            return torch.stack(parts).sum(0).cpu() / count
+            total, tokens = torch.stack(parts).sum(0).cpu()  # not a mean of means: passes differ in their parts
+            return total / tokens
         stacked = torch.cat(parts, 1)
         return stacked[:, by_length.argsort()].numpy()
 
@@ -179,8 +183,12 @@ class Tuning:
     def _losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         """The losses (S,) of one training batch."""
         self.model.train(self.dropout)
-        self.streams.place = 0  # outside of what may be compiled
-        return self.call(tokens, labels)
+        self.streams.begin()  # outside of what may be compiled
+        try:
+            return self.call(tokens, labels)
+        except BaseException:
+            self.chains.release()
+            raise
 
     def _pass(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         self.chains.contract()

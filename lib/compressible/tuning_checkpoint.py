@@ -67,13 +67,21 @@ _NAMES = ("value", "mean", "square", "count")
 def _digest(tuning: Tuning) -> str:
     """What must be equal for a state to be of use."""
     runs = [
-        {**asdict(run), "config": asdict(run.config), "subset": None if run.subset is None else run.subset.tolist()}
+        {**asdict(run), "config": asdict(run.config),
+         "subset": None if run.subset is None else torch.as_tensor(run.subset).tolist()}
         for run in tuning.runs
-    ]
-    rows = [len(tuning.task.train.labels), len(tuning.task.validation.labels)]
-    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, rows]
+    ]  # fmt: skip
+    parts = tuning.task.train, tuning.task.validation
+    rows = [_bytes(tensor) for part in parts for tensor in (part.labels, *part.tokens.values())]
+    weights = [_bytes(parameter.detach().flatten()[:1024]) for parameter in tuning.source.parameters()]
+    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, rows, weights]
     settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
     return hashlib.sha256(json.dumps([runs, settings], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> str:
+    values = tensor.double() if tensor.is_floating_point() else tensor
+    return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _stored(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+KINDS = ("regression", "classification", "generation")
 LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
 
 
@@ -29,10 +30,16 @@ class TaskLike(Protocol):
 
 
 class DeviceRows:
-    """Examples on the device, cut to the longest of the rows that are asked for; lengths stay on the CPU."""
+    """Examples on the device, cut to the longest of the rows that are asked for; lengths stay on the CPU.
+
+    Raises ValueError where padding is not at the end.
+    """
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         mask = rows.tokens.get("attention_mask")
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+            row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])
+            raise ValueError(f"attention_mask has tokens after padding in row {row}, expected padding at the end")
         self.lengths = None if mask is None else mask.sum(1).cpu()
         self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
         self.labels = rows.labels.to(device)
@@ -56,5 +63,12 @@ def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
         return (logits.squeeze(-1) - labels).square().view(runs, -1).mean(1)
     if kind == "classification":
         return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
+    total, count = token_losses(logits, labels, runs)
+    return total / count
+
+
+def token_losses(logits: Tensor, labels: Tensor, runs: int) -> tuple[Tensor, Tensor]:
+    """Return the sum (S,) of every run's cross-entropies over its tokens whose label is not -100, and their number."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
-    return each.view(runs, -1).sum(1) / (labels != -100).view(runs, -1).sum(1)
+    return each.view(runs, -1).sum(1), (labels != -100).view(runs, -1).sum(1)

@@ -61,12 +61,14 @@ class RunHistory:
         self.check()
         if self.chains is None:
             raise RuntimeError("this history holds no factors: call fine_tune with keep_factors=True")
-        model = get_deep_lora_model(sharing(self.base), self.run.config)
+        with torch.random.fork_rng(devices=[]):  # the factors drawn here are replaced
+            model = get_deep_lora_model(sharing(self.base), self.run.config)
         for name, chain in self.chains.items():
             model.get_submodule(name).factors = nn.ParameterList([nn.Parameter(factor.clone()) for factor in chain])
         for name, state in self.heads.items():
-            for own, value in state.items():
-                setattr(model.get_submodule(name), own, nn.Parameter(value.clone()))
+            head = model.get_submodule(name)
+            for own, value in state.items():  # in the model's precision, as it meets the model's values
+                setattr(head, own, nn.Parameter(value.to(head.weight.dtype, copy=True)))
         return model
 
     def check(self) -> None:
