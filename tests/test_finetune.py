@@ -23,7 +23,7 @@ import compressible as cd
 from compressible import tuning as ft
 from compressible.adapters import adapters, merge_and_unload
 from compressible.cuda import interpreted
-from compressible.machine import matmul_precision, tensor_float_32
+from compressible.precision import matmul_precision, tensor_float_32
 from compressible.reference_tuning import reference_fine_tune
 from compressible.stacked import stacked_adapters
 from compressible.stacked_adam import StackedAdamW

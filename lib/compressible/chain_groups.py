@@ -64,8 +64,7 @@ class _Group:
 
     def contract(self) -> None:
         first = self.members[0]
-        ends = [halves(c, s, first.embedding) for c, s in zip(self.chains, first.scalings, strict=True)]
-        lower, upper = (part[0] if len(part) == 1 else torch.cat(part, 1) for part in zip(*ends, strict=True))
+        lower, upper = halves(self.chains, first.scalings, first.embedding)
         if not (first.embedding or first.dense):  # there the update is added up in the factors' own precision
             lower, upper = lower.to(first.weight.dtype), upper.to(first.weight.dtype)
         for adapter, *held in zip(self.members, lower.unbind(), upper.unbind(), strict=True):

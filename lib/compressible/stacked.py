@@ -78,9 +78,7 @@ class StackedAdapter(nn.Module):
         """Return W_{L-1} ... W_1 (S, k, n), scaled, and W_L (S, m, k); embeddings: W_1 and W_L ... W_2, scaled."""
         if self.held is not None:
             return self.held
-        ends = [halves(chain, s, self.embedding) for chain, s in zip(self.source(), self.scalings, strict=True)]
-        lower, upper = zip(*ends, strict=True)
-        return (lower[0], upper[0]) if len(lower) == 1 else (torch.cat(lower), torch.cat(upper))
+        return halves(self.source(), self.scalings, self.embedding)
 
     def updates(self) -> Tensor:
         """Return the updates (S, m, n) of all runs."""
@@ -138,8 +136,19 @@ class StackedAdapter(nn.Module):
         return self.base.weight.mT if is_transposed(self.base) else self.base.weight
 
 
-def halves(chain: Sequence[Tensor], scale: Tensor, embedding: bool = False) -> tuple[Tensor, Tensor]:
-    """Return W_{L-1} ... W_1 (..., k, n), scaled, and W_L (..., m, k); for embeddings W_1 and W_L ... W_2, scaled."""
+def halves(
+    chains: Sequence[Sequence[Tensor]], scalings: Sequence[Tensor], embedding: bool
+) -> tuple[Tensor, Tensor]:
+    """Return W_{L-1} ... W_1 (..., S, k, n), scaled, and W_L (..., S, m, k) of chains (..., S', ., .) by span of runs.
+
+    For embeddings W_1 and W_L ... W_2, scaled.
+    """
+    ends = [_halves(chain, scale, embedding) for chain, scale in zip(chains, scalings, strict=True)]
+    lower, upper = zip(*ends, strict=True)
+    return (lower[0], upper[0]) if len(ends) == 1 else (torch.cat(lower, -3), torch.cat(upper, -3))
+
+
+def _halves(chain: Sequence[Tensor], scale: Tensor, embedding: bool) -> tuple[Tensor, Tensor]:
     with torch.autocast(chain[0].device.type, enabled=False):
         if embedding:
             return chain[0], product(chain[1:]) * scale

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .cuda import has_triton
-from .machine import tensor_float_32
+from .precision import tensor_float_32
 
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
@@ -46,7 +46,6 @@ class RunStreams(TorchFunctionMode):
             from . import attention_kernel  # noqa: F401  registers its operators
 
             self.room = torch.cuda.get_device_properties(step.device).shared_memory_per_block_optin
-
         self.begin()
 
     def begin(self) -> None:
@@ -139,7 +138,7 @@ class RunStreams(TorchFunctionMode):
         if query.element_size() * LARGEST * (LARGEST + 5 * (64 if size <= 64 else LARGEST)) > self.room:
             return False
         if query.dtype is torch.float32:
-            return not query.is_cuda or self.rounded
+            return self.rounded
         return query.dtype in (torch.float16, torch.bfloat16)
 
     def _check(self, shape: torch.Size) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import machine
 from .adapters import _expect, _start, check_sizes, factor_dtype, first_output, layer_shape
 from .chain_groups import ChainGroups
+from .precision import matmul_precision
 from .progress import progress
 from .stacked import StackedAdapter, StackedLinear, compressed_starts, stacked_adapters
 from .stacked_adam import StackedAdamW
@@ -46,7 +47,7 @@ class Snapshot:
     def updates(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the layer's name and its runs' updates (S, m, n), in full float32 whatever the precision."""
         for name, adapter in stacked_adapters(self._model).items():
-            with machine.matmul_precision("float32"):
+            with matmul_precision("float32"):
                 updates = adapter.updates()
             yield name, updates
 
@@ -68,7 +69,7 @@ class Tuning:
         self.train_rows = DeviceRows(task.train, self.device)
         self.validation_rows = DeviceRows(task.validation, self.device)
         self.call, self.chains = self._pass, ChainGroups()
-        with machine.matmul_precision(precision):
+        with matmul_precision(precision):
             self.model = self._stack()
         self.adam = StackedAdamW(self._rates(), BETAS, EPS)
         self.graphs: dict[tuple, _Graph] | None = None
@@ -106,7 +107,7 @@ class Tuning:
         scores: dict, watched: dict, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
     ) -> None:  # fmt: skip
         bar = progress(self.steps, f"{len(self.runs)} runs", enabled=show_progress)
-        with bar, machine.matmul_precision(self.precision):
+        with bar, matmul_precision(self.precision):
             for step in range(begin, self.steps + 1):
                 if step in evaluate_at and step not in scores:
                     scores[step] = self.evaluate()

@@ -58,17 +58,22 @@ def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
 
     kind "generation": mean over the run's tokens whose label is not -100.
     """
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if kind == "generation":
+        total, count = token_losses(logits, labels, runs)
+        return total / count
+    logits = _widened(logits)
     if kind == "regression":
         return (logits.squeeze(-1) - labels).square().view(runs, -1).mean(1)
-    if kind == "classification":
-        return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
-    total, count = token_losses(logits, labels, runs)
-    return total / count
+    return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
 
 
 def token_losses(logits: Tensor, labels: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     """Return the sum (S,) of every run's cross-entropies over its tokens whose label is not -100, and their number."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = _widened(logits)
     each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
     return each.view(runs, -1).sum(1), (labels != -100).view(runs, -1).sum(1)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """Half precision has too few digits for a loss."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

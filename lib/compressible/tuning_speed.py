@@ -22,6 +22,7 @@ from .adapters import DeepLoraConfig, first_output
 from .encoders import load_encoder
 from .floors import LARGE, count_operations, gemm_rate, time_calls
 from .measure import Timing, failed
+from .precision import matmul_precision
 from .tuning import Tuning
 from .tuning_data import run_losses
 from .tuning_runs import FineTuningRun
@@ -262,7 +263,7 @@ def _steady(
     step: Callable[[], object], wait: Callable[[], object], device: str, precision: str, setup: float, mode: str,
     seconds: float, trials: int,
 ) -> Timing:  # fmt: skip
-    with machine.peak_inside(device) as peak, machine.matmul_precision(precision):
+    with machine.peak_inside(device) as peak, matmul_precision(precision):
         began = time.perf_counter()
         step()
         wait()
@@ -295,7 +296,7 @@ def _values(key: str, timing: Timing) -> dict[str, float | str | np.ndarray]:
 def _gemm(precision: str, device: str, trials: int) -> float:
     kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
     edge = LARGE["cpu" if device == "cpu" else "cuda"]
-    with machine.matmul_precision(precision):
+    with matmul_precision(precision):
         return gemm_rate((edge, edge, edge), kind, device, 0.1, trials)
 
 
