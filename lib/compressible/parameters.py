@@ -110,6 +110,7 @@ VOCABULARY: dict[str, Parameter] = {
     "learning_rate": Parameter(float, POSITIVE, "", "peak rate of AdamW"),
     "inner_learning_rate": Parameter(float, POSITIVE, "", "rate of the inner factors of compressed adapters"),
     "control_learning_rate": Parameter(float, POSITIVE, "", "second rate of LoRA's standard start, a control"),
+    "inner_control_rate": Parameter(float, POSITIVE, "", "second inner rate of compressed adapters, a control"),
     "decay_ratio": Parameter(float, "[0, 1]", "", "rate at the end over the rate at the start, linear between"),
     "snapshots": Parameter(int, NOT_NEGATIVE, "steps", "steps at which the updates are looked at", many=True),
     "filter_step": Parameter(int, NOT_NEGATIVE, "steps", "snapshot at which the authors choose layers"),
