@@ -21,7 +21,8 @@ from transformers import (
 
 import compressible as cd
 from compressible import tuning as ft
-from compressible.adapters import adapters, merge_and_unload
+from compressible.adapter_merge import merge_and_unload
+from compressible.adapters import adapters
 from compressible.cuda import interpreted
 from compressible.precision import matmul_precision, tensor_float_32
 from compressible.reference_tuning import reference_fine_tune
@@ -96,7 +97,7 @@ def config(variant: str = "thin", **given) -> cd.DeepLoraConfig:
 
 
 def lora(**given) -> cd.DeepLoraConfig:
-    return config(depth=2, **given)
+    return config(depth=2, **({"init_scale": 1e-3} | given))
 
 
 def mixed() -> list[cd.FineTuningRun]:

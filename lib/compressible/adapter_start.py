@@ -17,25 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
-from .adapters import DeepLoraConfig, adapters, factor_dtype, layer_shape
+from .adapter_config import DeepLoraConfig
+from .adapters import adapted, adapters, factor_dtype, layer_shape
 
 
 def compress_adapters(
-    model: nn.Module, loss_step: Callable[[], Tensor], batches: int = 1, generator: torch.Generator | None = None
-) -> dict[str, float]:
+    model: nn.Module, loss_step: Callable[[], Tensor], batches: int = 1, generator: torch.Generator | None = None,
+    restart: bool = False,
+) -> dict[str, float]:  # fmt: skip
     """Give every adapter of variant "compressed" its factors from the gradients of `batches` calls of `loss_step`.
 
     loss_step runs the model on one batch and returns the loss, a scalar tensor. With one batch each layer's gradient
     lives only until its SVD; with several, one gradient a layer is held on its device. Over several processes the
     gradients are averaged, so that all get the same factors, if `generator` has the same seed everywhere. Returns
-    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1 or no adapter is of that variant, and
-    RuntimeError if a layer saw no gradient.
+    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1, no adapter is of that variant or, unless
+    `restart`, there are factors already, and RuntimeError if the loss is not finite or a layer saw no gradient.
     """
+    model = adapted(model)
     if batches < 1:
         raise ValueError(f"batches is {batches}, expected at least 1")
     found = {name: adapter for name, adapter in adapters(model).items() if adapter.config.variant == "compressed"}
     if not found:
         raise ValueError(f"{type(model).__name__} has no adapter of variant 'compressed', expected at least one")
+    if any(len(adapter.factors) for adapter in found.values()) and not restart:
+        raise ValueError("the adapters have their factors already, expected none: restart=True draws new ones, after "
+                         "which an optimiser must be made anew")  # fmt: skip
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     sinks = {name: GradientSink(adapter.base, adapter.config.r // 2, shared=True) for name, adapter in found.items()}
@@ -48,7 +54,7 @@ def compress_adapters(
         finally:
             for adapter in found.values():
                 adapter.probe = None
-        check_reached(sinks)
+        finish(sinks)
         for name, adapter in found.items():
             left, right = (side[0] for side in sinks[name].frames)
             chain = compressed_chain(left, right, adapter.shape, adapter.config, generator)
@@ -64,7 +70,18 @@ def _run(loss_step: Callable[[], Tensor], sinks: list[GradientSink], batches: in
             sink.last = batch == batches - 1
         # Only towards the sinks: what else is trained keeps its .grad as it was.
         with torch.enable_grad():
-            torch.autograd.backward(loss_step(), inputs=[sink.token for sink in sinks])
+            torch.autograd.backward(_checked(loss_step()), inputs=[sink.token for sink in sinks])
+
+
+def _checked(loss: object) -> Tensor:
+    given = f"{type(loss).__name__} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"loss_step returned {given}, expected the loss, one number that a tensor holds")
+    if not loss.requires_grad:
+        raise RuntimeError("no gradient reached the loss: loss_step met no adapted layer, or ran under torch.no_grad")
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"loss_step returned {loss.item()}, expected a finite loss")
+    return loss.reshape(())
 
 
 def compressed_chain(
@@ -109,12 +126,14 @@ def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = (gradient.mT if tall else gradient).double()
     scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     wide = wide / scale
+    finite = wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # one diverged run must not stop the others
+    wide = torch.where(finite, wide, 0.0)
     small = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
     other = torch.linalg.qr(wide.mT @ small)
     signs = other.R.diagonal(dim1=-2, dim2=-1).sign()
     large = other.Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
-    pair = (large, small) if tall else (small, large)
-    return pair[0].to(kind), pair[1].to(kind)
+    left, right = (large, small) if tall else (small, large)
+    return tuple(torch.where(finite, side, torch.nan).to(kind) for side in (left, right))
 
 
 class GradientSink:
@@ -122,7 +141,7 @@ class GradientSink:
 
     batches come run by run, (S * B, ...), of which the runs `which` count; `frames` are then the `rank` leading left
     (R, m, rank) and right (R, n, rank) singular vectors, taken after the last use in the `last` batch, when the
-    gradients go. shared: of the gradients' sum over all processes.
+    gradients go, or in `finish`. shared: of the gradients' sum over all processes.
     """
 
     def __init__(
@@ -140,6 +159,8 @@ class GradientSink:
 
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add one use of the layer; after the last of the last batch decompose and let the gradients go."""
+        if self.frames is not None:
+            raise RuntimeError("a layer's gradient came after its last use: expected all uses before the backward pass")
         m, n = layer_shape(self.layer)
         # float32 at least: a bfloat16 gradient has too few digits for its singular vectors
         kind = torch.promote_types(grad.dtype, torch.float32)
@@ -154,6 +175,12 @@ class GradientSink:
         if self.last and not self.pending:
             self._decompose()
 
+    def finish(self) -> bool:
+        """Decompose what uses without gradient, a checkpointed forward pass or a batch without the layer held up."""
+        if self.total is not None:
+            self._decompose()
+        return self.frames is not None
+
     def _chosen(self, stacked: Tensor) -> Tensor:
         return stacked if len(self.which) == self.runs else stacked[self.which]
 
@@ -163,9 +190,9 @@ class GradientSink:
         self.frames, self.total = top_frames(self.total, self.rank), None
 
 
-def check_reached(sinks: Mapping[str, GradientSink]) -> None:
-    """Raise RuntimeError, with the first layer's name, where a layer saw no gradient."""
-    missing = [name for name, sink in sinks.items() if sink.frames is None]
+def finish(sinks: Mapping[str, GradientSink]) -> None:
+    """Decompose what is left; RuntimeError, with the first layer's name, where a layer saw no gradient."""
+    missing = [name for name, sink in sinks.items() if not sink.finish()]
     if missing:
         raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
 
@@ -177,7 +204,7 @@ class _Probe(torch.autograd.Function):
     def forward(ctx, x: Tensor, out: Tensor, token: Tensor, sink: GradientSink) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
-        return out.view_as(out)
+        return out.clone()  # a view could not be changed in place, as activations do
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:

@@ -7,85 +7,22 @@ W_L (m, k) on the output side. Variants, which the papers call by one name (pape
   compressed  outer factors from the first gradient (P1, section 4), between them `depth` times eps I of size r; r even
 Use: get_deep_lora_model, for "compressed" then compress_adapters, param_groups for the optimiser. Factors stay in
 float32, since eps^L = 1e-9 is below what float16 holds; the model may be in bfloat16 or under autocast.
-Not for layers that share their weight with others: the shared use would not see the update.
+Layers of one kind that share their weight, as T5's word embeddings do, get one update; a linear output layer tied to
+an embedding does not see the embedding's, of which a warning tells.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .adapter_config import DeepLoraConfig, expect
 from .factors import orthogonal_factors, product
-from .targets import matching, saved_modules
-
-VARIANTS = ("compressed", "thin", "full")
-STARTS = ("paper", "standard")
-
-
-@dataclass
-class DeepLoraConfig:
-    """What is adapted and how; names that peft's LoraConfig has mean what they mean there.
-
-    r: inner width (compressed: even, it holds r / 2 directions a side); depth L >= 2, of 2 is LoRA, whose start
-    `init_lora_weights` is "paper" (N(0, 1) outputs, zero inputs, no scaling: T2) or "standard" (Kaiming inputs, zero
-    outputs, scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora). init_scale is eps. lr_ratio is the step
-    of the outer factors over the inner ones, by default .01 for "compressed" and 1 otherwise. target_modules: names or
-    their ends, a regular expression, or "all-linear"; embeddings=True adapts nn.Embedding, too (T10).
-    modules_to_save are trained whole. Raises ValueError, with the value, where a combination makes no sense.
-    """
-
-    r: int = 8
-    depth: int = 3
-    init_scale: float = 1e-3
-    variant: str = "compressed"
-    lr_ratio: float | None = None
-    target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    embeddings: bool = False
-    lora_alpha: float | None = None
-    use_rslora: bool = False
-    init_lora_weights: str | None = None
-    lora_dropout: float = 0.0
-    task_type: str | None = None
-
-    def __post_init__(self) -> None:
-        _expect("r", self.r, isinstance(self.r, int) and self.r >= 1, "an integer >= 1")
-        _expect("depth", self.depth, isinstance(self.depth, int) and self.depth >= 2, "an integer >= 2")
-        _expect("init_scale", self.init_scale, 0 < self.init_scale < math.inf, "a finite number > 0")
-        _expect("variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
-        _expect("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "a number in [0, 1)")
-        lora = self.depth == 2
-        _expect("variant", self.variant, not lora or self.variant == "thin", '"thin" with depth = 2, which is LoRA')
-        even = self.variant != "compressed" or self.r % 2 == 0
-        _expect("r", self.r, even, 'even with variant = "compressed": it holds r / 2 directions a side')
-        if self.lr_ratio is None:
-            self.lr_ratio = 0.01 if self.variant == "compressed" else 1.0
-        _expect("lr_ratio", self.lr_ratio, 0 <= self.lr_ratio < math.inf, "a finite number >= 0")
-        self._check_lora(lora)
-
-    @property
-    def scaling(self) -> float:
-        """What the product of the factors is multiplied by: 1 except for LoRA's standard start."""
-        if self.init_lora_weights != "standard":
-            return 1.0
-        return float(self.lora_alpha) / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def _check_lora(self, lora: bool) -> None:
-        if lora and self.init_lora_weights is None:
-            self.init_lora_weights = "standard"
-        start = self.init_lora_weights
-        known = start is None or (lora and start in STARTS)
-        _expect("init_lora_weights", start, known, f"one of {STARTS}, with depth 2")
-        if start == "standard" and self.lora_alpha is None:
-            self.lora_alpha = float(self.r)
-        standard = start == "standard"
-        _expect("lora_alpha", self.lora_alpha, self.lora_alpha is None or standard, 'None without the "standard" start')
-        _expect("use_rslora", self.use_rslora, not self.use_rslora or standard, 'False without the "standard" start')
+from .targets import holders, places, saved_modules
 
 
 class Adapter(nn.Module):
@@ -94,7 +31,7 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Module, config: DeepLoraConfig, generator: torch.Generator | None) -> None:
         super().__init__()
         self.base, self.config, self.probe = base, config, None
-        start = _start(self.shape, config, generator, base.weight.device)
+        start = starting_factors(self.shape, config, generator, base.weight.device, isinstance(base, nn.Embedding))
         self.factors = nn.ParameterList([nn.Parameter(factor.to(factor_dtype(base))) for factor in start])
 
     @property
@@ -145,8 +82,7 @@ class Adapter(nn.Module):
             raise RuntimeError('variant "compressed" has no factors yet: call compress_adapters(model, loss_step)')
         kinds = {factor.dtype for factor in self.factors}
         if torch.float16 in kinds or _autocast_is_half(self.weight.device.type):
-            eps = self.config.init_scale**self.config.depth
-            raise ValueError(f"adapters met float16, expected float32 or bfloat16: eps^L = {eps:.0e} underflows there")
+            raise ValueError(f"adapters met float16, {_underflow(self.config)}")
         return self.factors
 
 
@@ -155,29 +91,65 @@ def get_deep_lora_model(
 ) -> nn.Module:
     """Freeze `model`, put an `Adapter` in the place of every targeted layer, and return it; it is changed in place.
 
-    Raises ValueError where nothing matches the targets, or a target is neither linear nor, with embeddings, an
-    embedding.
+    Raises ValueError, before anything is changed, where nothing matches the targets, a target is neither linear nor
+    an nn.Embedding or its update would not be seen, the model has adapters already, or shares a saved module's weight.
     """
-    targets = matching(model, config)
-    if not targets:
-        raise ValueError(f"target_modules = {config.target_modules!r} matches no layer of {type(model).__name__}")
+    found = places(model, config)
+    _check_model(model, config, found)
+    saved = list(saved_modules(model, config))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    wrapped = {name: Adapter(layer, config, generator) for name, layer in targets.items()}
-    check_sizes({name: adapter.shape for name, adapter in wrapped.items()}, config)
-    for name, adapter in wrapped.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapter)
-    for _, module in saved_modules(model, config):
+    wrapped = {name: Adapter(model.get_submodule(name), config, generator) for name in found}
+    for name, names in found.items():
+        for place in names:
+            replace_module(model, place, wrapped[name])
+    for _, module in saved:
         module.requires_grad_(True)
     model.deep_lora_config = config
+    for name, other in tied_layers(model).items():
+        warnings.warn(f"{name!r} shares its weight with {other!r}, which does not see the update", stacklevel=2)
     return model
+
+
+def _check_model(model: nn.Module, config: DeepLoraConfig, found: dict[str, list[str]]) -> None:
+    if not found:
+        raise ValueError(f"target_modules = {config.target_modules!r} matches no layer of {type(model).__name__}")
+    present = next(iter(adapters(model)), None)
+    expect("the adapter of", present, present is None, "a model without adapters: merge_and_unload them first")
+    layers = {name: model.get_submodule(name) for name in found}
+    check_sizes({name: layer_shape(layer) for name, layer in layers.items()}, config)
+    for name, layer in layers.items():
+        if config.depth > 2 and layer.weight.dtype is torch.float16:
+            raise ValueError(f"{name!r} is in float16, {_underflow(config)}")
+    held = holders(model)
+    for name, module in saved_modules(model, config):
+        for parameter in module.parameters():
+            outside = [at for at, _ in held[id(parameter)] if at != name and not at.startswith(f"{name}.")]
+            if outside:
+                raise ValueError(f"modules_to_save {name!r} shares its weight with {outside[0]!r}, expected one of its "
+                                 "own: peft would train a copy; untie them first")  # fmt: skip
+
+
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Return, by name, the adapted layers whose weight another module holds, too, and that module's name."""
+    held = holders(model)
+    others = {
+        name: [at for at, module in held[id(adapter.weight)] if module is not adapter.base]
+        for name, adapter in adapters(model).items()
+    }
+    return {name: at[0].removesuffix(".base") for name, at in others.items() if at}
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place `name` of a model."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def check_sizes(shapes: dict[str, tuple[int, int]], config: DeepLoraConfig) -> None:
     """Raise ValueError for a layer, shapes (m, n) by name, with fewer directions than a compressed start takes."""
     for name, shape in shapes.items():
-        if config.variant == "compressed" and 2 * min(shape) < config.r:
+        if config.variant == "compressed" and (2 * min(shape) < config.r or max(shape) < config.r):
             size = f"{name!r} is {shape}, too small for r / 2 = {config.r // 2} directions a side"
             raise ValueError(f"{size}: lower r, or name it in exclude_modules or modules_to_save")
 
@@ -203,12 +175,28 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
+def adapted(model: nn.Module) -> nn.Module:
+    """Return the adapted model behind torch.compile and DistributedDataParallel; ValueError if there is none."""
+    inner = model
+    while True:
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            break
+    if not hasattr(inner, "deep_lora_config"):
+        raise ValueError(f"{type(inner).__name__} has no adapters, expected a model from get_deep_lora_model")
+    return inner
+
+
 def param_groups(model: nn.Module, lr: float) -> list[dict]:
     """Return the optimiser's groups: inner factors (and modules_to_save) at `lr`, the outer two at lr_ratio * lr.
 
     P1's Deep LoRA takes lr = 1e-2 compressed and 1e-4 otherwise. Raises ValueError unless lr > 0.
     """
-    _expect("lr", lr, 0 < lr < math.inf, "a finite number > 0")
+    expect("lr", lr, 0 < lr < math.inf, "a finite number > 0")
+    model = adapted(model)
     config: DeepLoraConfig = model.deep_lora_config
     found = adapters(model).values()
     outer = [adapter._ready()[i] for adapter in found for i in (0, -1)]
@@ -218,49 +206,18 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
     return [{"params": params, "lr": rate, "name": name} for name, (params, rate) in groups.items() if params]
 
 
-@torch.no_grad()
-def merge_and_unload(model: nn.Module, inputs: dict | None = None, tolerance: float = 1e-4) -> nn.Module:
-    """Add every update to its layer's weight, in float32, and take the adapters out again; changed in place.
-
-    With `inputs` (keyword arguments of the model) its first output is compared before and after, in evaluation mode.
-    Raises RuntimeError where they differ by more than `tolerance` of the largest value.
-    """
-    model.eval()
-    before = None if inputs is None else first_output(model(**inputs))
-    for name, adapter in adapters(model).items():
-        update = adapter.update()
-        weight = adapter.base.weight
-        weight.copy_((weight.float() + (update.mT if adapter.transposed else update)).to(weight.dtype))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, adapter.base)
-    del model.deep_lora_config
-    if before is not None:
-        after = first_output(model(**inputs))
-        off = ((after - before).abs().max() / before.abs().max()).item()
-        if not off <= tolerance:
-            raise RuntimeError(f"the merged model differs by {off:.2g} of its largest output, expected {tolerance:g}")
-    return model
-
-
-def first_output(output: object) -> Tensor:
-    """Return logits, or else the first tensor, of what a model returned."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else next(value for value in tuple(output) if isinstance(value, Tensor))
-
-
-def _start(
-    shape: tuple[int, int], config: DeepLoraConfig, generator: torch.Generator | None, device: torch.device
-) -> list[Tensor]:
-    """The factors of an (m, n) update as the config starts them; none yet for "compressed"."""
+def starting_factors(
+    shape: tuple[int, int], config: DeepLoraConfig, generator: torch.Generator | None, device: torch.device,
+    embedding: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Return the factors of an (m, n) update as the config starts them, none yet for "compressed"."""
     (m, n), r = shape, config.r
     if config.variant == "compressed":
         return []
     if config.depth > 2:
         width = min(m, n) if config.variant == "full" else r
         start = orthogonal_factors(shape, config.depth, width, config.init_scale, generator, torch.float32, device)
-    elif config.init_lora_weights == "paper":
+    elif embedding or config.init_lora_weights == "paper":  # peft, too, starts embeddings so
         start = [torch.zeros(r, n), torch.randn(m, r, generator=generator)]
     else:
         bound = 1 / math.sqrt(n)  # kaiming_uniform with a = sqrt(5), peft's
@@ -268,10 +225,10 @@ def _start(
     return [factor.to(device) for factor in start]
 
 
+def _underflow(config: DeepLoraConfig) -> str:
+    eps = config.init_scale**config.depth
+    return f"expected float32 or bfloat16: eps^L = {eps:.0e} underflows there"
+
+
 def _autocast_is_half(device: str) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-
-
-def _expect(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}, expected {expected}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import DeepLoraConfig, _expect
+from .adapter_config import DeepLoraConfig, expect
 from .targets import matching, saved_modules
 from .tuning import Snapshot, Tuning
 from .tuning_data import KINDS, TaskLike
@@ -57,7 +57,7 @@ def fine_tune(
     """
     evaluate_at, watch_at = sorted(set(evaluate_at)), sorted(set(watch_at))
     _check(runs, task, steps, batch_size, decay_ratio, evaluate_at, watch_at, watch, precision, max_stack)
-    _expect("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "an integer >= 1")
+    expect("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "an integer >= 1")
     _check_model(model)
     groups = list(_passes(model, runs, max_stack))
     found: dict[int, RunHistory] = {}
@@ -105,23 +105,23 @@ def _check(
     runs: Sequence[FineTuningRun], task: TaskLike, steps: int, batch_size: int, decay_ratio: float,
     evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None, precision: str, max_stack: int | None,
 ) -> None:  # fmt: skip
-    _expect("runs", list(runs), len(runs) > 0, "at least one run")
-    _expect("steps", steps, isinstance(steps, int) and steps >= 1, "an integer >= 1")
-    _expect("batch_size", batch_size, isinstance(batch_size, int) and batch_size >= 1, "an integer >= 1")
-    _expect("decay_ratio", decay_ratio, 0 <= decay_ratio <= 1, "a number in [0, 1]")
-    _expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    _expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
-    _expect("max_stack", max_stack, max_stack is None or max_stack >= 1, "None or an integer >= 1")
+    expect("runs", list(runs), len(runs) > 0, "at least one run")
+    expect("steps", steps, isinstance(steps, int) and steps >= 1, "an integer >= 1")
+    expect("batch_size", batch_size, isinstance(batch_size, int) and batch_size >= 1, "an integer >= 1")
+    expect("decay_ratio", decay_ratio, 0 <= decay_ratio <= 1, "a number in [0, 1]")
+    expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+    expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
+    expect("max_stack", max_stack, max_stack is None or max_stack >= 1, "None or an integer >= 1")
     for name, marks in (("evaluate_at", evaluate_at), ("watch_at", watch_at)):
-        _expect(name, marks, all(0 <= mark <= steps for mark in marks), f"steps from 0 to {steps}")
-    _expect("watch", watch, watch is not None or not watch_at, "a function, since watch_at names steps")
+        expect(name, marks, all(0 <= mark <= steps for mark in marks), f"steps from 0 to {steps}")
+    expect("watch", watch, watch is not None or not watch_at, "a function, since watch_at names steps")
     rows = len(task.train.labels)
     for run in runs:
-        _expect("lr", run.lr, 0 < run.lr < float("inf"), "a finite number > 0")
+        expect("lr", run.lr, 0 < run.lr < float("inf"), "a finite number > 0")
         own = rows if run.subset is None else len(run.subset)
-        _expect("subset", f"{own} rows", own >= batch_size, f"at least one batch of {batch_size}")
+        expect("subset", f"{own} rows", own >= batch_size, f"at least one batch of {batch_size}")
         inside = run.subset is None or (int(min(run.subset)) >= 0 and int(max(run.subset)) < rows)
-        _expect("subset", run.subset, inside, f"rows from 0 to {rows - 1}")
+        expect("subset", run.subset, inside, f"rows from 0 to {rows - 1}")
 
 
 def _check_model(model: nn.Module) -> None:

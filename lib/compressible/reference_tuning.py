@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .adapter_merge import first_output
 from .adapter_start import compress_adapters
-from .adapters import adapters, first_output, get_deep_lora_model, param_groups
+from .adapters import adapters, get_deep_lora_model, param_groups
 from .streams import RunStreams
 from .targets import saved_modules
 from .tuning import BETAS, EPS

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from .adapter_start import GradientSink, check_reached, compressed_chain
-from .adapters import DeepLoraConfig, is_transposed
+from .adapter_config import DeepLoraConfig
+from .adapter_start import GradientSink, compressed_chain, finish
+from .adapters import is_transposed
 from .factors import product, stack_factors
 
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
@@ -245,7 +246,7 @@ def compressed_starts(
     finally:
         for adapter in adapters.values():
             adapter.sink = None
-    check_reached(sinks)
+    finish(sinks)
     # On the CPU: thousands of small decompositions that a GPU would only wait for.
     frames = {name: [side.cpu() for side in sink.frames] for name, sink in sinks.items()}
     return {

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .adapters import DeepLoraConfig
+from .adapter_config import ALL_LINEAR, DeepLoraConfig
 
-HEADS = ("score", "classifier")  # peft's names of heads of sequence classification, left out of "all-linear"
+CLASSIFIERS = ("classifier", "score")
+HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}  # peft saves them whole
 
 
 def matching(model: nn.Module, config: DeepLoraConfig) -> dict[str, nn.Module]:
-    """Return the layers that `config` targets, by name."""
-    chosen = {}
-    heads = _heads(model, config)
-    for name, module in model.named_modules():
-        if _excluded(name, config) or (config.target_modules == "all-linear" and name in heads):
+    """Return the layers that `config` targets, by name; of layers that share one weight the first.
+
+    Raises ValueError for a target whose update its model would not see.
+    """
+    return {name: model.get_submodule(name) for name in places(model, config)}
+
+
+def places(model: nn.Module, config: DeepLoraConfig) -> dict[str, list[str]]:
+    """Return the names of all targets by the first of those that share a weight, such as T5's word embeddings."""
+    output = _output_embedding(model)
+    found: dict[tuple, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _excluded(name, config) or not _wanted(name, module, config, output):
             continue
-        embedding = config.embeddings and isinstance(module, nn.Embedding)
-        if config.target_modules == "all-linear":
-            wanted = _is_linear(module) or embedding
-        else:
-            wanted = _named(name, config.target_modules) or embedding
-        if wanted and not (_is_linear(module) or isinstance(module, nn.Embedding)):
-            raise ValueError(f"target {name!r} is {type(module).__name__}, expected a linear layer or an embedding")
-        if wanted:
-            chosen[name] = module
-    return chosen
+        _check_layer(model, name, module)
+        key = (type(module), id(module.weight), id(getattr(module, "bias", None)))
+        found.setdefault(key, []).append(name)
+    return {names[0]: names for names in found.values()}
 
 
 def saved_modules(model: nn.Module, config: DeepLoraConfig) -> Iterator[tuple[str, nn.Module]]:
@@ -42,19 +44,54 @@ def saved_modules(model: nn.Module, config: DeepLoraConfig) -> Iterator[tuple[st
     yield from found
 
 
-def _heads(model: nn.Module, config: DeepLoraConfig) -> set[str]:
-    """Layers that "all-linear" leaves out in transformers' models: the output embedding, or a classification head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if output is not None:
-        return {name for name, module in model.named_modules() if module is output}
-    if config.task_type != "SEQ_CLS":
-        return set()
-    head = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
-    return {name for name, module in model.named_modules() if module is head}
+def saved_by_peft(model: nn.Module, config: DeepLoraConfig) -> list[str]:
+    """Return the ends of names that peft's modules_to_save gets: the config's own and its task's head."""
+    names = [name for name, _ in model.named_modules()]
+    heads = [head for head in HEADS.get(config.task_type, ()) if any(name.endswith(head) for name in names)]
+    return list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return, by a parameter's id, name and module of all that hold it: several for tied weights."""
+    held: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            held.setdefault(id(parameter), []).append((name, module))
+    return held
+
+
+def _wanted(name: str, module: nn.Module, config: DeepLoraConfig, output: nn.Module | None) -> bool:
+    if config.embeddings and isinstance(module, nn.Embedding):
+        return True
+    if config.target_modules == ALL_LINEAR:
+        return _is_linear(module) and module is not output
+    return _named(name, config.target_modules)
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that "all-linear" leaves out in transformers' language models."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise ValueError for what is no layer x W^T + b, or whose weight is read without calling it."""
+    kind, leave = type(module).__name__, "name it in exclude_modules"
+    if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
+        raise ValueError(f"target {name!r} is {kind}, an embedding with a forward pass of its own: {leave}")
+    if not (_is_linear(module) or isinstance(module, nn.Embedding)):
+        raise ValueError(f"target {name!r} is {kind}, expected a linear layer or an embedding")
+    if not module.weight.is_floating_point():
+        raise ValueError(f"target {name!r} has a weight of {module.weight.dtype}, expected an unquantised one")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"target {name!r}: nn.MultiheadAttention reads its weight without calling it; {leave}")
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        switch = "call torch.backends.mha.set_fastpath_enabled(False) first"
+        raise ValueError(f"target {name!r}: nn.TransformerEncoderLayer may not call it; {switch}, or {leave}")
 
 
 def _excluded(name: str, config: DeepLoraConfig) -> bool:
-    saved = config.modules_to_save or []
+    saved = [*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]
     inside = any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
     return inside or bool(config.exclude_modules and _named(name, config.exclude_modules))
 

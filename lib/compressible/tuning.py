@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from . import machine
-from .adapters import _expect, _start, check_sizes, factor_dtype, first_output, layer_shape
+from .adapter_config import expect
+from .adapter_merge import first_output
+from .adapters import check_sizes, factor_dtype, layer_shape, replace_module, starting_factors
 from .chain_groups import ChainGroups
 from .precision import matmul_precision
 from .progress import progress
 from .stacked import StackedAdapter, StackedLinear, compressed_starts, stacked_adapters
 from .stacked_adam import StackedAdamW
 from .streams import RunStreams
-from .targets import matching, saved_modules
+from .targets import places, saved_modules
 from .tuning_checkpoint import Checkpoint
 from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
@@ -83,7 +85,7 @@ class Tuning:
             limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
         if graphed is None:
             graphed = self.device.type == "cuda"
-        _expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
+        expect("graphed", graphed, not graphed or self.device.type == "cuda", "False without a CUDA device")
         self.graphs = {} if graphed else None
 
     def train(
@@ -115,7 +117,7 @@ class Tuning:
                     with torch.no_grad():
                         watched[step] = watch(Snapshot(step, self.runs, self.model))
                     given, runs = len(watched[step]), len(self.runs)
-                    _expect("watch", f"{given} values", given == runs, f"one for each of the pass's {runs} runs")
+                    expect("watch", f"{given} values", given == runs, f"one for each of the pass's {runs} runs")
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
                     saved.save(step, scores, watched)
                 if step < self.steps:
@@ -214,21 +216,23 @@ class Tuning:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         configs = [run.config for run in self.runs]
-        layers = matching(model, configs[0]).items()
+        found = places(model, configs[0])
+        layers = {name: model.get_submodule(name) for name in found}
         for config in configs:
-            check_sizes({name: layer_shape(layer) for name, layer in layers}, config)
-        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers}
-        for name, adapter in adapters.items():
-            _replace(model, name, adapter)
+            check_sizes({name: layer_shape(layer) for name, layer in layers.items()}, config)
+        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers.items()}
+        for name, names in found.items():
+            for place in names:
+                replace_module(model, place, adapters[name])
         for name, _ in list(saved_modules(model, configs[0])):
-            _replace(model, name, self._head(name))
+            replace_module(model, name, self._head(name))
         starts = self._starts(model, adapters)
         self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
         return model
 
     def _starts(self, model: nn.Module, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
         """Every run's starting factors by layer: drawn, or for compressed runs from the gradient of the first batch."""
-        shapes = {name: adapter.shape for name, adapter in adapters.items()}
+        shapes = {name: (adapter.shape, adapter.embedding) for name, adapter in adapters.items()}
         kind = factor_dtype(next(iter(adapters.values())).base)
         with ThreadPoolExecutor() as pool:  # orthogonal factors are drawn on the CPU: a thread a run
             starts = list(pool.map(lambda run: _drawn(run, shapes, kind, self.device), self.runs))
@@ -244,7 +248,7 @@ class Tuning:
 
     def _head(self, name: str) -> StackedLinear:
         source = self.source.get_submodule(name)
-        _expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
+        expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
         drawn = [fresh_head(source, run, name) for run in self.runs]
         biases = None if source.bias is None else [bias for _, bias in drawn]
         return StackedLinear([weight for weight, _ in drawn], biases)
@@ -302,21 +306,16 @@ class _Graph:
 
 
 def _drawn(
-    run: FineTuningRun, shapes: dict[str, tuple[int, int]], kind: torch.dtype, device: torch.device
+    run: FineTuningRun, shapes: dict[str, tuple[tuple[int, int], bool]], kind: torch.dtype, device: torch.device
 ) -> dict[str, list[Tensor]]:
     """A run's starting factors by layer, in the order of the layers; empty chains for compressed."""
-    generator = run_generator(run, "factors")
-    starts = {name: _start(shape, run.config, generator, torch.device("cpu")) for name, shape in shapes.items()}
-    return _moved(starts, kind, device)
+    generator, cpu = run_generator(run, "factors"), torch.device("cpu")
+    return _moved({name: starting_factors(shape, run.config, generator, cpu, embedding)
+                   for name, (shape, embedding) in shapes.items()}, kind, device)  # fmt: skip
 
 
 def _moved(starts: dict[str, list[Tensor]], kind: torch.dtype, device: torch.device) -> dict[str, list[Tensor]]:
     return {name: [factor.to(device, kind) for factor in chain] for name, chain in starts.items()}
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _own(head: StackedLinear, at: int) -> dict[str, Tensor]:

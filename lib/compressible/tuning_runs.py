@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import DeepLoraConfig, factor_dtype, get_deep_lora_model
+from .adapter_config import DeepLoraConfig
+from .adapters import factor_dtype, get_deep_lora_model
 
 HEAD_STD = 0.02  # transformers' own start of a head
 

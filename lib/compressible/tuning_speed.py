@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from . import hub, machine
-from .adapters import DeepLoraConfig, first_output
+from .adapter_config import DeepLoraConfig
+from .adapter_merge import first_output
 from .encoders import load_encoder
 from .floors import LARGE, count_operations, gemm_rate, time_calls
 from .measure import Timing, failed
