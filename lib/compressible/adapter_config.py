@@ -21,10 +21,11 @@ class DeepLoraConfig:
     r: inner width (compressed: even, it holds r / 2 directions a side; full: not used); depth L >= 2, of 2 is LoRA,
     whose start `init_lora_weights` is "paper" (N(0, 1) outputs, zero inputs, no scaling: T2) or "standard" (peft's,
     also named True: Kaiming inputs and zero outputs, of embeddings zero and N(0, 1); scaling lora_alpha / r, or
-    lora_alpha / sqrt(r) with use_rslora; lora_alpha is r by default, peft's is 8). init_scale is eps, of depth >= 3. lr_ratio is the step of the outer
-    factors over the inner ones, by default .01 for "compressed" and 1 otherwise. target_modules: names or their ends, a
-    regular expression, or "all-linear"; embeddings=True adapts every nn.Embedding, too (T10). modules_to_save: names
-    of what is trained whole. Raises ValueError, with the value, where a combination makes no sense.
+    lora_alpha / sqrt(r) with use_rslora; lora_alpha is r by default, peft's is 8). init_scale is eps, of depth >= 3.
+    lr_ratio is the step of the outer factors over the inner ones, by default .01 for "compressed" and 1 otherwise.
+    target_modules: names or their ends, a regular expression, or "all-linear"; embeddings=True adapts every
+    nn.Embedding, too (T10). modules_to_save: names of what is trained whole. Raises ValueError, with the value, where a
+    combination makes no sense.
     """
 
     r: int = 8
