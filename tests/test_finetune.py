@@ -25,9 +25,10 @@ from compressible.adapters import adapters, merge_and_unload
 from compressible.cuda import interpreted
 from compressible.precision import matmul_precision, tensor_float_32
 from compressible.reference_tuning import reference_fine_tune
-from compressible.stacked import stacked_adapters
+from compressible.stacked import StackedLinear, stacked_adapters
 from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
+from compressible.tuning_data import PassRows
 from compressible.tuning_runs import TuningDivergenceError
 
 VOCABULARY, LENGTH = 50, 24
@@ -539,6 +540,69 @@ def test_layers_that_see_no_batch_axis_are_refused():
     runs = [cd.FineTuningRun(config(embeddings=True), 1e-3, seed) for seed in (0, 1)]
     with pytest.raises(ValueError, match="in the first axis"):
         cd.fine_tune(bert(), runs, task(), 2, 4)
+
+
+class Sequence(nn.Module):
+    """A layer of a transformer over tokens (T, B, 16), if not batch_first, and a head."""
+
+    def __init__(self, batch_first: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turned, self.embedding = not batch_first, nn.Embedding(VOCABULARY, 16)
+        self.layer = nn.Sequential(nn.Linear(16, 16), nn.Dropout(dropout))
+        self.classifier = nn.Linear(16, 1)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embedding(input_ids)
+        x = self.layer(x.transpose(0, 1)).transpose(0, 1) if self.turned else self.layer(x)
+        return self.classifier(x.mean(1))
+
+
+def full_length(kind: str = "regression") -> Task:
+    data = task(kind)
+    for part in (data.train, data.validation):
+        part.tokens["attention_mask"][:] = 1
+    return data
+
+
+@pytest.mark.parametrize("batch_size", [4, LENGTH // 2])  # the tokens divide by the runs, and are as many as the rows
+def test_layers_whose_first_axis_only_divides_by_the_runs_are_refused(batch_size):
+    chosen = config(target_modules=["layer.0"])
+    runs = [cd.FineTuningRun(chosen, 1e-3, seed) for seed in (0, 1)]
+    expected = rf"adapted layer of shape \(16, 16\) got \({LENGTH}, .*exclude_modules"
+    with pytest.raises(ValueError, match=expected):
+        cd.fine_tune(Sequence(batch_first=False).double(), runs, full_length(), 2, batch_size)
+    (alone,) = cd.fine_tune(Sequence(batch_first=False).double(), runs[:1], full_length(), 2, batch_size)
+    stacked = cd.fine_tune(Sequence(batch_first=True).double(), runs, full_length(), 2, batch_size)
+    assert_equal(stacked[0], alone, 1e-12)
+
+
+def test_heads_and_dropout_hold_their_first_axis_against_the_rows():
+    with pytest.raises(ValueError, match=rf"dropout got \({LENGTH}, "):
+        runs = [cd.FineTuningRun(config(target_modules=["embedding"], embeddings=True), 1e-3, s) for s in (0, 1)]
+        cd.fine_tune(Sequence(batch_first=False, dropout=0.1).double(), runs, full_length(), 2, 4)
+    head = StackedLinear(torch.zeros(2, 1, 16), None, PassRows(2, 8))
+    with pytest.raises(ValueError, match=r"trained layer of shape \(1, 16\) got \(24, 8, 16\), expected 8"):
+        head(torch.zeros(24, 8, 16))
+    assert head(torch.zeros(8, 24, 16)).shape == (8, 24, 1)
+
+
+def test_relative_positions_of_a_t5_are_refused_unless_excluded_and_go_alone():
+    given = {"task_type": "SEQ_2_SEQ_LM", "modules_to_save": None, "embeddings": True}
+    runs = [cd.FineTuningRun(config(**given), 1e-3, seed) for seed in (0, 1)]
+    data = task("generation")
+    with pytest.raises(ValueError, match="in the first axis"):
+        cd.fine_tune(t5(), runs, data, 2, 4)
+    for found, expected in zip(
+        cd.fine_tune(t5(), runs, data, 3, 4, max_stack=1), reference_fine_tune(t5(), runs, data, 3, 4), strict=True
+    ):
+        assert_equal(found, expected, 1e-8)
+    without = config(**given, exclude_modules=["relative_attention_bias"])
+    runs = [cd.FineTuningRun(without, 1e-3, seed) for seed in (0, 1)]
+    for found, expected in zip(
+        cd.fine_tune(t5(), runs, data, 3, 4), reference_fine_tune(t5(), runs, data, 3, 4), strict=True
+    ):
+        assert_equal(found, expected, 1e-8)
 
 
 def test_a_state_belongs_to_its_model_and_its_data(tmp_path):

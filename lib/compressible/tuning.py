@@ -28,8 +28,9 @@ from .stacked_adam import StackedAdamW
 from .streams import RunStreams
 from .targets import matching, saved_modules
 from .tuning_checkpoint import Checkpoint
-from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses, token_losses
+from .tuning_data import LENGTHS, DeviceRows, PassRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
+from .tuning_trial import try_out
 
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
@@ -64,7 +65,8 @@ class Tuning:
         self.precision, self.decay_ratio, self.dropout = precision, decay_ratio, dropout
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses = torch.full((steps, len(runs)), float("nan"), dtype=torch.float64, device=self.device)
-        self.streams = RunStreams([run.seed for run in runs], self.step)
+        self.rows = PassRows(len(runs))
+        self.streams = RunStreams([run.seed for run in runs], self.step, self.rows)
         self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
         self.train_rows = DeviceRows(task.train, self.device)
         self.validation_rows = DeviceRows(task.validation, self.device)
@@ -165,6 +167,7 @@ class Tuning:
         parts = []
         for rows in by_length.split(max(1, EVALUATION_ROWS // runs)):
             tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
+            self.rows.rows = len(labels)
             logits = first_output(self._forward(tokens, labels))
             if self.task.kind == "generation":
                 parts.append(torch.stack(token_losses(logits, labels, runs)))
@@ -185,6 +188,7 @@ class Tuning:
         """The losses (S,) of one training batch."""
         self.model.train(self.dropout)
         self.streams.begin()  # outside of what may be compiled
+        self.rows.rows = len(labels)
         try:
             return self.call(tokens, labels)
         except BaseException:
@@ -217,16 +221,18 @@ class Tuning:
         layers = matching(model, configs[0]).items()
         for config in configs:
             check_sizes({name: layer_shape(layer) for name, layer in layers}, config)
-        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers}
+        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer), self.rows) for name, layer in layers}
         for name, adapter in adapters.items():
             _replace(model, name, adapter)
         for name, _ in list(saved_modules(model, configs[0])):
             _replace(model, name, self._head(name))
-        starts = self._starts(model, adapters)
+        self.model = model
+        try_out(self, adapters.values())
+        starts = self._starts(adapters)
         self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
         return model
 
-    def _starts(self, model: nn.Module, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
+    def _starts(self, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
         """Every run's starting factors by layer: drawn, or for compressed runs from the gradient of the first batch."""
         shapes = {name: adapter.shape for name, adapter in adapters.items()}
         kind = factor_dtype(next(iter(adapters.values())).base)
@@ -235,7 +241,6 @@ class Tuning:
         which = [i for i, run in enumerate(self.runs) if run.config.variant == "compressed"]
         if not which:
             return starts
-        self.model = model
         tokens, labels = self.train_rows.batch(self.order[0].reshape(-1), LENGTHS[self.device.type])
         generators = [run_generator(self.runs[i], "factors") for i in which]
         loss = lambda: self._losses(tokens, labels).sum()  # noqa: E731
@@ -247,7 +252,7 @@ class Tuning:
         _expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
         drawn = [fresh_head(source, run, name) for run in self.runs]
         biases = None if source.bias is None else [bias for _, bias in drawn]
-        return StackedLinear([weight for weight, _ in drawn], biases)
+        return StackedLinear([weight for weight, _ in drawn], biases, self.rows)
 
     def _rates(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Every trained tensor and its runs' learning rates, as they broadcast against it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,6 +28,27 @@ class TaskLike(Protocol):
     validation: Rows
 
     def score(self, logits: Tensor, labels: Tensor) -> float: ...
+
+
+@dataclass
+class PassRows:
+    """How many rows S * B the pass in progress has, of how many runs S: what layers hold their first axis against.
+
+    0 rows: not known, any multiple of S will do.
+    """
+
+    runs: int
+    rows: int = 0
+
+    def check(self, what: str, shape: torch.Size) -> None:
+        """Raise ValueError unless the first axis of `what` is the pass's rows; a single run has none to mix with."""
+        if self.runs == 1 or (len(shape) and (shape[0] == self.rows if self.rows else shape[0] % self.runs == 0)):
+            return
+        wanted = self.rows or f"a multiple of {self.runs}"
+        raise ValueError(
+            f"{what} got {tuple(shape)}, expected {wanted} in the first axis, the batches of {self.runs} runs side by "
+            "side: leave the layer out by exclude_modules, or train run by run with max_stack=1"
+        )
 
 
 class DeviceRows:

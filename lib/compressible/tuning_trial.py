@@ -1,0 +1,49 @@
+"""A few rows through the model before it is trained, so that what cannot be stacked is refused before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .adapters import first_output
+from .stacked import StackedAdapter
+from .tuning_data import LENGTHS
+
+if TYPE_CHECKING:
+    from .tuning import Tuning
+
+
+def try_out(tuning: Tuning, adapters: Iterable[StackedAdapter]) -> None:
+    """Pass one training row of each run through the stacked model without its updates.
+
+    Raises ValueError where a layer that must see the runs side by side sees something else.
+    """
+    adapters = list(adapters)
+    for adapter in adapters:
+        adapter.sink = lambda x, out: out
+    try:
+        _forward(tuning, *_rows(tuning))
+    finally:
+        for adapter in adapters:
+            adapter.sink = None
+
+
+def _rows(tuning: Tuning) -> tuple[dict[str, Tensor], Tensor]:
+    """A training row of each run, as often as makes their number unlike every other axis, such as the tokens'."""
+    tokens, labels = tuning.train_rows.batch(tuning.order[0][:, 0], LENGTHS[tuning.device.type])
+    others = {size for value in (*tokens.values(), labels) for size in value.shape[1:]}
+    each = next(times for times in count(1) if times * len(tuning.runs) not in others)
+    repeated = {name: value.repeat_interleave(each, 0) for name, value in tokens.items()}
+    return repeated, labels.repeat_interleave(each, 0)
+
+
+@torch.no_grad()
+def _forward(tuning: Tuning, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+    tuning.model.train(tuning.dropout)
+    tuning.rows.rows = len(labels)
+    with tuning.streams:
+        return first_output(tuning._forward(tokens, labels))
