@@ -257,33 +257,6 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     assert error.value.history is bad
 
 
-class Killed(Exception):
-    pass
-
-
-def test_a_killed_call_goes_on_where_it_was(tmp_path):
-    runs, data = mixed()[:4], task()
-    seen = []
-
-    def watch(snapshot):
-        seen.append(snapshot.step)
-        if snapshot.step == 8 and seen.count(8) == 1:
-            raise Killed
-        return [{"norm": update.norm()} for update in next(iter(snapshot.updates()))[1]]
-
-    options = {"steps": 10, "batch_size": 4, "evaluate_at": (0, 5, 10), "watch_at": (2, 8), "watch": watch}
-    with pytest.raises(Killed):
-        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
-    resumed = cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
-    assert seen == [2, 8, 8]
-    for found, expected in zip(resumed, cd.fine_tune(bert(), runs, data, **options), strict=True):
-        assert_equal(found, expected, 1e-12)
-        assert found.watched[2]["norm"] == pytest.approx(expected.watched[2]["norm"].item())
-    with pytest.raises(ValueError, match="belongs to other runs"):
-        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", **(options | {"steps": 12}))
-    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
-
-
 def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
     from peft import PeftModel
 
@@ -603,26 +576,6 @@ def test_relative_positions_of_a_t5_are_refused_unless_excluded_and_go_alone():
         cd.fine_tune(t5(), runs, data, 3, 4), reference_fine_tune(t5(), runs, data, 3, 4), strict=True
     ):
         assert_equal(found, expected, 1e-8)
-
-
-def test_a_state_belongs_to_its_model_and_its_data(tmp_path):
-    given = {"runs": [dataclasses.replace(mixed()[0], subset=list(range(20)))], "steps": 2, "batch_size": 4}
-    given["checkpoint"] = tmp_path / "state.safetensors"
-    cd.fine_tune(bert(), task=task(), **given)
-    other = bert()
-    other.bert.pooler.dense.weight.data *= 3
-    turned = task()
-    turned.train.labels = turned.train.labels.flip(0)
-    for model, data in ((other, task()), (bert(), turned)):
-        with pytest.raises(ValueError, match="belongs to other runs"):
-            cd.fine_tune(model, task=data, **given)
-
-
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(b"nothing")
-    with pytest.raises(Exception, match=r"(?i)header"):
-        cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,10 +26,11 @@ from .stacked import StackedAdapter, StackedLinear, compressed_starts, stacked_a
 from .stacked_adam import StackedAdamW
 from .streams import RunStreams
 from .targets import matching, saved_modules
-from .tuning_checkpoint import Checkpoint
+from .tuning_checkpoint import Checkpoint, Kept
 from .tuning_data import LENGTHS, DeviceRows, PassRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
 from .tuning_trial import try_out
+from .tuning_values import stored
 
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
@@ -93,36 +93,40 @@ class Tuning:
         checkpoint: Path | None = None, checkpoint_every: int = 100, show_progress: bool | None = None,
     ) -> list[RunHistory]:  # fmt: skip
         """Take all steps from where the checkpoint left them and return the histories."""
-        scores: dict[int, list[float]] = {}
-        watched: dict[int, list[Any]] = {}
         saved = None if checkpoint is None else Checkpoint(checkpoint, self)
-        begin = 0 if saved is None else saved.resume(scores, watched)
-        began, device = time.perf_counter(), str(self.device)
+        begin, kept = (0, Kept()) if saved is None else saved.resume(evaluate_at, watch_at)
+        device = str(self.device)
         with machine.peak_inside(device) as peak:
-            self._train(begin, evaluate_at, watch_at, watch, scores, watched, saved, checkpoint_every, show_progress)
+            self._train(begin, evaluate_at, watch_at, watch, kept, saved, checkpoint_every, show_progress)
             machine.synchronize(device)
             held = peak() if self.device.type == "cuda" else 0
-        return self._histories(scores, watched, time.perf_counter() - began, held)
+        asked = Kept({at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}, kept.began)
+        return self._histories(asked, held)
 
     def _train(
         self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,
-        scores: dict, watched: dict, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
+        kept: Kept, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
     ) -> None:  # fmt: skip
         bar = progress(self.steps, f"{len(self.runs)} runs", enabled=show_progress)
         with bar, matmul_precision(self.precision):
             for step in range(begin, self.steps + 1):
-                if step in evaluate_at and step not in scores:
-                    scores[step] = self.evaluate()
-                if step in watch_at and step not in watched:
-                    with torch.no_grad():
-                        watched[step] = watch(Snapshot(step, self.runs, self.model))
-                    given, runs = len(watched[step]), len(self.runs)
-                    _expect("watch", f"{given} values", given == runs, f"one for each of the pass's {runs} runs")
+                if step in evaluate_at and step not in kept.scores:
+                    kept.scores[step] = self.evaluate()
+                if step in watch_at and step not in kept.watched:
+                    kept.watched[step] = self._watched(watch, step, saved is not None)
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
-                    saved.save(step, scores, watched)
+                    saved.save(step, kept)
                 if step < self.steps:
                     self.advance(step)
                     bar.update(1)
+
+    @torch.no_grad()
+    def _watched(self, watch: Callable, step: int, storable: bool) -> list[Any]:
+        values, runs = list(watch(Snapshot(step, self.runs, self.model))), len(self.runs)
+        _expect("watch", f"{len(values)} values", len(values) == runs, f"one for each of the pass's {runs} runs")
+        if storable:  # said now: the first checkpoint may be long in coming
+            stored(values, {})
+        return values
 
     def release(self) -> None:
         """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
@@ -263,16 +267,16 @@ class Tuning:
         heads = [p for module in self.model.modules() if isinstance(module, StackedLinear) for p in module.parameters()]
         return chains + [(p, head.view(-1, *[1] * (p.dim() - 1))) for p in heads]
 
-    def _histories(self, scores: dict, watched: dict, seconds: float, peak: int) -> list[RunHistory]:
-        losses = self.losses.T.cpu().numpy()
+    def _histories(self, kept: Kept, peak: int) -> list[RunHistory]:
+        losses, seconds = self.losses.T.cpu().numpy(), kept.seconds
         adapters = stacked_adapters(self.model)
         heads = {name: m for name, m in self.model.named_modules() if isinstance(m, StackedLinear)}
         histories = []
         for at, run in enumerate(self.runs):
             lost = np.flatnonzero(~np.isfinite(losses[at]))
             history = RunHistory(
-                run, losses[at], {step: values[at] for step, values in scores.items()},
-                {step: values[at] for step, values in watched.items()}, int(lost[0]) if len(lost) else None,
+                run, losses[at], {step: values[at] for step, values in kept.scores.items()},
+                {step: values[at] for step, values in kept.watched.items()}, int(lost[0]) if len(lost) else None,
                 seconds, peak, len(self.runs),
                 {name: adapter.chain(at) for name, adapter in adapters.items()},
                 {name: _own(head, at) for name, head in heads.items()}, self.source,

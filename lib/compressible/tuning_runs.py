@@ -36,8 +36,8 @@ class FineTuningRun:
 class RunHistory:
     """What one run left: losses (steps,) before each update, scores and what `watch` gave by step, and the factors.
 
-    seconds and peak_bytes are of the whole pass, which `shared` runs went through together. `divergence` is None or the
-    first step whose loss was not finite; scores are NaN from there on.
+    seconds, those before a kill included, and peak_bytes are of the whole pass, which `shared` runs went through
+    together. `divergence` is None or the first step whose loss was not finite; scores are NaN from there on.
     """
 
     run: FineTuningRun
