@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_finetune import assert_equal, bert, mixed, task
 from torch import nn
 
@@ -164,8 +166,34 @@ def test_what_a_checkpoint_cannot_hold_is_refused_at_once(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "state.safetensors"
+def junk(path):
     path.write_bytes(b"nothing")
-    with pytest.raises(Exception, match=r"(?i)header"):
+
+
+def empty(path):
+    path.touch()
+
+
+def folder(path):
+    path.mkdir()
+
+
+def foreign(path):
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def foreign_metadata(path):
+    save_file({"weight": torch.zeros(3)}, path, {"state": "[]"})
+
+
+def cut(path):
+    cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("write", [junk, empty, folder, foreign, foreign_metadata, cut])
+def test_a_damaged_or_foreign_checkpoint_is_refused_with_its_path(tmp_path, write):
+    path = tmp_path / "state.safetensors"
+    write(path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no checkpoint, or damaged .*: delete it"):
         cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .paths import atomic_path
@@ -54,7 +54,7 @@ class Checkpoint:
             return 0, Kept()
         tuning = self.tuning
         meta, tensors = self._read()
-        for name in _NAMES:
+        for name in self._names(meta["step"]):
             getattr(tuning.adam, name).copy_(tensors[name])
         tuning.losses.copy_(tensors["losses"])
         tuning.step.fill_(meta["step"])
@@ -67,24 +67,35 @@ class Checkpoint:
 
     def _read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """The metadata and the tensors, on the pass's device."""
-        with safe_open(self.path, "pt", device=str(self.tuning.device)) as file:
-            meta = json.loads(file.metadata()["state"])
-            if meta["key"] != self.key:
-                other = f"{self.path} is {meta['key']}, expected {self.key}"
-                raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
-            return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.path, "pt", device=str(self.tuning.device)) as file:
+                meta = json.loads(file.metadata()["state"])
+                key = meta["key"]
+                names = file.keys() if key == self.key else ()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = f"is no checkpoint, or damaged ({type(error).__name__}: {error})"
+            raise ValueError(f"{self.path} {reason}: delete it, or name another") from error
+        if key != self.key:
+            other = f"{self.path} is {key}, expected {self.key}"
+            raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
+        return meta, tensors
 
     def _expect_marks(self, name: str, lacking: list[int], step: int) -> None:
         if lacking:
             past = f"{self.path} is at step {step} and holds nothing of steps {lacking}"
             raise ValueError(f"{past}, which {name} asks for: leave them out, delete it, or name another")
 
+    def _names(self, step: int) -> tuple[str, ...]:
+        """The optimiser's tensors that count at a step: after the last the values alone, a third of the file."""
+        return _NAMES if step < self.tuning.steps else _NAMES[:1]
+
     def save(self, step: int, kept: Kept) -> None:
         """Write the state after `step` steps."""
         tuning, tensors = self.tuning, {}
         watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
         meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched, "seconds": kept.seconds}
-        tensors |= {name: getattr(tuning.adam, name) for name in _NAMES} | {"losses": tuning.losses}
+        tensors |= {name: getattr(tuning.adam, name) for name in self._names(step)} | {"losses": tuning.losses}
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, {"state": json.dumps(meta)})
 
