@@ -28,7 +28,7 @@ from compressible.reference_tuning import reference_fine_tune
 from compressible.stacked import StackedLinear, stacked_adapters
 from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
-from compressible.tuning_data import PassRows
+from compressible.tuning_data import PassRows, run_losses
 from compressible.tuning_runs import TuningDivergenceError
 
 VOCABULARY, LENGTH = 50, 24
@@ -257,6 +257,27 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     assert error.value.history is bad
 
 
+@pytest.mark.parametrize("marks", [(), (1,)])
+@pytest.mark.parametrize("variant, kind", [("thin", torch.float64), ("full", torch.float32), ("thin", torch.float32)])
+def test_a_run_that_the_last_update_spoils_has_diverged(marks, variant, kind, tmp_path):
+    fast = 1e200 if kind is torch.float64 else 1e30
+    runs = [cd.FineTuningRun(config(variant), 1e-3, 0), cd.FineTuningRun(config(variant), fast, 1)]
+    given = {"task": task(), "steps": 1, "batch_size": 4, "evaluate_at": marks, "checkpoint": tmp_path / "state"}
+    for _ in range(2):  # the second from the checkpoint
+        good, bad = cd.fine_tune(bert().to(kind), runs, **given)
+        assert good.divergence is None and np.isfinite(bad.losses).all() and bad.divergence == 1
+        with pytest.raises(TuningDivergenceError, match="at step 1"):
+            bad.model()
+
+
+def test_logits_that_overflow_with_finite_updates_have_diverged(monkeypatch):
+    logits, scale = ft.Tuning._validation_logits, np.array([1, np.inf])[:, None, None]
+    monkeypatch.setattr(ft.Tuning, "_validation_logits", lambda self: logits(self) * scale)
+    runs = [cd.FineTuningRun(config(), 1e-3, seed) for seed in (0, 1)]
+    good, bad = cd.fine_tune(bert(), runs, task(), 2, 4, evaluate_at=(2,))
+    assert good.divergence is None and bad.divergence == 2 and np.isnan(bad.scores[2])
+
+
 def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
     from peft import PeftModel
 
@@ -462,6 +483,11 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
 # errors
 
 
+def labelled(kind: str, labels: list) -> Task:
+    data = task(kind)
+    return dataclasses.replace(data, train=Rows(data.train.tokens, torch.tensor(labels)))
+
+
 @pytest.mark.parametrize("changed, message", [
     ({"steps": 0}, "steps is 0"),
     ({"batch_size": 64}, "40 rows"),
@@ -475,6 +501,27 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
     ({"task": dataclasses.replace(task(), kind="regresion")}, "'regresion'"),
     ({"watch_at": (1,), "watch": lambda snapshot: []}, "0 values"),
     ({"runs": [cd.FineTuningRun(config(), -1.0)]}, "lr is -1.0"),
+    ({"runs": [cd.FineTuningRun(config(), "fast")]}, "lr is 'fast'"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, head_lr=-1e-2)]}, "head_lr is -0.01"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, head_lr=float("nan"))]}, "head_lr is nan"),
+    ({"runs": [config()]}, "expected each a FineTuningRun"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, -1)]}, "seed is -1"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, 1.5)]}, "seed is 1.5"),
+    ({"evaluate_at": (2.5,)}, r"evaluate_at is \[2.5\], expected integers"),
+    ({"evaluate_at": 2}, "evaluate_at is 2, expected integers"),
+    ({"watch_at": (True,)}, r"watch_at is \[True\], expected integers"),
+    ({"evaluate_at": torch.tensor([2.0])}, r"evaluate_at is \[2.0\], expected integers"),
+    ({"max_stack": 1.5}, "max_stack is 1.5"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(40) < 20)]}, r"mask of bools.*nonzero"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(8.0))]}, "integers in one dimension"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(8).view(4, 2))]}, "integers in one dimension"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=[])]}, "0 rows"),
+    ({"task": labelled("regression", [0.5, float("nan")] * 20)}, r"not finite in rows \[1, 3, 5, 7, 9\]"),
+    ({"task": labelled("classification", [0.0, 1.0] * 20), "model": bert(2)}, "torch.float32, expected integers"),
+    ({"task": labelled("classification", [0, -1] * 20), "model": bert(2)}, "classes from 0"),
+    ({"task": labelled("classification", [0, 2] * 20), "model": bert(2)}, "up to 2, expected .* 2 outputs"),
+    ({"task": labelled("regression", [0.5] * 40), "model": bert(4)}, r"outputs are \(1, 4\), expected \(1, 1\)"),
+    ({"task": task(validation=0), "evaluate_at": (1,)}, "task.validation is '0 rows', expected at least one"),
     ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.tensor([1, 2, 3, 99]))]}, "rows from 0 to 39"),
     ({"runs": [cd.FineTuningRun(config(target_modules=["nothing"]), 1e-3)]}, "matches no layer"),
     ({"runs": [cd.FineTuningRun(config(modules_to_save=["LayerNorm"]), 1e-3)]}, "LayerNorm"),
@@ -487,6 +534,23 @@ def test_bad_values_are_named_before_work_starts(changed, message):
     given = {"model": bert(), "runs": mixed()[:1], "task": task(), "steps": 5, "batch_size": 4} | changed
     with pytest.raises(ValueError, match=message):
         cd.fine_tune(**given)
+
+
+def test_outputs_that_only_broadcast_against_the_labels_are_refused():
+    with pytest.raises(ValueError, match=r"outputs are \(8, 8\), expected \(8, 1\)"):
+        run_losses("regression", torch.zeros(8, 8), torch.zeros(8), 2)
+    vectors = run_losses("regression", torch.ones(4, 3), torch.zeros(4, 3), 2)
+    assert vectors.tolist() == [1, 1]
+
+
+def test_marks_and_subsets_may_be_numpys_or_tensors_and_any_integers():
+    chosen = [torch.arange(8, dtype=torch.uint8), np.arange(8), range(8), list(range(8))]
+    runs = [cd.FineTuningRun(config(), 1e-3, np.int64(0), subset) for subset in chosen]
+    histories = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=np.array([3, 0]))
+    again = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=torch.tensor([0, 3, 3]))
+    for history in [*histories, *again]:
+        assert_equal(history, histories[0], 1e-12)
+        assert list(history.scores) == [0, 3]
 
 
 def test_padding_before_the_tokens_is_refused():

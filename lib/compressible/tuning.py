@@ -9,7 +9,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,8 @@ class Tuning:
             self._train(begin, evaluate_at, watch_at, watch, kept, saved, checkpoint_every, show_progress)
             machine.synchronize(device)
             held = peak() if self.device.type == "cuda" else 0
-        asked = Kept({at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}, kept.began)
-        return self._histories(asked, held)
+        scores, watched = {at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}
+        return self._histories(replace(kept, scores=scores, watched=watched), held)
 
     def _train(
         self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,
@@ -111,9 +111,11 @@ class Tuning:
         with bar, matmul_precision(self.precision):
             for step in range(begin, self.steps + 1):
                 if step in evaluate_at and step not in kept.scores:
-                    kept.scores[step] = self.evaluate()
+                    kept.scores[step], kept.lost = self.evaluate()
                 if step in watch_at and step not in kept.watched:
                     kept.watched[step] = self._watched(watch, step, saved is not None)
+                if step == self.steps:
+                    kept.lost = sorted({*kept.lost, *self._overflown()})
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
                     saved.save(step, kept)
                 if step < self.steps:
@@ -148,20 +150,33 @@ class Tuning:
         self.graphs[key].replay(tokens, labels)
 
     @torch.no_grad()
-    def evaluate(self) -> list[float]:
-        """Return the score of every run on the validation set; NaN where its logits are not finite."""
+    def evaluate(self) -> tuple[list[float], list[int]]:
+        """Return the score of every run on the validation set, and the runs, with NaN, whose logits are not finite."""
         self.model.eval()
         self.chains.contract()
         try:
             logits = self._validation_logits()
         finally:
             self.chains.release()
-        if self.task.kind == "generation":
-            return [value.item() for value in logits]
-        labels = self.task.validation.labels.cpu().numpy()
         finite = [bool(np.isfinite(run).all()) for run in logits]
+        lost = [at for at, good in enumerate(finite) if not good]
+        if self.task.kind == "generation":
+            return [value.item() for value in logits], lost
+        labels = self.task.validation.labels.cpu().numpy()
         pairs = zip(logits, finite, strict=True)
-        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs]
+        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs], lost
+
+    @torch.no_grad()
+    def _overflown(self) -> list[int]:
+        """The runs whose updates may hold more than their precision can, by the norms of the two factors."""
+        good = torch.ones(len(self.runs), dtype=torch.bool, device=self.device)
+        for adapter in stacked_adapters(self.model).values():
+            lower, upper = (half.double().flatten(1).norm(dim=1) for half in adapter.contracted())
+            good &= lower * upper < torch.finfo(adapter.source()[0][0].dtype).max  # False for NaN
+        for head in (module for module in self.model.modules() if isinstance(module, StackedLinear)):
+            for part in head.parameters():
+                good &= part.flatten(1).isfinite().all(1)
+        return (~good).nonzero().flatten().tolist()
 
     def _validation_logits(self) -> np.ndarray | Tensor:
         """Logits (S, N, outputs) on the CPU, in the order of the rows; for generation the mean losses (S,)."""
@@ -274,10 +289,10 @@ class Tuning:
         histories = []
         for at, run in enumerate(self.runs):
             lost = np.flatnonzero(~np.isfinite(losses[at]))
+            divergence = int(lost[0]) if len(lost) else self.steps if at in kept.lost else None
             history = RunHistory(
                 run, losses[at], {step: values[at] for step, values in kept.scores.items()},
-                {step: values[at] for step, values in kept.watched.items()}, int(lost[0]) if len(lost) else None,
-                seconds, peak, len(self.runs),
+                {step: values[at] for step, values in kept.watched.items()}, divergence, seconds, peak, len(self.runs),
                 {name: adapter.chain(at) for name, adapter in adapters.items()},
                 {name: _own(head, at) for name, head in heads.items()}, self.source,
             )  # fmt: skip

@@ -26,11 +26,15 @@ MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config
 
 @dataclass
 class Kept:
-    """What a pass has given so far: by step its runs' scores and what `watch` gave; when it began, on perf_counter."""
+    """What a pass has given so far: by step its runs' scores and what `watch` gave.
+
+    began: on perf_counter; lost: the runs whose logits were not finite when last seen, at the end also whose updates.
+    """
 
     scores: dict[int, list[float]] = field(default_factory=dict)
     watched: dict[int, list[Any]] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
+    lost: list[int] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -63,7 +67,7 @@ class Checkpoint:
         for name, marks, held in (("evaluate_at", evaluate_at, scores), ("watch_at", watch_at, watched)):
             lacking = [mark for mark in marks if mark <= meta["step"] and mark not in held]
             self._expect_marks(name, lacking, meta["step"])
-        return meta["step"], Kept(scores, watched, time.perf_counter() - meta["seconds"])
+        return meta["step"], Kept(scores, watched, time.perf_counter() - meta["seconds"], meta["lost"])
 
     def _read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """The metadata and the tensors, on the pass's device."""
@@ -94,7 +98,8 @@ class Checkpoint:
         """Write the state after `step` steps."""
         tuning, tensors = self.tuning, {}
         watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
-        meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched, "seconds": kept.seconds}
+        meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
+        meta |= {"seconds": kept.seconds, "lost": kept.lost}
         tensors |= {name: getattr(tuning.adam, name) for name in self._names(step)} | {"losses": tuning.losses}
         with atomic_path(self.path) as temporary:
             save_file(tensors, temporary, {"state": json.dumps(meta)})

@@ -78,14 +78,20 @@ class DeviceRows:
 def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
     """Return the mean loss (S,) of every run from logits (S * B, ...): squared error or cross-entropy.
 
-    kind "generation": mean over the run's tokens whose label is not -100.
+    kind "generation": mean over the run's tokens whose label is not -100. Raises ValueError for outputs of another
+    shape than the labels ask for.
     """
     if kind == "generation":
         total, count = token_losses(logits, labels, runs)
         return total / count
     logits = _widened(logits)
     if kind == "regression":
-        return (logits.squeeze(-1) - labels).square().view(runs, -1).mean(1)
+        if logits.shape not in (labels.shape, (*labels.shape, 1)):
+            asked = f"{(*labels.shape, 1)}: one output a label of a regression"
+            raise ValueError(f"the model's outputs are {tuple(logits.shape)}, expected {asked}")
+        return (logits.reshape(labels.shape) - labels).square().view(runs, -1).mean(1)
+    if logits.dim() != 2:
+        raise ValueError(f"the model's outputs are {tuple(logits.shape)}, expected ({len(labels)}, classes)")
     return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
 
 

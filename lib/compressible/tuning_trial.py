@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .adapters import first_output
 from .stacked import StackedAdapter
-from .tuning_data import LENGTHS
+from .tuning_data import LENGTHS, run_losses
 
 if TYPE_CHECKING:
     from .tuning import Tuning
@@ -20,16 +20,21 @@ if TYPE_CHECKING:
 def try_out(tuning: Tuning, adapters: Iterable[StackedAdapter]) -> None:
     """Pass one training row of each run through the stacked model without its updates.
 
-    Raises ValueError where a layer that must see the runs side by side sees something else.
+    Raises ValueError where a layer that must see the runs side by side sees something else, or the outputs are not
+    what the task's labels ask for.
     """
     adapters = list(adapters)
     for adapter in adapters:
         adapter.sink = lambda x, out: out
     try:
-        _forward(tuning, *_rows(tuning))
+        tokens, labels = _rows(tuning)
+        logits = _forward(tuning, tokens, labels)
     finally:
         for adapter in adapters:
             adapter.sink = None
+    if tuning.task.kind == "classification":
+        _check_classes(tuning, logits)
+    run_losses(tuning.task.kind, logits, labels, len(tuning.runs))
 
 
 def _rows(tuning: Tuning) -> tuple[dict[str, Tensor], Tensor]:
@@ -39,6 +44,14 @@ def _rows(tuning: Tuning) -> tuple[dict[str, Tensor], Tensor]:
     each = next(times for times in count(1) if times * len(tuning.runs) not in others)
     repeated = {name: value.repeat_interleave(each, 0) for name, value in tokens.items()}
     return repeated, labels.repeat_interleave(each, 0)
+
+
+def _check_classes(tuning: Tuning, logits: Tensor) -> None:
+    for name, part in (("train", tuning.task.train), ("validation", tuning.task.validation)):
+        largest = int(part.labels.max()) if len(part.labels) else -1
+        if logits.dim() == 2 and largest >= logits.shape[1]:
+            outputs = f"{logits.shape[1]} outputs"
+            raise ValueError(f"task.{name}.labels go up to {largest}, expected classes below the model's {outputs}")
 
 
 @torch.no_grad()
