@@ -84,11 +84,31 @@ def load_tokenizer(name: str) -> Any:
 
 def new_parts(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
     """(head, pooler): the linear layers of a classifier beyond its encoder, and those of its pooler."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    pooler = [module for name, module in linear.items() if "pooler" in name.split(".")]
-    inner = f"{model.base_model_prefix}."
-    head = [module for name, module in linear.items() if not name.startswith(inner) and module not in pooler]
-    return head, pooler
+    named = model.named_modules()
+    pooler = [module for name, module in named if isinstance(module, nn.Linear) and "pooler" in name.split(".")]
+    return [model.get_submodule(name) for name in _beyond(model)], pooler
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers of a classifier's head, which no pretraining has seen; a pooler's are not among them.
+
+    "classifier" of BERT, "classifier.dense" and "classifier.out_proj" of RoBERTa, "score" of GPT-2, and so on: what a
+    protocol leaves as it is (exclude_modules) or trains (modules_to_save). Raises ValueError if there is no head.
+    """
+    encoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    names = _beyond(model) if isinstance(encoder, nn.Module) else []
+    if not names:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no classification head, expected a model of load_encoder, as for sequences")
+    return names
+
+
+def _beyond(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are neither the encoder's, nor a pooler's, nor those that write words."""
+    inner, words = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [name for name, module in named if not name.startswith(inner) and module is not words]
+    return [name for name in own if "pooler" not in name.split(".")]
 
 
 def find_model(name: str) -> str:
