@@ -163,10 +163,11 @@ HEADS = {
 }  # fmt: skip
 
 
-def of_kind(kind: str, form: str = "ForSequenceClassification"):
+def of_kind(kind: str, form: str = "ForSequenceClassification", **changed):
     import transformers
 
-    return getattr(transformers, f"{kind}{form}")(getattr(transformers, f"{kind}Config")(**HEADS[kind][0]))
+    config = getattr(transformers, f"{kind}Config")(**(HEADS[kind][0] | changed))
+    return getattr(transformers, f"{kind}{form}")(config)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -183,6 +184,36 @@ def test_head_layers_are_those_that_a_protocol_leaves_or_trains_whole(kind):
     if kind == "Bert":  # as with the names that notebooks gave themselves
         assert {*left} == {*matching(model, cd.DeepLoraConfig(**given))}
         assert {*left} == {*matching(model, cd.DeepLoraConfig(**given, modules_to_save=["classifier"]))}
+
+
+def test_a_model_without_a_padding_token_pads_with_the_mark_of_the_end(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    of_kind("GPT2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    rows = text_data.Rows([("a b",), ("c d e",), ("f",)], [1.0, 2.0, 3.0], "test")
+    monkeypatch.setattr(tasks, "read_rows", lambda *_: rows)
+    model, task = encoders.load_for_task(str(tmp_path), "vader-tweets", max_length=16)
+    assert model.config.pad_token_id == encoders.load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
+    tokens, _ = task.train.batch(torch.arange(3))
+    alone, _ = task.train.batch(torch.tensor([2]), multiple=1)
+    torch.testing.assert_close(model(**tokens).logits[2:], model(**alone).logits)
+
+
+def test_a_model_without_the_asked_attention_keeps_its_own(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    of_kind("DebertaV2").save_pretrained(tmp_path)
+    model, _ = encoders.load_encoder(str(tmp_path), 1)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_where_the_files_were_found_nothing_is_said_of_where_to_put_them(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(data.DataError, match="cannot use the model") as caught:
+        encoders.load_encoder(str(tmp_path), 1)
+    assert str(tmp_path) in str(caught.value) and "COMPRESSIBLE_MODELS" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind, form", [("Bert", "Model"), ("GPT2", "LMHeadModel"), ("T5", "ForConditionalGeneration")])
