@@ -595,6 +595,41 @@ class Sequence(nn.Module):
         return self.classifier(x.mean(1))
 
 
+class Drawing(Sequence):
+    """The same, with draws of its own from torch's stream, of which `rate` count."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(batch_first=True)
+        self.rate = rate
+
+    def forward(self, input_ids, attention_mask):
+        out = super().forward(input_ids, attention_mask)
+        return out * (torch.rand(len(out), 1) >= self.rate) if self.training else out
+
+
+def test_a_model_that_draws_random_numbers_itself_is_refused_unless_they_are_idle():
+    runs = [cd.FineTuningRun(config(target_modules=["layer.0"]), 1e-3, seed) for seed in (0, 1)]
+    with pytest.raises(RuntimeError, match=r"Drawing draws random numbers itself.*neighbours"):
+        cd.fine_tune(Drawing(0.3).double(), runs, task(), 2, 4)
+    for model, dropout in ((Drawing(0.0).double(), True), (Drawing(0.3).double(), False)):
+        for found, run in zip(cd.fine_tune(model, runs, task(), 3, 4, dropout=dropout), runs, strict=True):
+            assert_equal(found, cd.fine_tune(model, [run], task(), 3, 4, dropout=dropout)[0], 1e-12)
+
+
+def test_fine_tuning_draws_nothing_from_torchs_stream():
+    model, state = bert(), torch.get_rng_state()
+    cd.fine_tune(model, mixed(), task(), 2, 4, evaluate_at=(2,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_between_recurrent_layers_is_refused():
+    model = Sequence(batch_first=True)
+    model.layer.append(nn.LSTM(16, 16, 2, dropout=0.5))
+    runs = [cd.FineTuningRun(config(target_modules=["layer.0"]), 1e-3)]
+    with pytest.raises(ValueError, match=r"'layer.2' is LSTM with dropout 0.5"):
+        cd.fine_tune(model, runs, task(), 2, 4)
+
+
 def full_length(kind: str = "regression") -> Task:
     data = task(kind)
     for part in (data.train, data.validation):

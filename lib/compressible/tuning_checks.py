@@ -79,6 +79,9 @@ def check_model(model: nn.Module, dropout: bool) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             kind = type(module).__name__
             raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")
+        if dropout and isinstance(module, nn.RNNBase) and module.dropout > 0:
+            kind = f"{type(module).__name__} with dropout {module.dropout:g}"
+            raise ValueError(f"{name!r} is {kind}, which draws from one stream for all runs: expected dropout=0")
         if getattr(module, "gradient_checkpointing", False):
             raise ValueError(f"{name!r} has gradient checkpointing on: call model.gradient_checkpointing_disable()")
 

@@ -13,6 +13,8 @@ from .adapters import first_output
 from .stacked import StackedAdapter
 from .tuning_data import LENGTHS, run_losses
 
+DRAWS = 8  # times that a model is asked whether its own draws change its outputs
+
 if TYPE_CHECKING:
     from .tuning import Tuning
 
@@ -21,14 +23,14 @@ def try_out(tuning: Tuning, adapters: Iterable[StackedAdapter]) -> None:
     """Pass one training row of each run through the stacked model without its updates.
 
     Raises ValueError where a layer that must see the runs side by side sees something else, or the outputs are not
-    what the task's labels ask for.
+    what the task's labels ask for; RuntimeError where they depend on random numbers that the model draws itself.
     """
     adapters = list(adapters)
     for adapter in adapters:
         adapter.sink = lambda x, out: out
     try:
         tokens, labels = _rows(tuning)
-        logits = _forward(tuning, tokens, labels)
+        logits = _drawn(tuning, tokens, labels)
     finally:
         for adapter in adapters:
             adapter.sink = None
@@ -44,6 +46,27 @@ def _rows(tuning: Tuning) -> tuple[dict[str, Tensor], Tensor]:
     each = next(times for times in count(1) if times * len(tuning.runs) not in others)
     repeated = {name: value.repeat_interleave(each, 0) for name, value in tokens.items()}
     return repeated, labels.repeat_interleave(each, 0)
+
+
+def _drawn(tuning: Tuning, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """The logits, unless the model's own draws change them; those of layerdrop at rate 0, for one, are idle."""
+    before = _random_states(tuning.device)
+    logits = _forward(tuning, tokens, labels)
+    if all(map(torch.equal, before, _random_states(tuning.device))):
+        return logits
+    with torch.random.fork_rng(devices=[tuning.device] if tuning.device.type == "cuda" else []):
+        again = [_forward(tuning, tokens, labels) for _ in range(DRAWS)]
+    if not all(torch.equal(logits, other) for other in again):
+        kind = type(tuning.source).__name__
+        raise RuntimeError(
+            f"{kind} draws random numbers itself while it trains, such as for layerdrop or drop path: its runs would "
+            "depend on their neighbours, expected nn.Dropout or no draws; set these rates to 0, or pass dropout=False"
+        )
+    return logits
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def _check_classes(tuning: Tuning, logits: Tensor) -> None:
