@@ -10,7 +10,9 @@ import torch
 from data_helpers import write_manifest, write_wheel
 from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 
+import compressible as cd
 from compressible import data, encoders, tasks, text_data
+from compressible.targets import matching, saved_modules
 
 needs_minilm = pytest.mark.skipif(
     data.find("minilm/config.json") is None and os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1",
@@ -141,6 +143,85 @@ def test_t5_writes_the_texts_of_a_task(tmp_path):
     assert torch.isfinite(loss) and not model.training
     written = model.generate(**tokens, max_new_tokens=3)
     assert len(tokenizer.batch_decode(written, skip_special_tokens=True)) == 2
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+HEADS = {
+    "Bert": (SIZES, ["classifier"]),
+    "Roberta": (SIZES, ["classifier.dense", "classifier.out_proj"]),
+    "Electra": (SIZES | {"embedding_size": 16}, ["classifier.dense", "classifier.out_proj"]),
+    "DistilBert": (
+        {"vocab_size": 40, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}, ["pre_classifier", "classifier"]
+    ),
+    "DebertaV2": (SIZES, ["classifier"]),
+    "GPT2": ({"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}, ["score"]),
+    "Llama": (SIZES, ["score"]),
+    "T5": (
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+        ["classification_head.dense", "classification_head.out_proj"],
+    ),
+}  # fmt: skip
+
+
+def of_kind(kind: str, form: str = "ForSequenceClassification", **changed):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**(HEADS[kind][0] | changed))
+    return getattr(transformers, f"{kind}{form}")(config)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_head_layers_are_those_that_a_protocol_leaves_or_trains_whole(kind):
+    model = of_kind(kind)
+    names = encoders.head_layers(model)
+    assert names == HEADS[kind][1] == cd.head_layers(model)
+    assert [model.get_submodule(name) for name in names] == encoders.new_parts(model)[0]
+    given = {"variant": "thin", "r": 2, "task_type": "SEQ_CLS", "target_modules": "all-linear"}
+    left = matching(model, cd.DeepLoraConfig(**given, exclude_modules=names))
+    trained = cd.DeepLoraConfig(**given, modules_to_save=names)
+    assert left and not {*left} & {*names} and {*matching(model, trained)} == {*left}
+    assert [name for name, _ in saved_modules(model, trained)] == names
+    if kind == "Bert":  # as with the names that notebooks gave themselves
+        assert {*left} == {*matching(model, cd.DeepLoraConfig(**given))}
+        assert {*left} == {*matching(model, cd.DeepLoraConfig(**given, modules_to_save=["classifier"]))}
+
+
+def test_a_model_without_a_padding_token_pads_with_the_mark_of_the_end(tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    of_kind("GPT2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    rows = text_data.Rows([("a b",), ("c d e",), ("f",)], [1.0, 2.0, 3.0], "test")
+    monkeypatch.setattr(tasks, "read_rows", lambda *_: rows)
+    model, task = encoders.load_for_task(str(tmp_path), "vader-tweets", max_length=16)
+    assert model.config.pad_token_id == encoders.load_tokenizer(str(tmp_path)).pad_token_id == tokenizer.eos_token_id
+    tokens, _ = task.train.batch(torch.arange(3))
+    alone, _ = task.train.batch(torch.tensor([2]), multiple=1)
+    torch.testing.assert_close(model(**tokens).logits[2:], model(**alone).logits)
+
+
+def test_a_model_without_the_asked_attention_keeps_its_own(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    of_kind("DebertaV2").save_pretrained(tmp_path)
+    model, _ = encoders.load_encoder(str(tmp_path), 1)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_where_the_files_were_found_nothing_is_said_of_where_to_put_them(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(data.DataError, match="cannot use the model") as caught:
+        encoders.load_encoder(str(tmp_path), 1)
+    assert str(tmp_path) in str(caught.value) and "COMPRESSIBLE_MODELS" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind, form", [("Bert", "Model"), ("GPT2", "LMHeadModel"), ("T5", "ForConditionalGeneration")])
+def test_a_model_without_a_classification_head_is_refused(kind, form):
+    with pytest.raises(ValueError, match=f"{kind}{form} has no classification head"):
+        encoders.head_layers(of_kind(kind, form))
+    with pytest.raises(ValueError, match="Linear has no classification head"):
+        encoders.head_layers(torch.nn.Linear(2, 2))
 
 
 # minilm

@@ -26,9 +26,10 @@ from compressible.adapters import adapters
 from compressible.cuda import interpreted
 from compressible.precision import matmul_precision, tensor_float_32
 from compressible.reference_tuning import reference_fine_tune
-from compressible.stacked import stacked_adapters
+from compressible.stacked import StackedLinear, stacked_adapters
 from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
+from compressible.tuning_data import PassRows, run_losses
 from compressible.tuning_runs import TuningDivergenceError
 
 VOCABULARY, LENGTH = 50, 24
@@ -257,31 +258,25 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     assert error.value.history is bad
 
 
-class Killed(Exception):
-    pass
+@pytest.mark.parametrize("marks", [(), (1,)])
+@pytest.mark.parametrize("variant, kind", [("thin", torch.float64), ("full", torch.float32), ("thin", torch.float32)])
+def test_a_run_that_the_last_update_spoils_has_diverged(marks, variant, kind, tmp_path):
+    fast = 1e200 if kind is torch.float64 else 1e30
+    runs = [cd.FineTuningRun(config(variant), 1e-3, 0), cd.FineTuningRun(config(variant), fast, 1)]
+    given = {"task": task(), "steps": 1, "batch_size": 4, "evaluate_at": marks, "checkpoint": tmp_path / "state"}
+    for _ in range(2):  # the second from the checkpoint
+        good, bad = cd.fine_tune(bert().to(kind), runs, **given)
+        assert good.divergence is None and np.isfinite(bad.losses).all() and bad.divergence == 1
+        with pytest.raises(TuningDivergenceError, match="at step 1"):
+            bad.model()
 
 
-def test_a_killed_call_goes_on_where_it_was(tmp_path):
-    runs, data = mixed()[:4], task()
-    seen = []
-
-    def watch(snapshot):
-        seen.append(snapshot.step)
-        if snapshot.step == 8 and seen.count(8) == 1:
-            raise Killed
-        return [{"norm": update.norm()} for update in next(iter(snapshot.updates()))[1]]
-
-    options = {"steps": 10, "batch_size": 4, "evaluate_at": (0, 5, 10), "watch_at": (2, 8), "watch": watch}
-    with pytest.raises(Killed):
-        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
-    resumed = cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", checkpoint_every=3, **options)
-    assert seen == [2, 8, 8]
-    for found, expected in zip(resumed, cd.fine_tune(bert(), runs, data, **options), strict=True):
-        assert_equal(found, expected, 1e-12)
-        assert found.watched[2]["norm"] == pytest.approx(expected.watched[2]["norm"].item())
-    with pytest.raises(ValueError, match="belongs to other runs"):
-        cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", **(options | {"steps": 12}))
-    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+def test_logits_that_overflow_with_finite_updates_have_diverged(monkeypatch):
+    logits, scale = ft.Tuning._validation_logits, np.array([1, np.inf])[:, None, None]
+    monkeypatch.setattr(ft.Tuning, "_validation_logits", lambda self: logits(self) * scale)
+    runs = [cd.FineTuningRun(config(), 1e-3, seed) for seed in (0, 1)]
+    good, bad = cd.fine_tune(bert(), runs, task(), 2, 4, evaluate_at=(2,))
+    assert good.divergence is None and bad.divergence == 2 and np.isnan(bad.scores[2])
 
 
 def test_the_model_of_a_run_gives_its_logits_merges_and_goes_to_peft(tmp_path):
@@ -489,6 +484,11 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
 # errors
 
 
+def labelled(kind: str, labels: list) -> Task:
+    data = task(kind)
+    return dataclasses.replace(data, train=Rows(data.train.tokens, torch.tensor(labels)))
+
+
 @pytest.mark.parametrize("changed, message", [
     ({"steps": 0}, "steps is 0"),
     ({"batch_size": 64}, "40 rows"),
@@ -502,6 +502,27 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
     ({"task": dataclasses.replace(task(), kind="regresion")}, "'regresion'"),
     ({"watch_at": (1,), "watch": lambda snapshot: []}, "0 values"),
     ({"runs": [cd.FineTuningRun(config(), -1.0)]}, "lr is -1.0"),
+    ({"runs": [cd.FineTuningRun(config(), "fast")]}, "lr is 'fast'"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, head_lr=-1e-2)]}, "head_lr is -0.01"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, head_lr=float("nan"))]}, "head_lr is nan"),
+    ({"runs": [config()]}, "expected each a FineTuningRun"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, -1)]}, "seed is -1"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, 1.5)]}, "seed is 1.5"),
+    ({"evaluate_at": (2.5,)}, r"evaluate_at is \[2.5\], expected integers"),
+    ({"evaluate_at": 2}, "evaluate_at is 2, expected integers"),
+    ({"watch_at": (True,)}, r"watch_at is \[True\], expected integers"),
+    ({"evaluate_at": torch.tensor([2.0])}, r"evaluate_at is \[2.0\], expected integers"),
+    ({"max_stack": 1.5}, "max_stack is 1.5"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(40) < 20)]}, r"mask of bools.*nonzero"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(8.0))]}, "integers in one dimension"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.arange(8).view(4, 2))]}, "integers in one dimension"),
+    ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=[])]}, "0 rows"),
+    ({"task": labelled("regression", [0.5, float("nan")] * 20)}, r"not finite in rows \[1, 3, 5, 7, 9\]"),
+    ({"task": labelled("classification", [0.0, 1.0] * 20), "model": bert(2)}, "torch.float32, expected integers"),
+    ({"task": labelled("classification", [0, -1] * 20), "model": bert(2)}, "classes from 0"),
+    ({"task": labelled("classification", [0, 2] * 20), "model": bert(2)}, "up to 2, expected .* 2 outputs"),
+    ({"task": labelled("regression", [0.5] * 40), "model": bert(4)}, r"outputs are \(1, 4\), expected \(1, 1\)"),
+    ({"task": task(validation=0), "evaluate_at": (1,)}, "task.validation is '0 rows', expected at least one"),
     ({"runs": [cd.FineTuningRun(config(), 1e-3, subset=torch.tensor([1, 2, 3, 99]))]}, "rows from 0 to 39"),
     ({"runs": [cd.FineTuningRun(config(target_modules=["nothing"]), 1e-3)]}, "matches no layer"),
     ({"runs": [cd.FineTuningRun(config(modules_to_save=["LayerNorm"]), 1e-3)]}, "LayerNorm"),
@@ -514,6 +535,23 @@ def test_bad_values_are_named_before_work_starts(changed, message):
     given = {"model": bert(), "runs": mixed()[:1], "task": task(), "steps": 5, "batch_size": 4} | changed
     with pytest.raises(ValueError, match=message):
         cd.fine_tune(**given)
+
+
+def test_outputs_that_only_broadcast_against_the_labels_are_refused():
+    with pytest.raises(ValueError, match=r"outputs are \(8, 8\), expected \(8, 1\)"):
+        run_losses("regression", torch.zeros(8, 8), torch.zeros(8), 2)
+    vectors = run_losses("regression", torch.ones(4, 3), torch.zeros(4, 3), 2)
+    assert vectors.tolist() == [1, 1]
+
+
+def test_marks_and_subsets_may_be_numpys_or_tensors_and_any_integers():
+    chosen = [torch.arange(8, dtype=torch.uint8), np.arange(8), range(8), list(range(8))]
+    runs = [cd.FineTuningRun(config(), 1e-3, np.int64(0), subset) for subset in chosen]
+    histories = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=np.array([3, 0]))
+    again = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=torch.tensor([0, 3, 3]))
+    for history in [*histories, *again]:
+        assert_equal(history, histories[0], 1e-12)
+        assert list(history.scores) == [0, 3]
 
 
 def test_padding_before_the_tokens_is_refused():
@@ -542,24 +580,102 @@ def test_layers_that_see_no_batch_axis_are_refused():
         cd.fine_tune(bert(), runs, task(), 2, 4)
 
 
-def test_a_state_belongs_to_its_model_and_its_data(tmp_path):
-    given = {"runs": [dataclasses.replace(mixed()[0], subset=list(range(20)))], "steps": 2, "batch_size": 4}
-    given["checkpoint"] = tmp_path / "state.safetensors"
-    cd.fine_tune(bert(), task=task(), **given)
-    other = bert()
-    other.bert.pooler.dense.weight.data *= 3
-    turned = task()
-    turned.train.labels = turned.train.labels.flip(0)
-    for model, data in ((other, task()), (bert(), turned)):
-        with pytest.raises(ValueError, match="belongs to other runs"):
-            cd.fine_tune(model, task=data, **given)
+class Sequence(nn.Module):
+    """A layer of a transformer over tokens (T, B, 16), if not batch_first, and a head."""
+
+    def __init__(self, batch_first: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turned, self.embedding = not batch_first, nn.Embedding(VOCABULARY, 16)
+        self.layer = nn.Sequential(nn.Linear(16, 16), nn.Dropout(dropout))
+        self.classifier = nn.Linear(16, 1)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embedding(input_ids)
+        x = self.layer(x.transpose(0, 1)).transpose(0, 1) if self.turned else self.layer(x)
+        return self.classifier(x.mean(1))
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "state.safetensors"
-    path.write_bytes(b"nothing")
-    with pytest.raises(Exception, match=r"(?i)header"):
-        cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)
+class Drawing(Sequence):
+    """The same, with draws of its own from torch's stream, of which `rate` count."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(batch_first=True)
+        self.rate = rate
+
+    def forward(self, input_ids, attention_mask):
+        out = super().forward(input_ids, attention_mask)
+        return out * (torch.rand(len(out), 1) >= self.rate) if self.training else out
+
+
+def test_a_model_that_draws_random_numbers_itself_is_refused_unless_they_are_idle():
+    runs = [cd.FineTuningRun(config(target_modules=["layer.0"]), 1e-3, seed) for seed in (0, 1)]
+    with pytest.raises(RuntimeError, match=r"Drawing draws random numbers itself.*neighbours"):
+        cd.fine_tune(Drawing(0.3).double(), runs, task(), 2, 4)
+    for model, dropout in ((Drawing(0.0).double(), True), (Drawing(0.3).double(), False)):
+        for found, run in zip(cd.fine_tune(model, runs, task(), 3, 4, dropout=dropout), runs, strict=True):
+            assert_equal(found, cd.fine_tune(model, [run], task(), 3, 4, dropout=dropout)[0], 1e-12)
+
+
+def test_fine_tuning_draws_nothing_from_torchs_stream():
+    model, state = bert(), torch.get_rng_state()
+    cd.fine_tune(model, mixed(), task(), 2, 4, evaluate_at=(2,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_between_recurrent_layers_is_refused():
+    model = Sequence(batch_first=True)
+    model.layer.append(nn.LSTM(16, 16, 2, dropout=0.5))
+    runs = [cd.FineTuningRun(config(target_modules=["layer.0"]), 1e-3)]
+    with pytest.raises(ValueError, match=r"'layer.2' is LSTM with dropout 0.5"):
+        cd.fine_tune(model, runs, task(), 2, 4)
+
+
+def full_length(kind: str = "regression") -> Task:
+    data = task(kind)
+    for part in (data.train, data.validation):
+        part.tokens["attention_mask"][:] = 1
+    return data
+
+
+@pytest.mark.parametrize("batch_size", [4, LENGTH // 2])  # the tokens divide by the runs, and are as many as the rows
+def test_layers_whose_first_axis_only_divides_by_the_runs_are_refused(batch_size):
+    chosen = config(target_modules=["layer.0"])
+    runs = [cd.FineTuningRun(chosen, 1e-3, seed) for seed in (0, 1)]
+    expected = rf"adapted layer of shape \(16, 16\) got \({LENGTH}, .*exclude_modules"
+    with pytest.raises(ValueError, match=expected):
+        cd.fine_tune(Sequence(batch_first=False).double(), runs, full_length(), 2, batch_size)
+    (alone,) = cd.fine_tune(Sequence(batch_first=False).double(), runs[:1], full_length(), 2, batch_size)
+    stacked = cd.fine_tune(Sequence(batch_first=True).double(), runs, full_length(), 2, batch_size)
+    assert_equal(stacked[0], alone, 1e-12)
+
+
+def test_heads_and_dropout_hold_their_first_axis_against_the_rows():
+    with pytest.raises(ValueError, match=rf"dropout got \({LENGTH}, "):
+        runs = [cd.FineTuningRun(config(target_modules=["embedding"], embeddings=True), 1e-3, s) for s in (0, 1)]
+        cd.fine_tune(Sequence(batch_first=False, dropout=0.1).double(), runs, full_length(), 2, 4)
+    head = StackedLinear(torch.zeros(2, 1, 16), None, PassRows(2, 8))
+    with pytest.raises(ValueError, match=r"trained layer of shape \(1, 16\) got \(24, 8, 16\), expected 8"):
+        head(torch.zeros(24, 8, 16))
+    assert head(torch.zeros(8, 24, 16)).shape == (8, 24, 1)
+
+
+def test_relative_positions_of_a_t5_are_refused_unless_excluded_and_go_alone():
+    given = {"task_type": "SEQ_2_SEQ_LM", "modules_to_save": None, "embeddings": True}
+    runs = [cd.FineTuningRun(config(**given), 1e-3, seed) for seed in (0, 1)]
+    data = task("generation")
+    with pytest.raises(ValueError, match="in the first axis"):
+        cd.fine_tune(t5(), runs, data, 2, 4)
+    for found, expected in zip(
+        cd.fine_tune(t5(), runs, data, 3, 4, max_stack=1), reference_fine_tune(t5(), runs, data, 3, 4), strict=True
+    ):
+        assert_equal(found, expected, 1e-8)
+    without = config(**given, exclude_modules=["relative_attention_bias"])
+    runs = [cd.FineTuningRun(without, 1e-3, seed) for seed in (0, 1)]
+    for found, expected in zip(
+        cd.fine_tune(t5(), runs, data, 3, 4), reference_fine_tune(t5(), runs, data, 3, 4), strict=True
+    ):
+        assert_equal(found, expected, 1e-8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -354,6 +354,8 @@ def test_load_task_refuses_what_cannot_be(tokenizer, stsb):
         tasks.load_task("stsb", tokenizer, "author")
     with pytest.raises(ValueError, match="max_length is 2"):
         tasks.load_task("stsb", tokenizer, max_length=2)
+    with pytest.raises(ValueError, match="max_length is '128'"):
+        tasks.load_task("stsb", tokenizer, max_length="128")
     with pytest.raises(ValueError, match=r"no row of .* has at most 3"):
         tasks.load_task("stsb", tokenizer, "authors", 3, manifest=stsb)
     padless = tiny_tokenizer()

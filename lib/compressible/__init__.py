@@ -42,6 +42,7 @@ _HOME = {
     "load_task": "tasks",
     "load_encoder": "encoders",
     "load_for_task": "encoders",
+    "head_layers": "encoders",
     "load_seq2seq": "encoders",
     "load_tokenizer": "encoders",
     "compare_starts": "compare",

@@ -43,7 +43,9 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
         raise ValueError(f"outputs is {outputs!r}, expected an integer >= 1")
     problem = "regression" if outputs == 1 else "single_label_classification"
     settings = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
-    model = _load("AutoModelForSequenceClassification", name, settings)
+    model, tokenizer = _load("AutoModelForSequenceClassification", name, settings), load_tokenizer(name)
+    if model.config.pad_token_id is None:  # by which decoders find the last token of a row
+        model.config.pad_token_id = tokenizer.pad_token_id
     head, pooler = new_parts(model)
     generator = torch.Generator().manual_seed(seed)
     for layer in head:
@@ -52,7 +54,7 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
     for layer in pooler if protocol == "authors" else []:
         _restart(layer, generator, lecun=False)
         layer.bias.requires_grad_(False)
-    return model.eval(), load_tokenizer(name)
+    return model.eval(), tokenizer
 
 
 def load_for_task(
@@ -78,17 +80,43 @@ def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model, which pads at the end; data.DataError if it cannot be had."""
-    return _load("AutoTokenizer", name, {"padding_side": "right"})
+    """The tokenizer of a model, which pads at the end, with the mark of the end if it has no padding of its own.
+
+    data.DataError if it cannot be had.
+    """
+    tokenizer = _load("AutoTokenizer", name, {"padding_side": "right"})
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def new_parts(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
     """(head, pooler): the linear layers of a classifier beyond its encoder, and those of its pooler."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    pooler = [module for name, module in linear.items() if "pooler" in name.split(".")]
-    inner = f"{model.base_model_prefix}."
-    head = [module for name, module in linear.items() if not name.startswith(inner) and module not in pooler]
-    return head, pooler
+    named = model.named_modules()
+    pooler = [module for name, module in named if isinstance(module, nn.Linear) and "pooler" in name.split(".")]
+    return [model.get_submodule(name) for name in _beyond(model)], pooler
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers of a classifier's head, which no pretraining has seen; a pooler's are not among them.
+
+    "classifier" of BERT, "classifier.dense" and "classifier.out_proj" of RoBERTa, "score" of GPT-2, and so on: what a
+    protocol leaves as it is (exclude_modules) or trains (modules_to_save). Raises ValueError if there is no head.
+    """
+    encoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    names = _beyond(model) if isinstance(encoder, nn.Module) else []
+    if not names:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no classification head, expected a model of load_encoder, as for sequences")
+    return names
+
+
+def _beyond(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are neither the encoder's, nor a pooler's, nor those that write words."""
+    inner, words = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [name for name, module in named if not name.startswith(inner) and module is not words]
+    return [name for name in own if "pooler" not in name.split(".")]
 
 
 def find_model(name: str) -> str:
@@ -121,15 +149,28 @@ def _load(kind: str, name: str, settings: dict) -> Any:
     try:
         # Layers that a checkpoint lacks are drawn from the global generator: leave it as it was.
         with hub.quiet(), torch.random.fork_rng(devices=[]):
-            return getattr(transformers, kind).from_pretrained(place, **settings)
+            return _from_pretrained(getattr(transformers, kind), place, settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise data.DataError(_cannot(name, place, error)) from error
+
+
+def _from_pretrained(kind: Any, place: str, settings: dict) -> Any:
+    """The model with the attention that is asked for, or with its own where it has no such."""
+    try:
+        return kind.from_pretrained(place, **settings)
+    except ValueError as error:
+        if "attn_implementation" not in settings or "attention" not in str(error):
+            raise
+        own = {name: value for name, value in settings.items() if name != "attn_implementation"}
+        return kind.from_pretrained(place, **own)
 
 
 def _cannot(name: str, place: str, error: Exception) -> str:
     below = os.environ.get("COMPRESSIBLE_MODELS")
     tried = [f"COMPRESSIBLE_MODELS: no folder {Path(below) / name}" if below else "COMPRESSIBLE_MODELS: not set"]
     tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {hub.one_line(error)}")
+    if not isinstance(error, OSError):  # the files were there
+        return f"cannot use the model {name!r} of {tried[-1]}"
     message = hub.failure(f"model {name!r}", tried, "COMPRESSIBLE_MODELS")
     return message if name in KNOWN else f"{message}\nOr is it misspelt? {hub.unknown('model', name, KNOWN)}."
 

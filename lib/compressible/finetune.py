@@ -13,16 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .adapter_config import DeepLoraConfig, expect
 from .targets import matching, saved_modules
 from .tuning import Snapshot, Tuning
-from .tuning_data import KINDS, TaskLike
+from .tuning_checks import check_model, check_runs, check_settings, check_task, checked_marks
+from .tuning_data import TaskLike
 from .tuning_runs import FineTuningRun, RunHistory
-
-PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 def fine_tune(
@@ -55,10 +53,12 @@ def fine_tune(
     Raises ValueError on impossible arguments and RuntimeError where no gradient reaches a compressed layer; a run that
     diverges ends alone, see RunHistory.
     """
-    evaluate_at, watch_at = sorted(set(evaluate_at)), sorted(set(watch_at))
-    _check(runs, task, steps, batch_size, decay_ratio, evaluate_at, watch_at, watch, precision, max_stack)
-    expect("checkpoint_every", checkpoint_every, checkpoint_every >= 1, "an integer >= 1")
-    _check_model(model)
+    check_settings(steps, batch_size, decay_ratio, precision, max_stack, checkpoint_every)
+    evaluate_at, watch_at = checked_marks("evaluate_at", evaluate_at, steps), checked_marks("watch_at", watch_at, steps)
+    expect("watch", watch, watch is not None or not watch_at, "a function, since watch_at names steps")
+    check_task(task, scored=bool(evaluate_at))
+    check_runs(runs, len(task.train.labels), batch_size)
+    check_model(model, dropout)
     groups = list(_passes(model, runs, max_stack))
     found: dict[int, RunHistory] = {}
     for number, members in enumerate(groups):
@@ -100,37 +100,3 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
 def _length(config: DeepLoraConfig) -> int:
     return config.depth + 2 * (config.variant == "compressed")
 
-
-def _check(
-    runs: Sequence[FineTuningRun], task: TaskLike, steps: int, batch_size: int, decay_ratio: float,
-    evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None, precision: str, max_stack: int | None,
-) -> None:  # fmt: skip
-    expect("runs", list(runs), len(runs) > 0, "at least one run")
-    expect("steps", steps, isinstance(steps, int) and steps >= 1, "an integer >= 1")
-    expect("batch_size", batch_size, isinstance(batch_size, int) and batch_size >= 1, "an integer >= 1")
-    expect("decay_ratio", decay_ratio, 0 <= decay_ratio <= 1, "a number in [0, 1]")
-    expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
-    expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
-    expect("max_stack", max_stack, max_stack is None or max_stack >= 1, "None or an integer >= 1")
-    for name, marks in (("evaluate_at", evaluate_at), ("watch_at", watch_at)):
-        expect(name, marks, all(0 <= mark <= steps for mark in marks), f"steps from 0 to {steps}")
-    expect("watch", watch, watch is not None or not watch_at, "a function, since watch_at names steps")
-    rows = len(task.train.labels)
-    for run in runs:
-        expect("lr", run.lr, 0 < run.lr < float("inf"), "a finite number > 0")
-        own = rows if run.subset is None else len(run.subset)
-        expect("subset", f"{own} rows", own >= batch_size, f"at least one batch of {batch_size}")
-        inside = run.subset is None or (int(min(run.subset)) >= 0 and int(max(run.subset)) < rows)
-        expect("subset", run.subset, inside, f"rows from 0 to {rows - 1}")
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raise ValueError for a model whose pass is not the sum of its runs' own."""
-    if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
-        raise ValueError("the model is in float16, expected float32 or bfloat16: eps^L = 1e-9 underflows there")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            kind = type(module).__name__
-            raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")
-        if getattr(module, "gradient_checkpointing", False):
-            raise ValueError(f"{name!r} has gradient checkpointing on: call model.gradient_checkpointing_disable()")

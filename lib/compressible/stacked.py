@@ -22,18 +22,22 @@ from .adapter_config import DeepLoraConfig
 from .adapter_start import GradientSink, compressed_chain, finish
 from .adapters import is_transposed
 from .factors import product, stack_factors
+from .tuning_data import PassRows
 
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
 
 
 class StackedAdapter(nn.Module):
-    """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run.
+    """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run, ValueError where not `rows` of them.
 
     Its factors lie in a `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
     """
 
-    def __init__(self, base: nn.Module, configs: Sequence[DeepLoraConfig], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, base: nn.Module, configs: Sequence[DeepLoraConfig], shape: tuple[int, int], rows: PassRows
+    ) -> None:
         super().__init__()
+        self.rows = rows
         self.base, self.configs, self.shape = base, list(configs), shape
         self.embedding = isinstance(base, nn.Embedding)
         self.spans: list[tuple[int, int]] = []
@@ -103,8 +107,7 @@ class StackedAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) plus every run's share of the update."""
-        if x.shape[0] % self.runs:
-            raise ValueError(f"a layer got {tuple(x.shape)}, expected batches of {self.runs} runs in the first axis")
+        self.rows.check(f"an adapted layer of shape {self.shape}", x.shape)
         if self.sink is not None:
             return self.sink(x, self.base(x))
         lower, upper = self.contracted()
@@ -196,8 +199,9 @@ def _(x: Sequence[int], weight: Sequence[int], bias: Any, left: Sequence[int], *
 class StackedLinear(nn.Module):
     """A linear layer that S runs train, each its own: weight (S, m, n), bias (S, m); keeps its own precision."""
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, rows: PassRows) -> None:
         super().__init__()
+        self.rows = rows
         self.stacked = nn.Parameter(torch.stack(list(weights)))
         self.biases = None if biases is None else nn.Parameter(torch.stack(list(biases)))
 
@@ -209,8 +213,7 @@ class StackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (S * B, ..., m)."""
         runs, m, n = self.stacked.shape
-        if x.shape[0] % runs:
-            raise ValueError(f"a layer got {tuple(x.shape)}, expected batches of {runs} runs in the first axis")
+        self.rows.check(f"a trained layer of shape {(m, n)}", x.shape)
         flat = x.reshape(runs, -1, n).to(self.stacked.dtype)
         out = flat @ self.stacked.mT
         out = out if self.biases is None else out + self.biases[:, None]

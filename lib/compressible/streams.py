@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cuda import has_triton
 from .precision import tensor_float_32
+from .tuning_data import PassRows
 
 # Odd 32-bit constants, one an axis (golden ratio and Weyl multiples), and the finaliser of Wellons' lowbias32.
 AXES = (-1640531527, 2043891563, -1028477379, 668265263, 374761393)
@@ -34,11 +35,12 @@ class RunStreams(TorchFunctionMode):
     """While entered, dropout (in attention, too) of batches (S * B, ...) draws from one stream a run.
 
     seeds (S,) one a run; step () int64 tensor, the step's number, which may live in a CUDA graph. Places are counted
-    from each entry on.
+    from each entry on. rows: what first axes must have, where that is known.
     """
 
-    def __init__(self, seeds: Sequence[int], step: Tensor) -> None:
+    def __init__(self, seeds: Sequence[int], step: Tensor, rows: PassRows | None = None) -> None:
         super().__init__()
+        self.rows = rows or PassRows(len(seeds))
         self.seeds = torch.tensor([_word(seed) for seed in seeds], dtype=torch.int32, device=step.device)
         self.step = step
         self.room = 0  # bytes of shared memory for the kernel of attention; asked for here, where no compiler reads
@@ -142,9 +144,9 @@ class RunStreams(TorchFunctionMode):
         return query.dtype in (torch.float16, torch.bfloat16)
 
     def _check(self, shape: torch.Size) -> None:
-        runs = len(self.seeds)
-        if shape[0] % runs or len(shape) > len(AXES):
-            raise ValueError(f"dropout met a tensor of shape {tuple(shape)}, expected {runs} runs in its first axis")
+        self.rows.check("dropout", shape)
+        if len(shape) > len(AXES):
+            raise ValueError(f"dropout got {tuple(shape)}, expected at most {len(AXES)} axes")
 
     def _keep(self, shape: torch.Size, threshold: int, device: torch.device) -> Tensor:
         """A mask (S * B, ...), True with probability 1 - threshold / 2^31."""

@@ -148,7 +148,7 @@ def load_task(
             raise ValueError(hub.unknown(kind, value, known))
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no padding token, expected one: set tokenizer.pad_token")
-    if max_length < 3:
+    if not isinstance(max_length, int) or max_length < 3:
         raise ValueError(f"max_length is {max_length!r}, expected an integer >= 3")
     known = SETS[name]
     found = [read_rows(name, split, source, manifest) for split in SPLITS]

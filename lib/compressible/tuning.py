@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from .stacked import StackedAdapter, StackedLinear, compressed_starts, stacked_a
 from .stacked_adam import StackedAdamW
 from .streams import RunStreams
 from .targets import places, saved_modules
-from .tuning_checkpoint import Checkpoint
-from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses, token_losses
+from .tuning_checkpoint import Checkpoint, Kept
+from .tuning_data import LENGTHS, DeviceRows, PassRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator, sharing
+from .tuning_trial import try_out
+from .tuning_values import stored
 
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
@@ -66,7 +67,8 @@ class Tuning:
         self.precision, self.decay_ratio, self.dropout = precision, decay_ratio, dropout
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.losses = torch.full((steps, len(runs)), float("nan"), dtype=torch.float64, device=self.device)
-        self.streams = RunStreams([run.seed for run in runs], self.step)
+        self.rows = PassRows(len(runs))
+        self.streams = RunStreams([run.seed for run in runs], self.step, self.rows)
         self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
         self.train_rows = DeviceRows(task.train, self.device)
         self.validation_rows = DeviceRows(task.validation, self.device)
@@ -93,36 +95,42 @@ class Tuning:
         checkpoint: Path | None = None, checkpoint_every: int = 100, show_progress: bool | None = None,
     ) -> list[RunHistory]:  # fmt: skip
         """Take all steps from where the checkpoint left them and return the histories."""
-        scores: dict[int, list[float]] = {}
-        watched: dict[int, list[Any]] = {}
         saved = None if checkpoint is None else Checkpoint(checkpoint, self)
-        begin = 0 if saved is None else saved.resume(scores, watched)
-        began, device = time.perf_counter(), str(self.device)
+        begin, kept = (0, Kept()) if saved is None else saved.resume(evaluate_at, watch_at)
+        device = str(self.device)
         with machine.peak_inside(device) as peak:
-            self._train(begin, evaluate_at, watch_at, watch, scores, watched, saved, checkpoint_every, show_progress)
+            self._train(begin, evaluate_at, watch_at, watch, kept, saved, checkpoint_every, show_progress)
             machine.synchronize(device)
             held = peak() if self.device.type == "cuda" else 0
-        return self._histories(scores, watched, time.perf_counter() - began, held)
+        scores, watched = {at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}
+        return self._histories(replace(kept, scores=scores, watched=watched), held)
 
     def _train(
         self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,
-        scores: dict, watched: dict, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
+        kept: Kept, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
     ) -> None:  # fmt: skip
         bar = progress(self.steps, f"{len(self.runs)} runs", enabled=show_progress)
         with bar, matmul_precision(self.precision):
             for step in range(begin, self.steps + 1):
-                if step in evaluate_at and step not in scores:
-                    scores[step] = self.evaluate()
-                if step in watch_at and step not in watched:
-                    with torch.no_grad():
-                        watched[step] = watch(Snapshot(step, self.runs, self.model))
-                    given, runs = len(watched[step]), len(self.runs)
-                    expect("watch", f"{given} values", given == runs, f"one for each of the pass's {runs} runs")
+                if step in evaluate_at and step not in kept.scores:
+                    kept.scores[step], kept.lost = self.evaluate()
+                if step in watch_at and step not in kept.watched:
+                    kept.watched[step] = self._watched(watch, step, saved is not None)
+                if step == self.steps:
+                    kept.lost = sorted({*kept.lost, *self._overflown()})
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
-                    saved.save(step, scores, watched)
+                    saved.save(step, kept)
                 if step < self.steps:
                     self.advance(step)
                     bar.update(1)
+
+    @torch.no_grad()
+    def _watched(self, watch: Callable, step: int, storable: bool) -> list[Any]:
+        values, runs = list(watch(Snapshot(step, self.runs, self.model))), len(self.runs)
+        expect("watch", f"{len(values)} values", len(values) == runs, f"one for each of the pass's {runs} runs")
+        if storable:  # said now: the first checkpoint may be long in coming
+            stored(values, {})
+        return values
 
     def release(self) -> None:
         """Let go of graphs and factors at once: bound methods make cycles, which wait for the collector otherwise."""
@@ -144,20 +152,33 @@ class Tuning:
         self.graphs[key].replay(tokens, labels)
 
     @torch.no_grad()
-    def evaluate(self) -> list[float]:
-        """Return the score of every run on the validation set; NaN where its logits are not finite."""
+    def evaluate(self) -> tuple[list[float], list[int]]:
+        """Return the score of every run on the validation set, and the runs, with NaN, whose logits are not finite."""
         self.model.eval()
         self.chains.contract()
         try:
             logits = self._validation_logits()
         finally:
             self.chains.release()
-        if self.task.kind == "generation":
-            return [value.item() for value in logits]
-        labels = self.task.validation.labels.cpu().numpy()
         finite = [bool(np.isfinite(run).all()) for run in logits]
+        lost = [at for at, good in enumerate(finite) if not good]
+        if self.task.kind == "generation":
+            return [value.item() for value in logits], lost
+        labels = self.task.validation.labels.cpu().numpy()
         pairs = zip(logits, finite, strict=True)
-        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs]
+        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs], lost
+
+    @torch.no_grad()
+    def _overflown(self) -> list[int]:
+        """The runs whose updates may hold more than their precision can, by the norms of the two factors."""
+        good = torch.ones(len(self.runs), dtype=torch.bool, device=self.device)
+        for adapter in stacked_adapters(self.model).values():
+            lower, upper = (half.double().flatten(1).norm(dim=1) for half in adapter.contracted())
+            good &= lower * upper < torch.finfo(adapter.source()[0][0].dtype).max  # False for NaN
+        for head in (module for module in self.model.modules() if isinstance(module, StackedLinear)):
+            for part in head.parameters():
+                good &= part.flatten(1).isfinite().all(1)
+        return (~good).nonzero().flatten().tolist()
 
     def _validation_logits(self) -> np.ndarray | Tensor:
         """Logits (S, N, outputs) on the CPU, in the order of the rows; for generation the mean losses (S,)."""
@@ -167,6 +188,7 @@ class Tuning:
         parts = []
         for rows in by_length.split(max(1, EVALUATION_ROWS // runs)):
             tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
+            self.rows.rows = len(labels)
             logits = first_output(self._forward(tokens, labels))
             if self.task.kind == "generation":
                 parts.append(torch.stack(token_losses(logits, labels, runs)))
@@ -187,6 +209,7 @@ class Tuning:
         """The losses (S,) of one training batch."""
         self.model.train(self.dropout)
         self.streams.begin()  # outside of what may be compiled
+        self.rows.rows = len(labels)
         try:
             return self.call(tokens, labels)
         except BaseException:
@@ -218,19 +241,22 @@ class Tuning:
         configs = [run.config for run in self.runs]
         found = places(model, configs[0])
         layers = {name: model.get_submodule(name) for name in found}
+        shapes = {name: layer_shape(layer) for name, layer in layers.items()}
         for config in configs:
-            check_sizes({name: layer_shape(layer) for name, layer in layers.items()}, config)
-        adapters = {name: StackedAdapter(layer, configs, layer_shape(layer)) for name, layer in layers.items()}
+            check_sizes(shapes, config)
+        adapters = {name: StackedAdapter(layers[name], configs, shapes[name], self.rows) for name in found}
         for name, names in found.items():
             for place in names:
                 replace_module(model, place, adapters[name])
         for name, _ in list(saved_modules(model, configs[0])):
             replace_module(model, name, self._head(name))
-        starts = self._starts(model, adapters)
+        self.model = model
+        try_out(self, adapters.values())
+        starts = self._starts(adapters)
         self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
         return model
 
-    def _starts(self, model: nn.Module, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
+    def _starts(self, adapters: dict[str, StackedAdapter]) -> list[dict[str, list[Tensor]]]:
         """Every run's starting factors by layer: drawn, or for compressed runs from the gradient of the first batch."""
         shapes = {name: (adapter.shape, adapter.embedding) for name, adapter in adapters.items()}
         kind = factor_dtype(next(iter(adapters.values())).base)
@@ -239,7 +265,6 @@ class Tuning:
         which = [i for i, run in enumerate(self.runs) if run.config.variant == "compressed"]
         if not which:
             return starts
-        self.model = model
         tokens, labels = self.train_rows.batch(self.order[0].reshape(-1), LENGTHS[self.device.type])
         generators = [run_generator(self.runs[i], "factors") for i in which]
         loss = lambda: self._losses(tokens, labels).sum()  # noqa: E731
@@ -251,7 +276,7 @@ class Tuning:
         expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
         drawn = [fresh_head(source, run, name) for run in self.runs]
         biases = None if source.bias is None else [bias for _, bias in drawn]
-        return StackedLinear([weight for weight, _ in drawn], biases)
+        return StackedLinear([weight for weight, _ in drawn], biases, self.rows)
 
     def _rates(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Every trained tensor and its runs' learning rates, as they broadcast against it."""
@@ -262,17 +287,17 @@ class Tuning:
         heads = [p for module in self.model.modules() if isinstance(module, StackedLinear) for p in module.parameters()]
         return chains + [(p, head.view(-1, *[1] * (p.dim() - 1))) for p in heads]
 
-    def _histories(self, scores: dict, watched: dict, seconds: float, peak: int) -> list[RunHistory]:
-        losses = self.losses.T.cpu().numpy()
+    def _histories(self, kept: Kept, peak: int) -> list[RunHistory]:
+        losses, seconds = self.losses.T.cpu().numpy(), kept.seconds
         adapters = stacked_adapters(self.model)
         heads = {name: m for name, m in self.model.named_modules() if isinstance(m, StackedLinear)}
         histories = []
         for at, run in enumerate(self.runs):
             lost = np.flatnonzero(~np.isfinite(losses[at]))
+            divergence = int(lost[0]) if len(lost) else self.steps if at in kept.lost else None
             history = RunHistory(
-                run, losses[at], {step: values[at] for step, values in scores.items()},
-                {step: values[at] for step, values in watched.items()}, int(lost[0]) if len(lost) else None,
-                seconds, peak, len(self.runs),
+                run, losses[at], {step: values[at] for step, values in kept.scores.items()},
+                {step: values[at] for step, values in kept.watched.items()}, divergence, seconds, peak, len(self.runs),
                 {name: adapter.chain(at) for name, adapter in adapters.items()},
                 {name: _own(head, at) for name, head in heads.items()}, self.source,
             )  # fmt: skip

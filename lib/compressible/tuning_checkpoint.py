@@ -4,61 +4,105 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .paths import atomic_path
+from .tuning_values import restored, stored
 
 if TYPE_CHECKING:
     from .tuning import Tuning
 
+MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config: where it came from
+
+
+@dataclass
+class Kept:
+    """What a pass has given so far: by step its runs' scores and what `watch` gave.
+
+    began: on perf_counter; lost: the runs whose logits were not finite when last seen, at the end also whose updates.
+    """
+
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    watched: dict[int, list[Any]] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    lost: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the pass, before a kill and since."""
+        return time.perf_counter() - self.began
+
 
 class Checkpoint:
-    """The state of one pass in the file `path`, bound to the runs and the settings that made it.
-
-    What `watch` gave is kept if it is tensors or dicts of tensors; other values are JSON.
-    """
+    """The state of one pass in the file `path`, bound to the model, the runs and the settings that made it."""
 
     def __init__(self, path: Path, tuning: Tuning) -> None:
         self.path, self.tuning = Path(path), tuning
         self.key = _digest(tuning)
 
-    def resume(self, scores: dict[int, list[float]], watched: dict[int, list[Any]]) -> int:
-        """Load the state, if there is one, and return the step to go on from; ValueError if it is of other runs."""
+    def resume(self, evaluate_at: Sequence[int] = (), watch_at: Sequence[int] = ()) -> tuple[int, Kept]:
+        """Load the state, if there is one, and return the step to go on from and what it holds.
+
+        Raises ValueError if it is of other runs or lacks scores, or what `watch` gives, of steps that it is past.
+        """
         if not self.path.exists():
-            return 0
+            return 0, Kept()
         tuning = self.tuning
-        with safe_open(self.path, "pt", device=str(tuning.device)) as stored:
-            meta = json.loads(stored.metadata()["state"])
-            if meta["key"] != self.key:
-                other = f"{self.path} is {meta['key']}, expected {self.key}"
-                raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        for name in _NAMES:
+        meta, tensors = self._read()
+        for name in self._names(meta["step"]):
             getattr(tuning.adam, name).copy_(tensors[name])
         tuning.losses.copy_(tensors["losses"])
         tuning.step.fill_(meta["step"])
-        scores.update({int(step): values for step, values in meta["scores"].items()})
-        for step, values in meta["watched"].items():
-            watched[int(step)] = [_restored(value, tensors) for value in values]
-        return meta["step"]
+        scores = {int(step): values for step, values in meta["scores"].items()}
+        watched = {int(step): [restored(v, tensors) for v in values] for step, values in meta["watched"].items()}
+        for name, marks, held in (("evaluate_at", evaluate_at, scores), ("watch_at", watch_at, watched)):
+            lacking = [mark for mark in marks if mark <= meta["step"] and mark not in held]
+            self._expect_marks(name, lacking, meta["step"])
+        return meta["step"], Kept(scores, watched, time.perf_counter() - meta["seconds"], meta["lost"])
 
-    def save(self, step: int, scores: dict[int, list[float]], watched: dict[int, list[Any]]) -> None:
+    def _read(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """The metadata and the tensors, on the pass's device."""
+        try:
+            with safe_open(self.path, "pt", device=str(self.tuning.device)) as file:
+                meta = json.loads(file.metadata()["state"])
+                key = meta["key"]
+                names = file.keys() if key == self.key else ()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = f"is no checkpoint, or damaged ({type(error).__name__}: {error})"
+            raise ValueError(f"{self.path} {reason}: delete it, or name another") from error
+        if key != self.key:
+            other = f"{self.path} is {key}, expected {self.key}"
+            raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
+        return meta, tensors
+
+    def _expect_marks(self, name: str, lacking: list[int], step: int) -> None:
+        if lacking:
+            past = f"{self.path} is at step {step} and holds nothing of steps {lacking}"
+            raise ValueError(f"{past}, which {name} asks for: leave them out, delete it, or name another")
+
+    def _names(self, step: int) -> tuple[str, ...]:
+        """The optimiser's tensors that count at a step: after the last the values alone, a third of the file."""
+        return _NAMES if step < self.tuning.steps else _NAMES[:1]
+
+    def save(self, step: int, kept: Kept) -> None:
         """Write the state after `step` steps."""
         tuning, tensors = self.tuning, {}
-        kept = {
-            at: [_stored(value, f"watched.{at}.{run}", tensors) for run, value in enumerate(values)]
-            for at, values in watched.items()
-        }
-        meta = {"key": self.key, "step": step, "scores": scores, "watched": kept}
-        tensors |= {name: getattr(tuning.adam, name) for name in _NAMES} | {"losses": tuning.losses}
+        watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
+        meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
+        meta |= {"seconds": kept.seconds, "lost": kept.lost}
+        tensors |= {name: getattr(tuning.adam, name) for name in self._names(step)} | {"losses": tuning.losses}
         with atomic_path(self.path) as temporary:
-            save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"state": json.dumps(meta)})
+            save_file(tensors, temporary, {"state": json.dumps(meta)})
 
 
 _NAMES = ("value", "mean", "square", "count")
@@ -71,31 +115,22 @@ def _digest(tuning: Tuning) -> str:
          "subset": None if run.subset is None else torch.as_tensor(run.subset).tolist()}
         for run in tuning.runs
     ]  # fmt: skip
-    parts = tuning.task.train, tuning.task.validation
+    model, parts = tuning.source, (tuning.task.train, tuning.task.validation)
     rows = [_bytes(tensor) for part in parts for tensor in (part.labels, *part.tokens.values())]
-    weights = [_bytes(parameter.detach().flatten()[:1024]) for parameter in tuning.source.parameters()]
-    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, rows, weights]
+    weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, tuning.task.kind]
+    settings += [rows, weights, repr(model), {name: config[name] for name in config if name not in MOVES_NOTHING}]
     settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
-    return hashlib.sha256(json.dumps([runs, settings], sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps([runs, settings], sort_keys=True, default=_plain)
+    return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers as Python's, all else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _bytes(tensor: torch.Tensor) -> str:
-    values = tensor.double() if tensor.is_floating_point() else tensor
-    return hashlib.sha256(values.cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def _stored(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"dict": {key: _stored(item, f"{name}.{key}", tensors) for key, item in value.items()}}
-    return {"value": value}
-
-
-def _restored(value: dict, tensors: dict[str, torch.Tensor]) -> Any:
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "dict" in value:
-        return {key: _restored(item, tensors) for key, item in value["dict"].items()}
-    return value["value"]
+    values = tensor.detach().cpu().contiguous().flatten()
+    return f"{tensor.dtype} {hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -27,6 +28,27 @@ class TaskLike(Protocol):
     validation: Rows
 
     def score(self, logits: Tensor, labels: Tensor) -> float: ...
+
+
+@dataclass
+class PassRows:
+    """How many rows S * B the pass in progress has, of how many runs S: what layers hold their first axis against.
+
+    0 rows: not known, any multiple of S will do.
+    """
+
+    runs: int
+    rows: int = 0
+
+    def check(self, what: str, shape: torch.Size) -> None:
+        """Raise ValueError unless the first axis of `what` is the pass's rows; a single run has none to mix with."""
+        if self.runs == 1 or (len(shape) and (shape[0] == self.rows if self.rows else shape[0] % self.runs == 0)):
+            return
+        wanted = self.rows or f"a multiple of {self.runs}"
+        raise ValueError(
+            f"{what} got {tuple(shape)}, expected {wanted} in the first axis, the batches of {self.runs} runs side by "
+            "side: leave the layer out by exclude_modules, or train run by run with max_stack=1"
+        )
 
 
 class DeviceRows:
@@ -56,14 +78,20 @@ class DeviceRows:
 def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
     """Return the mean loss (S,) of every run from logits (S * B, ...): squared error or cross-entropy.
 
-    kind "generation": mean over the run's tokens whose label is not -100.
+    kind "generation": mean over the run's tokens whose label is not -100. Raises ValueError for outputs of another
+    shape than the labels ask for.
     """
     if kind == "generation":
         total, count = token_losses(logits, labels, runs)
         return total / count
     logits = _widened(logits)
     if kind == "regression":
-        return (logits.squeeze(-1) - labels).square().view(runs, -1).mean(1)
+        if logits.shape not in (labels.shape, (*labels.shape, 1)):
+            asked = f"{(*labels.shape, 1)}: one output a label of a regression"
+            raise ValueError(f"the model's outputs are {tuple(logits.shape)}, expected {asked}")
+        return (logits.reshape(labels.shape) - labels).square().view(runs, -1).mean(1)
+    if logits.dim() != 2:
+        raise ValueError(f"the model's outputs are {tuple(logits.shape)}, expected ({len(labels)}, classes)")
     return functional.cross_entropy(logits, labels, reduction="none").view(runs, -1).mean(1)
 
 

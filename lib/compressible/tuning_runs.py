@@ -37,8 +37,9 @@ class FineTuningRun:
 class RunHistory:
     """What one run left: losses (steps,) before each update, scores and what `watch` gave by step, and the factors.
 
-    seconds and peak_bytes are of the whole pass, which `shared` runs went through together. `divergence` is None or the
-    first step whose loss was not finite; scores are NaN from there on.
+    seconds, those before a kill included, and peak_bytes are of the whole pass, which `shared` runs went through
+    together. `divergence` is None or the first step whose loss was not finite, `steps` where the last update did it
+    and its score or factors show it; scores are NaN from there on.
     """
 
     run: FineTuningRun
@@ -79,7 +80,7 @@ class RunHistory:
 
 
 class TuningDivergenceError(RuntimeError):
-    """A run whose loss stopped being finite; `history` holds it up to there."""
+    """A run that stopped being finite; `history` holds it up to there."""
 
     def __init__(self, history: RunHistory) -> None:
         step, losses = history.divergence, history.losses
@@ -96,7 +97,7 @@ def data_order(run: FineTuningRun, rows: int, steps: int, batch_size: int) -> Te
 
     A subset of just one batch keeps its order (papers' trap T5).
     """
-    subset = torch.arange(rows) if run.subset is None else torch.as_tensor(run.subset).cpu()
+    subset = torch.arange(rows) if run.subset is None else torch.as_tensor(run.subset).cpu().long()
     each = len(subset) // batch_size
     if len(subset) == batch_size:
         return subset.expand(steps, batch_size)
