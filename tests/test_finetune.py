@@ -31,6 +31,7 @@ from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
 from compressible.tuning_data import PassRows, run_losses
 from compressible.tuning_runs import TuningDivergenceError
+from compressible.update_spectra import watch_spectra
 
 VOCABULARY, LENGTH = 50, 24
 
@@ -256,6 +257,15 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     with pytest.raises(TuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
         bad.model()
     assert error.value.history is bad
+
+
+def test_a_diverging_run_leaves_its_neighbours_spectra():
+    runs = [cd.FineTuningRun(config(), 1e-3, 0), cd.FineTuningRun(config(), 1e200, 1)]
+    marks = {"watch_at": (0, 4), "watch": watch_spectra(2)}
+    good, bad = cd.fine_tune(bert(), runs, task(), 4, 4, **marks)
+    (alone,) = cd.fine_tune(bert(), runs[:1], task(), 4, 4, **marks)
+    np.testing.assert_allclose(good.watched[4].values, alone.watched[4].values, rtol=1e-9)
+    assert np.isnan(bad.watched[4].values).any() and np.isfinite(bad.watched[0].values).all()
 
 
 @pytest.mark.parametrize("marks", [(), (1,)])
