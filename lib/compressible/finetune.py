@@ -9,7 +9,6 @@ tested against.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +69,8 @@ def fine_tune(
         tuning = Tuning(model, [runs[i] for i in members], task, steps, batch_size, decay_ratio, precision, dropout)
         try:
             tuning.accelerate(compiled, graphed)
-            histories = tuning.train(evaluate_at, watch_at, watch, place, checkpoint_every, show_progress)
-            if not keep_factors:
-                histories = [replace(history, chains=None, heads=None) for history in histories]
+            marks = (evaluate_at, watch_at, watch)
+            histories = tuning.train(*marks, place, checkpoint_every, show_progress, keep_factors)
             found.update(zip(members, histories, strict=True))
         finally:
             tuning.release()
