@@ -95,7 +95,7 @@ def test_a_state_belongs_to_the_whole_model(tmp_path, change):
 
 def test_a_state_belongs_to_its_kind_of_task(tmp_path):
     data = task("classification")
-    data.train.labels[:] = 0
+    data.train.labels[:] = data.validation.labels[:] = 0
     given = {"model": bert(1), "runs": mixed()[1:2], "steps": 2, "batch_size": 4, "checkpoint": tmp_path / "state"}
     cd.fine_tune(task=data, **given)
     with pytest.raises(ValueError, match="belongs to other runs"):
