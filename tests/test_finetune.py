@@ -30,7 +30,7 @@ from compressible.stacked import StackedLinear, stacked_adapters
 from compressible.stacked_adam import StackedAdamW
 from compressible.streams import AXES, RunStreams
 from compressible.tuning_data import PassRows, run_losses
-from compressible.tuning_runs import TuningDivergenceError
+from compressible.tuning_runs import TuningDivergenceError, data_order
 from compressible.update_spectra import watch_spectra
 
 VOCABULARY, LENGTH = 50, 24
@@ -167,6 +167,46 @@ def test_scores_of_generation_do_not_depend_on_how_many_share_the_pass(monkeypat
     together = cd.fine_tune(t5(), runs, data, 2, 4, evaluate_at=(2,))
     alone = cd.fine_tune(t5(), runs[:1], data, 2, 4, evaluate_at=(2,))
     assert together[0].scores[2] == pytest.approx(alone[0].scores[2], rel=1e-9)
+
+
+def test_scores_of_generation_are_the_mean_cross_entropies_of_the_plain_runs():
+    chosen = config(task_type="SEQ_2_SEQ_LM", modules_to_save=None)
+    runs, data = [cd.FineTuningRun(chosen, 1e-3, seed) for seed in (0, 1)], task("generation", validation=70)
+    options = {"steps": 3, "batch_size": 4, "evaluate_at": (0, 3)}
+    stacked, plain = cd.fine_tune(t5(), runs, data, **options), reference_fine_tune(t5(), runs, data, **options)
+    for found, expected in zip(stacked, plain, strict=True):
+        assert found.scores == pytest.approx(expected.scores, rel=1e-12)
+    with torch.no_grad():
+        loss = t5()(**data.validation.tokens, labels=data.validation.labels).loss.item()
+    assert [found.scores[0] for found in stacked] == pytest.approx([loss, loss], rel=0.02)  # but for the small starts
+
+
+# data order
+
+
+def test_an_epoch_has_no_row_twice_leaves_an_incomplete_batch_out_and_differs_from_the_next():
+    run = cd.FineTuningRun(config(), 1e-3, 3)
+    order = data_order(run, 22, 12, 4)
+    assert order.shape == (12, 4)
+    epochs = order[:10].view(2, 20)  # of five batches, two rows are left over
+    assert all(len(set(epoch.tolist())) == 20 and set(epoch.tolist()) <= {*range(22)} for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist() and set(order[10:].flatten().tolist()) <= {*range(22)}
+    assert torch.equal(order[:7], data_order(run, 22, 7, 4))  # steps only cut it
+
+
+def test_the_seed_alone_decides_the_order_and_a_subset_names_its_rows():
+    subset = torch.tensor([5, 30, 7, 30, 11, 2, 19, 8])
+    runs = [cd.FineTuningRun(config(), rate, seed, subset) for rate, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 1))]
+    first, again, other = (data_order(run, 40, 4, 4) for run in runs)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    for order in (first, other):
+        assert all(sorted(epoch.flatten().tolist()) == sorted(subset.tolist()) for epoch in order.view(2, 8))
+
+
+def test_a_subset_of_one_batch_keeps_its_order():
+    subset = torch.tensor([9, 3, 3, 27])
+    order = data_order(cd.FineTuningRun(config(), 1e-3, 3, subset), 40, 5, 4)
+    assert torch.equal(order, subset.expand(5, 4))
 
 
 def test_processes_of_their_own_runs_do_not_share_gradients(monkeypatch):

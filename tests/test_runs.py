@@ -54,6 +54,29 @@ def entries(cache: Path) -> list[Path]:
     return [path for path in (cache / "results").rglob("*") if path.is_file()]
 
 
+def interrupted(rank: int) -> dict[str, Any]:
+    """Work in two passes, which leave a file each; killed after the very first."""
+    kept = runs.checkpoint(every=0)
+    for number in (0, 1):
+        file = Path(f"{kept['checkpoint']}.{number}")
+        CALLS.append(int(file.exists()))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        if len(CALLS) == 1:
+            raise KeyboardInterrupt
+    return {"every": kept["checkpoint_every"]}
+
+
+def test_a_killed_run_finds_its_checkpoint_which_goes_when_the_result_is_there(cache: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(interrupted, rank=2)
+    assert runs.checkpoint(1) == {} and len(list((cache / "checkpoints").rglob("*.0"))) == 1
+    assert runs.run(interrupted, rank=2)["every"] == 1 and CALLS == [0, 1, 0]
+    assert [file for file in (cache / "checkpoints").rglob("*") if file.is_file()] == []
+    with pytest.raises(KeyError, match="checkpoint"):  # nothing is kept where the result is not
+        runs.run(interrupted, cache=False, rank=2)
+
+
 def test_second_run_comes_from_the_cache_and_is_the_same(cache: Path) -> None:
     first, second = (runs.run(work, rank=4, preset="quick") for _ in range(2))
     assert CALLS == [4]

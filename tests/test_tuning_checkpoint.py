@@ -95,7 +95,8 @@ def test_a_state_belongs_to_the_whole_model(tmp_path, change):
 
 def test_a_state_belongs_to_its_kind_of_task(tmp_path):
     data = task("classification")
-    given = {"model": bert(2), "runs": mixed()[1:2], "steps": 2, "batch_size": 4, "checkpoint": tmp_path / "state"}
+    data.train.labels[:] = data.validation.labels[:] = 0
+    given = {"model": bert(1), "runs": mixed()[1:2], "steps": 2, "batch_size": 4, "checkpoint": tmp_path / "state"}
     cd.fine_tune(task=data, **given)
     with pytest.raises(ValueError, match="belongs to other runs"):
         cd.fine_tune(task=dataclasses.replace(data, kind="regression"), **given)
@@ -111,6 +112,21 @@ def test_a_state_says_which_marks_it_is_past_and_gives_those_that_are_asked_for(
         cd.fine_tune(evaluate_at=(6,), watch_at=(0, 2, 4), **given)
     (again,) = cd.fine_tune(evaluate_at=(6,), watch_at=(2,), **given)
     assert again.scores == {6: first.scores[6]} and again.watched == {2: 2}
+
+
+def test_a_finished_state_holds_factors_only_where_they_are_kept(tmp_path):
+    given = {"runs": mixed()[1:3], "task": task(), "steps": 2, "batch_size": 4, "evaluate_at": (2,)}
+    sizes = {}
+    for keep in (True, False):
+        place = tmp_path / str(keep)
+        first, again = (cd.fine_tune(bert(), **given, keep_factors=keep, checkpoint=place) for _ in range(2))
+        sizes[keep] = place.stat().st_size
+        for one, other in zip(first, again, strict=True):
+            assert one.losses.tolist() == other.losses.tolist() and one.scores == other.scores
+            assert one.divergence is other.divergence is None and (one.chains is not None) is keep
+    assert sizes[False] < sizes[True] / 2
+    with pytest.raises(ValueError, match="belongs to other runs"):
+        cd.fine_tune(bert(), **given, checkpoint=tmp_path / "False")
 
 
 def test_seconds_of_a_resumed_call_hold_those_before(tmp_path):

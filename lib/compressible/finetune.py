@@ -9,7 +9,6 @@ tested against.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,14 @@ def fine_tune(
     The rate decays linearly to decay_ratio of its start (1: constant). Steps of evaluate_at and watch_at count updates
     made, 0 to `steps`; `watch` returns one value a run. Precision "tf32" is the authors' (JAX's default); "bfloat16"
     is the frozen model's only. compiled: torch.compile; graphed: CUDA graphs, by default on a GPU. With `checkpoint`, a
-    file name, a killed call goes on where it was. The runs of a pass are at most max_stack. Without keep_factors the
+    file name, a killed call goes on where it was; what `watch` gives must then be numbers, text, tensors, numpy arrays,
+    Spectra, or lists, tuples and dicts of these. The runs of a pass are at most max_stack. Without keep_factors the
     histories hold no factors, which for many wide runs are much memory. `model` is never changed.
-    Raises ValueError on impossible arguments and RuntimeError where no gradient reaches a compressed layer; a run that
-    diverges ends alone, see RunHistory.
+    A run has its own lr, lr_ratio and head_lr; a call has batch_size, steps, decay_ratio and AdamW's betas .9 and .999,
+    eps 1e-6 and no weight decay (the authors'). Scores are the task's metric, higher is better, but for generation the
+    mean cross-entropy of the validation set's tokens in nats, lower is better.
+    Raises ValueError on impossible arguments, RuntimeError for a model that draws random numbers itself or where no
+    gradient reaches a compressed layer; a run that diverges ends alone, see RunHistory.
     """
     check_settings(steps, batch_size, decay_ratio, precision, max_stack, checkpoint_every)
     evaluate_at, watch_at = checked_marks("evaluate_at", evaluate_at, steps), checked_marks("watch_at", watch_at, steps)
@@ -66,9 +69,8 @@ def fine_tune(
         tuning = Tuning(model, [runs[i] for i in members], task, steps, batch_size, decay_ratio, precision, dropout)
         try:
             tuning.accelerate(compiled, graphed)
-            histories = tuning.train(evaluate_at, watch_at, watch, place, checkpoint_every, show_progress)
-            if not keep_factors:
-                histories = [replace(history, chains=None, heads=None) for history in histories]
+            marks = (evaluate_at, watch_at, watch)
+            histories = tuning.train(*marks, place, checkpoint_every, show_progress, keep_factors)
             found.update(zip(members, histories, strict=True))
         finally:
             tuning.release()

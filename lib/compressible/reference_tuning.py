@@ -16,7 +16,7 @@ from .adapters import adapters, get_deep_lora_model, param_groups
 from .streams import RunStreams
 from .targets import saved_modules
 from .tuning import BETAS, EPS
-from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses
+from .tuning_data import LENGTHS, DeviceRows, TaskLike, run_losses, token_losses
 from .tuning_runs import FineTuningRun, RunHistory, data_order, fresh_head, run_generator
 
 
@@ -82,8 +82,14 @@ def _one(
 @torch.no_grad()
 def _score(model: nn.Module, task: TaskLike, device: torch.device) -> float:
     model.eval()
-    rows, logits = DeviceRows(task.validation, device), []
+    rows, logits, losses = DeviceRows(task.validation, device), [], []
     for part in torch.arange(len(task.validation.labels)).split(64):
-        tokens, _ = rows.batch(part, LENGTHS["cpu"])
-        logits.append(first_output(model(**tokens)).float().cpu())
+        tokens, labels = rows.batch(part, LENGTHS["cpu"])
+        if task.kind == "generation":
+            losses.append(torch.cat(token_losses(first_output(model(**tokens, labels=labels)), labels, 1)))
+        else:
+            logits.append(first_output(model(**tokens)).float().cpu())
+    if losses:
+        total, count = torch.stack(losses).sum(0)
+        return float(total / count)
     return float(task.score(torch.cat(logits).numpy(), task.validation.labels.numpy()))

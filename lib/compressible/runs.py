@@ -15,6 +15,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from . import machine, parameters, paths
 
 Data = Iterable[str] | Mapping[str, str]
+_PLACE: ContextVar[Path | None] = ContextVar("place of the checkpoint of the run in progress", default=None)
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,25 @@ def run(function: Callable[..., dict], *, data: Data = (), cache: bool = True, *
     key = _key(function, values, digests)
     result = _load(_entry(key), key) if cache else None
     if result is None:
-        result = _compute(function, values, key, digests)
-        if cache:
+        place = paths.cache_dir() / "checkpoints" / key[:2] / key if cache else None
+        reset = _PLACE.set(place)
+        try:
+            result = _compute(function, values, key, digests)
+        finally:
+            _PLACE.reset(reset)
+        if place is not None:
             _store(_entry(key), result)
+            for file in place.parent.glob(f"{key}*"):  # of several passes each has its own
+                file.unlink(missing_ok=True)
     return result
+
+
+def checkpoint(every: int) -> dict[str, Any]:
+    """Arguments of the one `fine_tune` of the run in progress, so that it goes on after a kill: a file, steps between.
+
+    The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run.
+    """
+    return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
 
 
 def why(function: Callable[..., dict], *, data: Data = (), **values: Any) -> str:

@@ -93,9 +93,10 @@ class Tuning:
     def train(
         self, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None = None,
         checkpoint: Path | None = None, checkpoint_every: int = 100, show_progress: bool | None = None,
+        keep_factors: bool = True,
     ) -> list[RunHistory]:  # fmt: skip
         """Take all steps from where the checkpoint left them and return the histories."""
-        saved = None if checkpoint is None else Checkpoint(checkpoint, self)
+        saved = None if checkpoint is None else Checkpoint(checkpoint, self, keep_factors)
         begin, kept = (0, Kept()) if saved is None else saved.resume(evaluate_at, watch_at)
         device = str(self.device)
         with machine.peak_inside(device) as peak:
@@ -103,7 +104,8 @@ class Tuning:
             machine.synchronize(device)
             held = peak() if self.device.type == "cuda" else 0
         scores, watched = {at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}
-        return self._histories(replace(kept, scores=scores, watched=watched), held)
+        histories = self._histories(replace(kept, scores=scores, watched=watched), held)
+        return histories if keep_factors else [replace(history, chains=None, heads=None) for history in histories]
 
     def _train(
         self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,

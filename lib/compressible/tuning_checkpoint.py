@@ -43,11 +43,14 @@ class Kept:
 
 
 class Checkpoint:
-    """The state of one pass in the file `path`, bound to the model, the runs and the settings that made it."""
+    """The state of one pass in the file `path`, bound to the model, the runs and the settings that made it.
 
-    def __init__(self, path: Path, tuning: Tuning) -> None:
-        self.path, self.tuning = Path(path), tuning
-        self.key = _digest(tuning)
+    After the last step it holds the factors only if they are kept, as nothing else would read them.
+    """
+
+    def __init__(self, path: Path, tuning: Tuning, keep_factors: bool = True) -> None:
+        self.path, self.tuning, self.keep_factors = Path(path), tuning, keep_factors
+        self.key = _digest(tuning, keep_factors)
 
     def resume(self, evaluate_at: Sequence[int] = (), watch_at: Sequence[int] = ()) -> tuple[int, Kept]:
         """Load the state, if there is one, and return the step to go on from and what it holds.
@@ -91,8 +94,8 @@ class Checkpoint:
             raise ValueError(f"{past}, which {name} asks for: leave them out, delete it, or name another")
 
     def _names(self, step: int) -> tuple[str, ...]:
-        """The optimiser's tensors that count at a step: after the last the values alone, a third of the file."""
-        return _NAMES if step < self.tuning.steps else _NAMES[:1]
+        """The optimiser's tensors that count at a step."""
+        return _NAMES if step < self.tuning.steps else _NAMES[: self.keep_factors]
 
     def save(self, step: int, kept: Kept) -> None:
         """Write the state after `step` steps."""
@@ -108,7 +111,7 @@ class Checkpoint:
 _NAMES = ("value", "mean", "square", "count")
 
 
-def _digest(tuning: Tuning) -> str:
+def _digest(tuning: Tuning, keep_factors: bool) -> str:
     """What must be equal for a state to be of use."""
     runs = [
         {**asdict(run), "config": asdict(run.config),
@@ -120,7 +123,8 @@ def _digest(tuning: Tuning) -> str:
     weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
     settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, tuning.task.kind]
-    settings += [rows, weights, repr(model), {name: config[name] for name in config if name not in MOVES_NOTHING}]
+    structure = {name: config[name] for name in config if name not in MOVES_NOTHING}, repr(model)
+    settings += [keep_factors, rows, weights, structure]
     settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
     text = json.dumps([runs, settings], sort_keys=True, default=_plain)
     return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]

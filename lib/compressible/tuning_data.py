@@ -21,7 +21,10 @@ class Rows(Protocol):
 
 
 class TaskLike(Protocol):
-    """What a task needs here; `tasks.Task` is one. kind: "regression", "classification" or "generation"."""
+    """What a task needs here; `tasks.Task` is one. kind: "regression", "classification" or "generation".
+
+    score is the metric of outputs (N, outputs) and labels (N,); for generation it is not asked.
+    """
 
     kind: str
     train: Rows

@@ -37,6 +37,9 @@ class FineTuningRun:
 class RunHistory:
     """What one run left: losses (steps,) before each update, scores and what `watch` gave by step, and the factors.
 
+    A score is the task's metric, higher is better; for generation the mean cross-entropy of the validation set's
+    tokens in nats, lower is better (no text is written while runs train, so its metric, BLEU, is not taken).
+
     seconds, those before a kill included, and peak_bytes are of the whole pass, which `shared` runs went through
     together. `divergence` is None or the first step whose loss was not finite, `steps` where the last update did it
     and its score or factors show it; scores are NaN from there on.
