@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import linecache
+import os
 import re
 import shutil
 import subprocess
@@ -241,6 +242,16 @@ def test_git_ignores_what_is_made_and_not_what_is_written(path, ignored, tmp_pat
     shutil.copy(REPOSITORY / ".gitignore", tmp_path)
     asked = subprocess.run(["git", "-C", tmp_path, "check-ignore", "-q", path], check=False)
     assert (asked.returncode == 0) is ignored
+
+
+@pytest.mark.parametrize(
+    ("words", "build"), [("", "cpu"), ("GPUS=0", "cpu"), ("GPUS=2", "gpu"), ("GPU=1", "gpu"), ("GPU=0 GPUS=1", "cpu")]
+)
+def test_a_fresh_set_up_with_gpus_takes_the_cuda_build(words, build, tmp_path):
+    command = ["make", "-n", f"VENV={tmp_path}", "figure", "ID=yaras2024/08_few_shot", *words.split()]
+    known = {name: value for name, value in os.environ.items() if name not in ("GPU", "GPUS", "MAKEFLAGS")}
+    planned = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=known, check=False)
+    assert set(re.findall(r"--no-print-directory torch-(\w+)", planned.stdout)) == {build}, planned.stderr
 
 
 def test_make_lists_every_target_it_declares():

@@ -397,3 +397,11 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state["dirty"] is False
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\nversion = "1"\n')
     assert machine.git_state()["dirty"] is True
+
+
+@pytest.mark.parametrize(("cuda", "way"), [(None, "; it is the CPU build: `make .*`, then `make .*`"), ("13.0", "")])
+def test_a_missing_gpu_is_told_with_the_way_out(cuda: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ValueError, match=f"device is 'cuda', expected cpu or auto: .* sees no CUDA device.*{way}$"):
+        machine.resolve_device("cuda")

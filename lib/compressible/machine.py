@@ -79,7 +79,8 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device")
+        way = "" if torch.version.cuda else "; it is the CPU build: `make distclean`, then `make GPU=1 setup`"
+        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device{way}")
     return device
 
 
