@@ -35,8 +35,8 @@ def table(
 
     `records_dir` is the root of the figures. The record of the preset that a claim names comes first, then any other;
     `preset` allows only the one it names, "own" only the claim's own. A claim that changed since is judged again on
-    what the record holds. One without a record, or whose record does not suffice, is NOT TESTED, beside the command that
-    would test it.
+    what the record holds. One without a record, or whose record does not suffice, is NOT TESTED, beside the command
+    that would test it.
     """
     if format not in ("text", "markdown"):
         raise ValueError(f"format: got {format!r}, expected 'text' or 'markdown'")
