@@ -14,6 +14,7 @@ import dis
 import enum
 import hashlib
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -55,6 +56,15 @@ def normal_form(source: str) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
             node.body = node.body[1:]
     return ast.dump(tree)
+
+
+def notebook_digest(path: Path) -> str | None:
+    """sha256 of a notebook's code without comments and outputs; None where there is no such notebook."""
+    if not path.is_file():
+        return None
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = [normal_form("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _sources(item: Any, seen: set[int]) -> Iterator[str]:

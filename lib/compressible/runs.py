@@ -84,12 +84,17 @@ def why(function: Callable[..., dict], *, data: Data = (), **values: Any) -> str
 
 
 def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
-    """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git."""
+    """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git.
+
+    `notebook` and `library` are digests of the code that made it, by which `catalogue.state` tells a stale figure.
+    """
     return {
         "id": id,
         "preset": preset,
         "parameters": result.parameters,
         **machine.git_state(),
+        "notebook": identity.notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
+        "library": machine.LIBRARY,
         "data": result.data,
         "device": result.device,
         "threads": result.threads,
