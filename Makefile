@@ -13,7 +13,7 @@ PRESET ?= quick
 LABEL ?= $(PRESET)
 JOBS ?= 2
 GPUS ?= 0
-GPU ?= 0
+GPU ?= $(if $(filter-out 0,$(GPUS)),1,0)
 ID ?=
 ARGS ?=
 

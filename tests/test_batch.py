@@ -14,7 +14,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible import batch, catalogue
+from compressible import batch, catalogue, identity, machine
 from compressible.__main__ import main
 from compressible.parameters import ParameterError
 
@@ -119,14 +119,37 @@ def test_run_publishes_figure_record_and_executed_notebook(add_notebook, capsys)
     assert record("mine")["rank"] == 5
 
 
-def test_newer_notebook_makes_a_figure_stale(add_notebook, capsys):
+def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
     add_notebook("01_good")
     assert main(["run", ID]) == 0
-    later = Path(f"figures/quick/{ID}.json").stat().st_mtime + 5
+    file = Path(f"figures/quick/{ID}.json")
+    later = file.stat().st_mtime + 5
     os.utime(f"notebooks/{ID}.ipynb", (later, later))
+    known = {"rank": 2, "step_size": 0.1, "ranks": [1, 2]}
+    code = {"notebook": identity.notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": machine.LIBRARY}
+    for record, expected in (
+        ({}, "done"),
+        ({"parameters": known}, "done"),
+        ({"parameters": known} | code, "done"),
+        ({"parameters": known | {"rank": 3}}, "stale"),
+        ({"parameters": {"rank": 2}}, "stale"),
+        (code | {"notebook": "another"}, "stale"),
+        (code | {"library": "another"}, "stale"),
+    ):
+        file.write_text(json.dumps(record))
+        assert catalogue.state(ID, "quick") == expected, record
     main(["list"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [ID, "quick", "0.1", "no", "stale"] in lines and [ID, "paper", "2", "no", "missing"] in lines
+
+
+def test_the_digest_of_a_notebook_is_of_its_code(add_notebook):
+    path = Path(f"notebooks/{add_notebook('01_good', 'x = 1')}.ipynb")
+    before, text = identity.notebook_digest(path), path.read_text()
+    for old, new, same in (("x = 1", "x = 1  # why", True), ("x = 1", "x = 2", False), ("# true", "# the", True)):
+        path.write_text(text.replace(old, new))
+        assert (identity.notebook_digest(path) == before) is same
+    assert identity.notebook_digest(Path("absent.ipynb")) is None
 
 
 def test_failure_is_kept_and_earlier_figure_stays_as_it_was(add_notebook, checkout, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible import claims
+from compressible import catalogue, claims
 from compressible.claims import FAIL, NOT_TESTED, PASS, WEAK, Claim, ClaimError
 
 FIGURE = "kwon2024/05_completion"
@@ -120,6 +120,12 @@ def test_values_that_are_not_finite_fail_whatever_the_rest(bad: float) -> None:
             claim(requires={"tolerance": {"at_most": 1e-10}}), 0.1, {"tolerance": 1e-6},
             "tolerance is 1e-06, needs at most 1e-10",
         ),
+        (claim(requires={"steps": {"exactly": 500}}), 0.1, {"steps": 40000}, "steps is 40000, needs 500"),
+        (claim(requires={"rate": {"exactly": 1e-4}}), 0.1, {"rate": 1e-9}, "rate is 1e-09, needs 0.0001"),
+        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": [2, 64]}, "sizes is [2, 64], needs [16, 64]"),
+        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": [16]}, "sizes is [16], needs [16, 64]"),
+        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": 16}, "sizes is 16, needs [16, 64]"),
+        (claim(requires={"names": ["a"]}), 0.1, {"names": ["b"]}, "names is ['b'], needs ['a']"),
     ],
 )  # fmt: skip
 def test_too_small_is_not_tested(tested: Claim, metric: Any, parameters: dict, reason: str) -> None:
@@ -128,8 +134,10 @@ def test_too_small_is_not_tested(tested: Claim, metric: Any, parameters: dict, r
 
 
 def test_requirements_that_are_met() -> None:
-    needs = {"dimension": 100, "widths": 2, "split": "u1", "tolerance": {"at_most": 1e-10}}
-    given = {"dimension": 100, "widths": [1, 2], "split": "u1", "tolerance": 1e-10}
+    needs = {"dimension": 100, "widths": 2, "split": "u1", "tolerance": {"at_most": 1e-10}, "rates": [0.3, 1]}
+    needs |= {"rate": {"exactly": 0.1 + 0.2}, "names": ["a", "b"]}
+    given = {"dimension": 100, "widths": [1, 2], "split": "u1", "tolerance": 1e-10, "rates": [0.1 + 0.2, 1.0]}
+    given |= {"rate": 0.3, "names": ["a", "b"]}
     assert outcome(claim(requires=needs), 0.1, **given) == PASS
 
 
@@ -196,6 +204,9 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("bound = 1.0", 'bound = 1.0\nscale = "cube"', "scale"),
         ("bound = 1.0", 'bound = -1.0\nscale = "log"', "log needs bounds above zero"),
         ("bound = 1.0", "bound = 1.0\nrequires = 3", "requires"),
+        ("bound = 1.0", "bound = 1.0\nrequires = { rate = 1e-4 }", "requires: rate is 0.0001, expected an integer"),
+        ("bound = 1.0", "bound = 1.0\nrequires = { rate = { equals = 1 } }", "requires: rate is {'equals': 1}"),
+        ("bound = 1.0", "bound = 1.0\nrequires = { n = { exactly = 1, at_most = 2 } }", "requires: n is"),
         ("bound = 1.0", "bound = 1.0\npreset = 3", "preset: got 3"),
         (f'"{FIGURE}.x"', '"completion"', "id: expected a figure id, a dot and a name"),
         ("[[claim]]", "[[claims]]", "unknown table 'claims'"),
@@ -260,6 +271,22 @@ def test_claims_without_a_record_or_changed_since_are_not_tested(tmp_path: Path)
         assert "ours: no record since the claim changed: `make figure ID=" in claims.table(tmp_path, claims=[changed])
 
 
+def test_a_claim_that_changed_is_judged_again_on_what_the_record_holds(tmp_path: Path) -> None:
+    write_record(tmp_path, "paper", claim(), SURE)
+    path = tmp_path / "paper" / f"{FIGURE}.json"
+    kept = {"parameters": {"dimension": 30, "sizes": [1]}, "metrics": {"m": SURE.tolist(), "lost": [0.5, None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | kept))
+    for changed, verdict in (
+        (claim(bound=0.4), FAIL),
+        (claim(seeds=5, requires={"sizes": [1]}), PASS),
+        (claim(requires={"dimension": 100}), NOT_TESTED),
+        (claim(seeds=6), NOT_TESTED),
+    ):
+        assert f"1 {verdict}" in claims.table(tmp_path, claims=[changed])
+    lost = Claim(f"{FIGURE}.y", "P2", "added later, a seed diverged", "lost", "at_most", "here", bound=1.0)
+    assert "1 FAIL" in claims.table(tmp_path, claims=[lost])
+
+
 def test_files_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
     write_record(tmp_path, "quick", claim(), 0.5)
     for name, text in (("half", '{"id": '), ("list", "[1]"), ("other", '{"id": "x"}')):
@@ -306,5 +333,29 @@ def test_the_command_prints_and_writes(project: Path, capsys: pytest.CaptureFixt
     assert "PASS       a statement" in capsys.readouterr().out
     assert claims.main(["--preset", "paper", "--format", "markdown"]) == 0
     assert "PRESET=paper` | NOT TESTED |" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        claims.main(["--preset", "papr"])
+    assert refused.value.code == 2 and "got 'papr', expected 'own' or a preset; the closest is 'paper'" in str(
+        capsys.readouterr().err
+    )
     assert claims.main(["--write-readme"]) == 0
     assert "| a statement <sub>" in (project / "README.md").read_text()
+
+
+DESCRIBED = {
+    "yaras2024/01_finetuning_subspaces": "matrices depth init_scale learning_rate decay_ratio batch_size steps",
+    "yaras2024/08_few_shot": "matrices sample_sizes adapter_rank init_scale learning_rate batch_size steps",
+    "beyond/08_tutorial": "few_rows deep_rates lora_rates batch_size steps length",
+}
+
+
+@pytest.mark.parametrize("tested", [c for c in claims.load_claims() if c.figure in DESCRIBED and c.requires])
+def test_a_verdict_on_fine_tuning_needs_the_run_that_its_preset_describes(tested: Claim) -> None:
+    own = catalogue.presets(tested.figure)[tested.preset].parameters
+    values = catalogue.defaults(catalogue.notebook_path(tested.figure)) | own
+    result = SimpleNamespace(parameters=values, arrays={tested.metric: np.ones(20)}, metrics={})
+    assert claims.verdict(tested, result).verdict != NOT_TESTED
+    for name in ["validation_rows", *DESCRIBED[tested.figure].split()]:
+        other = [*values[name][:-1], 7] if isinstance(values[name], list) else 2 * values[name] + 1
+        result.parameters = values | {name: other}
+        assert claims.verdict(tested, result).verdict == NOT_TESTED, name

@@ -58,6 +58,7 @@ def test_bad_values_are_refused_with_name_and_value(name: str, value: Any) -> No
         ({"rank": 5, "widths": [10, 4]}, r"rank: got 5, expected at most widths = \[10, 4\]"),
         ({"rank_guesses": [5, 30], "dimension": 20}, "rank_guesses: got .* at most dimension = 20"),
         ({"ranks": [5, 30], "users": 20}, "ranks: got .* at most users = 20"),
+        ({"adapter_rank": 7}, "adapter_rank: got 7, expected an even integer"),
     ],
 )
 def test_impossible_combinations(values: dict[str, Any], message: str) -> None:

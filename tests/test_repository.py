@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import linecache
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from compressible import catalogue, claims, parameters
+from compressible import catalogue, claims, identity, parameters
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 IDS = sorted(file.relative_to(NOTEBOOKS).with_suffix("").as_posix() for file in NOTEBOOKS.glob("*/*.ipynb"))
@@ -75,6 +77,43 @@ def test_notebook_holds_no_long_function(code):
     trees = [ast.parse(re.sub(r"^\s*[%!].*$", "pass", cell.source, flags=re.M)) for cell in code]
     found = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert {f.name: f.end_lineno - f.lineno + 1 for f in found if f.end_lineno - f.lineno >= DEF_LINES} == {}
+
+
+def test_cached_functions_read_only_what_a_key_can_hold(id, code, monkeypatch):
+    """Definitions are executed; what a cell computes is an object here, which the digest of a function refuses."""
+    space = {"__name__": "__main__"}
+    for number, cell in enumerate(code):
+        name, tree = f"<{id}, cell {number}>", ast.parse(cell.source)
+        monkeypatch.setitem(linecache.cache, name, (len(cell.source), None, cell.source.splitlines(True), name))
+        for node in tree.body:
+            define(node, name, space)
+        if called := {call.args[0].id for call in ast.walk(tree) if is_cached_call(call)}:
+            break
+    for function in called:
+        assert len(identity.source_digest(space[function])) == 64
+
+
+def is_cached_call(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("cd.runs.run", "runs.run")
+
+
+PLAIN_CALLS = re.compile(r"cd\.DeepLoraConfig|machine\.resolve_device|range|list|tuple|dict|set|sorted|len|min|max")
+
+
+def define(node, name, space):
+    """Execute a definition or a plain assignment of a notebook; any other assignment gives objects."""
+    later = {call for function in ast.walk(node) if isinstance(function, ast.Lambda) for call in ast.walk(function)}
+    calls = [ast.unparse(call.func) for call in {*ast.walk(node)} - later if isinstance(call, ast.Call)]
+    stored = [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    assigned = isinstance(node, ast.Assign | ast.AnnAssign) and all(map(PLAIN_CALLS.fullmatch, calls))
+    if assigned or isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
+        try:
+            exec(compile(ast.Module([node], []), name, "exec"), space)
+            return
+        except TypeError:  # it takes what another cell computes
+            assert assigned
+    if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+        space.update({key: object() for key in stored})
 
 
 def test_nbval_compares_at_least_one_output(code):
@@ -203,6 +242,16 @@ def test_git_ignores_what_is_made_and_not_what_is_written(path, ignored, tmp_pat
     shutil.copy(REPOSITORY / ".gitignore", tmp_path)
     asked = subprocess.run(["git", "-C", tmp_path, "check-ignore", "-q", path], check=False)
     assert (asked.returncode == 0) is ignored
+
+
+@pytest.mark.parametrize(
+    ("words", "build"), [("", "cpu"), ("GPUS=0", "cpu"), ("GPUS=2", "gpu"), ("GPU=1", "gpu"), ("GPU=0 GPUS=1", "cpu")]
+)
+def test_a_fresh_set_up_with_gpus_takes_the_cuda_build(words, build, tmp_path):
+    command = ["make", "-n", f"VENV={tmp_path}", "figure", "ID=yaras2024/08_few_shot", *words.split()]
+    known = {name: value for name, value in os.environ.items() if name not in ("GPU", "GPUS", "MAKEFLAGS")}
+    planned = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=known, check=False)
+    assert set(re.findall(r"--no-print-directory torch-(\w+)", planned.stdout)) == {build}, planned.stderr
 
 
 def test_make_lists_every_target_it_declares():

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 import compressible
-from compressible import machine, runs
+from compressible import identity, machine, runs
 from compressible.parameters import ParameterError
 
 CALLS: list[int] = []
@@ -33,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def work(rank: int, step_size: float = 0.5, seed: int = 0) -> dict[str, Any]:
-    CALLS.append(rank)
+    sys.modules[__name__].CALLS.append(rank)  # read by its name, it would be part of the key
     loss = np.linspace(step_size, 0, rank + 1)
     return {
         "loss/full": loss,
@@ -136,9 +137,13 @@ def test_bad_parameters_stop_before_the_work(values: dict[str, Any], message: st
         ({"objects": np.array([{}, []], object)}, "output 'objects'"),
     ],
 )
-def test_outputs_that_cannot_be_kept_are_refused(output: Any, message: str, cache: Path) -> None:
+def test_outputs_that_cannot_be_kept_are_refused(
+    output: Any, message: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "OUTPUT", output, raising=False)
+
     def unkeepable(rank: int) -> Any:
-        return output
+        return sys.modules[__name__].OUTPUT
 
     with pytest.raises(TypeError, match=message):
         runs.run(unkeepable, rank=1)
@@ -208,8 +213,8 @@ def load(folder: Path, source: str) -> ModuleType:
     """A fresh module with that source."""
     path = folder / f"module_{len(list(folder.glob('module_*')))}.py"
     path.write_text(source)
-    specification = importlib.util.spec_from_file_location("notebook", path)
-    module = importlib.util.module_from_spec(specification)
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
@@ -238,7 +243,90 @@ def run(rank):
 )
 def test_the_key_follows_the_code_that_runs(old: str, new: str, same: bool, tmp_path: Path) -> None:
     before, after = load(tmp_path, SOURCE), load(tmp_path, SOURCE.replace(old, new))
-    assert (machine.source_digest(before.run) == machine.source_digest(after.run)) is same
+    assert (identity.source_digest(before.run) == identity.source_digest(after.run)) is same
+
+
+OUTSIDE = """
+import dataclasses
+import functools
+import math
+import numpy as np
+import torch
+from compressible import DeepLoraConfig, factors
+
+@dataclasses.dataclass
+class Kept:
+    size: int
+    def double(self):
+        return FACTOR * self.size
+
+FACTOR = 2
+CONFIG = DeepLoraConfig(r=8)
+KEPT = Kept(3)
+TABLE = {"sizes": [1, (2, 3)], "type": torch.float32, "function": lambda x: FACTOR * x}
+unread = object()
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+    return inner
+
+@torch.no_grad()
+@decorated
+def helper(x, scale=FACTOR):
+    return scale * x
+
+def run(rank):
+    unread = [TABLE["function"](rank), helper(rank), math.sqrt(rank), np.exp(0), factors.__name__]
+    return {"value": len(unread) + CONFIG.r + KEPT.double(), "r": Kept(2).size, "unread": torch.ones(1).unread}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("unread = object()", "unread = torch.ones(1)", True),
+        ("DeepLoraConfig(r=8)", "DeepLoraConfig(r=2)", False),
+        ("DeepLoraConfig(r=8)", "DeepLoraConfig(r=8, init_scale=0.3)", False),
+        ("KEPT = Kept(3)", "KEPT = Kept(4)", False),
+        ("FACTOR * self.size", "FACTOR + self.size", False),
+        ("(2, 3)", "(2, 4)", False),
+        ("(2, 3)", "[2, 3]", False),
+        ("torch.float32", "torch.float64", False),
+        ("lambda x: FACTOR * x", "lambda x: FACTOR + x", False),
+        ("FACTOR = 2", "FACTOR = 3", False),
+        ("return scale * x", "return scale * x * x", False),
+        ("return function(*args)", "return -function(*args)", False),
+    ],
+)
+def test_the_key_follows_what_a_function_reads_from_outside(old: str, new: str, same: bool, tmp_path: Path) -> None:
+    before, after = load(tmp_path, OUTSIDE), load(tmp_path, OUTSIDE.replace(old, new))
+    assert (identity.source_digest(before.run) == identity.source_digest(after.run)) is same
+
+
+@pytest.mark.parametrize(
+    ("read", "named"),
+    [
+        ("torch.nn.Linear(2, 2)", "run reads base, a Linear"),
+        ("torch.ones(2)", "run reads base, a Tensor"),
+        ("np.ones(2)", "run reads base, a ndarray"),
+        ('{"model": [object()]}', r"run reads base\[0\]\[1\]\[0\], a object"),
+        ("Task(torch.ones(2))", "run reads base.rows, a Tensor"),
+        ("helpers", "run reads base, a module"),
+    ],
+)
+def test_what_cannot_be_told_from_another_is_refused(
+    read: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "helpers.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = "import dataclasses\n@dataclasses.dataclass\nclass Task:\n    rows: object\n"
+    source = f"{kind}import torch, helpers\nimport numpy as np\nbase = {read}\ndef run(rank):\n    return "
+    found = load(tmp_path, source + "{'value': rank, 'used': str(base)}\n")
+    with pytest.raises(TypeError, match=f"{named}.*parameters.*cache=False"):
+        runs.run(found.run, rank=2)
+    assert runs.run(found.run, rank=2, cache=False)["value"] == 2
 
 
 def test_a_closure_counts() -> None:
@@ -332,3 +420,11 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state["dirty"] is False
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\nversion = "1"\n')
     assert machine.git_state()["dirty"] is True
+
+
+@pytest.mark.parametrize(("cuda", "way"), [(None, "; it is the CPU build: `make .*`, then `make .*`"), ("13.0", "")])
+def test_a_missing_gpu_is_told_with_the_way_out(cuda: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ValueError, match=f"device is 'cuda', expected cpu or auto: .* sees no CUDA device.*{way}$"):
+        machine.resolve_device("cuda")

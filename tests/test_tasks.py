@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import os
 import tarfile
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from data_helpers import write_manifest
-from text_helpers import PAIRS, hub_cache, tiny_tokenizer
+from text_helpers import PAIRS, hub_cache, save_bert, tiny_tokenizer
 
 from compressible import data, hub, scores, tasks, text_data
 
@@ -365,10 +366,42 @@ def test_load_task_refuses_what_cannot_be(tokenizer, stsb):
     assert hub.one_line(OSError("a\n  b" * 200)).endswith("...")
 
 
-def test_tasks_and_models_name_their_entries_of_the_manifest():
-    from compressible.text_data import manifest_entries
+@needs_glue
+def test_tasks_of_the_manifest_have_its_digests():
+    known = data.load_manifest()
+    for names, files in {
+        ("stsb",): ["glue-stsb/train.csv.gz", "glue-stsb/validation.csv.gz"],
+        ("vader-tweets",): [VADER],
+    }.items():
+        assert text_data.manifest_entries(*names) == {file: known[file].sha256 for file in files}
 
-    assert manifest_entries("stsb") == ["glue-stsb/train.csv.gz", "glue-stsb/validation.csv.gz"]
-    assert "minilm/model.safetensors" in manifest_entries("minilm", "vader-tweets")
-    assert manifest_entries("vader-tweets") == ["vader/hutto_ICWSM_2014.tar.gz"]
-    assert manifest_entries("bert-base-cased") == []
+
+def test_models_have_the_digests_of_the_files_that_are_read(tmp_path, monkeypatch):
+    known = data.load_manifest()
+    monkeypatch.delenv("COMPRESSIBLE_MODELS", raising=False)
+    assert text_data.manifest_entries("minilm")["minilm/model.safetensors"] == known["minilm/model.safetensors"].sha256
+    own = save_bert(tmp_path / "models" / "minilm")
+    files = {path.name: data.sha256(path) for path in own.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {*files}
+    assert text_data.manifest_entries(str(own)) == {f"{own}/{name}": digest for name, digest in files.items()}
+    monkeypatch.setenv("COMPRESSIBLE_MODELS", str(tmp_path / "models"))
+    assert text_data.manifest_entries("minilm") == {f"minilm/{name}": digest for name, digest in files.items()}
+    (own / "model.safetensors").write_bytes(b"another checkpoint")
+    assert text_data.manifest_entries("minilm")["minilm/model.safetensors"] != files["model.safetensors"]
+
+
+def test_what_the_hub_holds_has_digests_too(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPRESSIBLE_MODELS", raising=False)
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "none"))
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    model = {"model.safetensors": b"weights", "config.json": b"{}", "pytorch_model.bin": b"never read"}
+    hub_cache(tmp_path / "hub", monkeypatch, "models--owner--name", model)
+    tables = {f"stsb/{split}-00000-of-00001.parquet": split.encode() for split in text_data.SPLITS}
+    hub_cache(tmp_path / "hub", monkeypatch, "datasets--nyu-mll--glue", tables)
+    found = text_data.manifest_entries("owner/name", "stsb")
+    expected = {"owner/name/model.safetensors": b"weights", "owner/name/config.json": b"{}"}
+    expected |= {f"nyu-mll/glue/stsb/{split}/{split}-00000-of-00001.parquet": split.encode() for split in ("train",)}
+    assert found.items() >= {name: hashlib.sha256(content).hexdigest() for name, content in expected.items()}.items()
+    assert len(found) == 4
+    with pytest.raises(data.DataError, match="owner/other"):
+        text_data.manifest_entries("owner/other")

@@ -17,10 +17,8 @@ from typing import Any
 
 import yaml
 
+from compressible import identity, machine, paths
 from compressible import parameters as vocabulary
-from compressible import paths
-
-NOT_AN_INPUT = {"batch.py", "catalogue.py", "__main__.py", "progress.py"}  # they cannot change a figure
 
 
 class BatchError(ValueError):
@@ -181,19 +179,24 @@ def failed_path(id: str, label: str) -> Path:
     return paths.figures_dir() / label / "failed" / f"{id}.ipynb"
 
 
-def inputs(id: str) -> list[Path]:
-    """Files whose change makes a figure stale: the notebook, its presets and the library."""
-    notebook = notebook_path(id)
-    library = (paths.repository() / "lib" / "compressible").glob("*.py")
-    return [notebook, notebook.parent / "presets.yaml", *(f for f in library if f.name not in NOT_AN_INPUT)]
-
-
 def state(id: str, label: str) -> str:
-    """'done', 'stale' (an input is newer), 'failed' (the last attempt) or 'missing'."""
+    """'done', 'stale' (see `is_stale`), 'failed' (the last attempt) or 'missing'."""
     record, failed = record_path(id, label), failed_path(id, label).with_suffix(".txt")
     made = record.stat().st_mtime if record.exists() else -1.0
     if failed.exists() and failed.stat().st_mtime >= made:
         return "failed"
     if made < 0:
         return "missing"
-    return "stale" if any(f.exists() and f.stat().st_mtime > made for f in inputs(id)) else "done"
+    return "stale" if is_stale(id, label, json.loads(record.read_text(encoding="utf-8"))) else "done"
+
+
+def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
+    """Whether a record has other parameters than the preset now sets, or was made by other code.
+
+    Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
+    """
+    code = {"notebook": identity.notebook_digest(notebook_path(id)), "library": machine.LIBRARY}
+    if any(record.get(name, digest) != digest for name, digest in code.items()):
+        return True
+    values = vocabulary.validate(defaults(notebook_path(id)) | _chosen(id, label).parameters)
+    return "parameters" in record and record["parameters"] != {n: v for n, v in values.items() if n != "preset"}

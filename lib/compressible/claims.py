@@ -2,8 +2,8 @@
 
 The rules, in this order:
 
-1. NOT TESTED when the run is smaller than `requires`, when the metric is missing, or when it has fewer
-   values than `seeds`. The reason is recorded. A quick run says so rather than pass.
+1. NOT TESTED when the run is smaller or other than `requires` says, when the metric is missing, or when it has
+   fewer values than `seeds`. The reason is recorded. A quick run says so rather than pass.
 2. FAIL when any value is NaN or infinite (or not positive under scale "log"): a run that diverged counts.
 3. One value: PASS inside `bound`, WEAK inside `weak`, else FAIL.
 4. Several values (seeds): the statistic is their mean with its 95 % t interval. PASS when the whole
@@ -140,12 +140,22 @@ def _unmet(claim: Claim, result: Evidence) -> str:
 def _short(name: str, need: Any, given: Mapping[str, Any]) -> str:
     if name not in given:
         return f"no parameter {name!r}"
-    value = len(given[name]) if isinstance(given[name], list) else given[name]
-    if isinstance(need, str | bool):
-        return "" if value == need else f"{name} is {value!r}, needs {need!r}"
-    limits = need if isinstance(need, Mapping) else {"at_least": need}
+    value, limits = given[name], need if isinstance(need, Mapping) else {"at_least": need}
+    exact = need if isinstance(need, str | bool | list) else limits.get("exactly")
+    if exact is not None:
+        return "" if _equal(value, exact) else f"{name} is {value!r}, needs {exact!r}"
+    value = len(value) if isinstance(value, list) else value
     if value < limits.get("at_least", -math.inf):
         return f"{name} is {value}, needs at least {limits['at_least']}"
     if value > limits.get("at_most", math.inf):
         return f"{name} is {value}, needs at most {limits['at_most']}"
     return ""
+
+
+def _equal(value: Any, need: Any) -> bool:
+    """Equal in kind and value, numbers but for rounding: 1e-4 of a file is 1e-4 of a command line."""
+    if isinstance(need, list):
+        return isinstance(value, list) and len(value) == len(need) and all(map(_equal, value, need))
+    if isinstance(need, str | bool) or isinstance(value, str | bool | list):
+        return type(value) is type(need) and value == need
+    return math.isclose(value, need, rel_tol=1e-9)

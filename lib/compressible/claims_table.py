@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from . import catalogue, paths
@@ -32,8 +34,9 @@ def table(
     """All claims by paper, each with the published value, ours and the verdict, from the JSON records.
 
     `records_dir` is the root of the figures. The record of the preset that a claim names comes first, then any other;
-    `preset` allows only the one it names, "own" only the claim's own. A claim without a record, or changed since, is
-    NOT TESTED, beside the command that would test it.
+    `preset` allows only the one it names, "own" only the claim's own. A claim that changed since is judged again on
+    what the record holds. One without a record, or whose record does not suffice, is NOT TESTED, beside the command
+    that would test it.
     """
     if format not in ("text", "markdown"):
         raise ValueError(f"format: got {format!r}, expected 'text' or 'markdown'")
@@ -65,10 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", help=f"only the records of this preset; {OWN!r}: of the preset that a claim names")
     parser.add_argument("--write-readme", action="store_true", help="put the table of own records into README.md")
     options = parser.parse_args(argv)
+    known = _presets()
+    if options.preset and options.preset not in known:
+        parser.error(f"--preset: got {options.preset!r}, expected {OWN!r} or a preset{_closest(options.preset, known)}")
     if options.write_readme:
         readme_block(table(format="markdown", preset=options.preset or OWN))
     print(table(format=options.format, preset=options.preset), end="")
     return 0
+
+
+def _presets() -> set[str]:
+    """What `--preset` may be: the presets of notebooks and claims, and labels under which there are figures."""
+    named = {name for id in catalogue.ids() for name in catalogue.presets(id)}
+    folders = {path.name for path in paths.figures_dir().glob("*") if path.is_dir()}
+    return {OWN} | named | folders | {claim.preset for claim in load_claims()}
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; the closest is {near[0]!r}" if near else f": one of {', '.join(sorted(known))}"
 
 
 def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:
@@ -77,7 +95,7 @@ def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:
     for file in sorted(root.glob(f"{'*' if preset in (None, OWN) else preset}/*/*.json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            found.append({"id": record["id"], "preset": record["preset"], "claims": record["claims"]})
+            found.append(record | {"id": record["id"], "preset": record["preset"], "claims": record["claims"]})
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return sorted(found, key=lambda record: record["preset"])
@@ -89,11 +107,28 @@ def _row(claim: Claim, records: list[dict[str, Any]], only_own: bool) -> dict[st
     mine = [record for record in records if record["id"] == claim.figure]
     own = [record for record in mine if record["preset"] == claim.preset]
     for record in own if only_own else [*own, *(record for record in mine if record not in own)]:
-        verdict = next((v for v in record["claims"] if v["id"] == claim.id), None)
-        if verdict and verdict.get("rule") == claim.rule():
+        verdict = next((v for v in record["claims"] if v["id"] == claim.id), {})
+        verdict = verdict if verdict.get("rule") == claim.rule() else _judged_again(claim, record)
+        if verdict:
             return statement | {"ours": _ours(verdict, record["preset"]), "verdict": verdict["verdict"]}
         reason = f"no record since the claim changed: {_command(claim)}"
     return statement | {"ours": reason, "verdict": NOT_TESTED}
+
+
+def _judged_again(claim: Claim, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The verdict by today's rule, from the parameters and metrics that a record keeps; None if they do not suffice."""
+    from .claims import verdict
+
+    if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("parameters"), dict):
+        return None
+    metrics = {name: _numbers(value) for name, value in record["metrics"].items()}
+    found = verdict(claim, SimpleNamespace(parameters=record["parameters"], arrays={}, metrics=metrics))
+    return None if found.verdict == NOT_TESTED else vars(found)
+
+
+def _numbers(value: Any) -> Any:
+    """A record's value with NaN where JSON has null."""
+    return [_numbers(part) for part in value] if isinstance(value, list) else math.nan if value is None else value
 
 
 def _command(claim: Claim) -> str:

@@ -12,6 +12,8 @@ import pandas as pd
 
 from .data import DataError
 
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings, tokenizers
+
 
 def read_table(
     repository: str, config: str, split: str, columns: list[str], revision: str | None = None
@@ -21,22 +23,47 @@ def read_table(
     Both of the hub's layouts are read, `config/split-00000-of-00001.parquet` and `config/split/0000.parquet`;
     scripts are never run. Raises DataError if there are no such files, or no reader for them.
     """
+    files = table_files(repository, config, split, revision)
     try:
-        import pyarrow  # noqa: F401  (what pandas reads parquet with)
+        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
+    except ImportError:
+        raise DataError("pyarrow is not installed: pip install 'compressible-dynamics[adapters]'") from None
+    except Exception as error:  # a damaged file, a column that is not there: each with exceptions of its own
+        tried = [f"the hub: {one_line(error)}"]
+        raise DataError(failure(_named(repository, config, split), tried, "COMPRESSIBLE_DATA")) from error
+
+
+def table_files(repository: str, config: str, split: str, revision: str | None = None) -> list[Path]:
+    """The parquet files of one split of a data set, fetched into the hub's cache; DataError if there are none."""
+    patterns = [f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"]
+    place = _named(repository, config, split)
+    kept = _snapshot(repository, "dataset", patterns, revision, place, "COMPRESSIBLE_DATA")
+    files = sorted(file for pattern in patterns for file in kept.glob(pattern))
+    if not files:
+        tried = [f"the hub: no file like {' or '.join(patterns)}"]
+        raise DataError(failure(place, tried, "COMPRESSIBLE_DATA"))
+    return files
+
+
+def model_folder(name: str) -> Path:
+    """The folder in the hub's cache with a model's MODEL_FILES, fetched if need be; DataError if not to be had."""
+    return _snapshot(name, "model", [*MODEL_FILES], None, f"model {name!r}", "COMPRESSIBLE_MODELS")
+
+
+def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None, what: str, variable: str) -> Path:
+    try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise DataError(f"{error.name} is not installed: pip install 'compressible-dynamics[adapters]'") from None
-    patterns = [f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"]
-    place = f"data set {repository} ({config}, {split})"
     try:
         with quiet():
-            kept = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns)
-        files = sorted(file for pattern in patterns for file in Path(kept).glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"no file like {' or '.join(patterns)}")
-        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
-    except Exception as error:  # network, permission, cache, parquet: each with exceptions of its own
-        raise DataError(failure(place, [f"the hub: {one_line(error)}"], "COMPRESSIBLE_DATA")) from error
+            return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network, permission, cache: each with exceptions of its own
+        raise DataError(failure(what, [f"the hub: {one_line(error)}"], variable)) from error
+
+
+def _named(repository: str, config: str, split: str) -> str:
+    return f"data set {repository} ({config}, {split})"
 
 
 @contextmanager

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import os
 import platform
 import resource
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from threading import Lock
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 
 from . import paths
+from .identity import normal_form
 
 PACKAGES = (
     "torch", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "safetensors", "transformers",
@@ -30,11 +26,10 @@ PACKAGES = (
 )  # fmt: skip
 # These draw, judge, check or find; none of them moves a number in a result.
 _NOT_COMPUTING = {
-    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "machine",
-    "parameters", "paths", "progress", "sources", "statements",
+    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "identity",
+    "machine", "parameters", "paths", "progress", "sources", "statements",
 }  # fmt: skip
 _earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
-_PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
 def device_name(device: str) -> str:
@@ -84,7 +79,8 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device")
+        way = "" if torch.version.cuda else "; it is the CPU build: `make distclean`, then `make GPU=1 setup`"
+        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device{way}")
     return device
 
 
@@ -128,65 +124,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(resolve_device(device))
 
 
-def source_digest(function: Callable[..., Any]) -> str:
-    """sha256 of a function's source and of the functions, classes and constants that it uses of its module.
-
-    Comments, blank lines and docstrings do not count. Raises TypeError when the source is not to be had.
-    """
-    parts = sorted(_sources(function, set()))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _sources(item: Any, seen: set[int]) -> Iterator[str]:
-    if id(item) in seen:
-        return
-    seen.add(id(item))
-    yield f"{item.__qualname__}: {_normal_form(_source(item))}"
-    if isinstance(item, FunctionType):
-        for name, used in _used(item):
-            if isinstance(used, FunctionType | type) and used.__module__ == item.__module__:
-                yield from _sources(used, seen)
-            elif isinstance(used, bool | int | float | str):
-                yield f"{name} = {used!r}"
-
-
-def _used(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """Names that the function reads from outside itself, with their present values."""
-    names = set(_names(function.__code__))
-    yield from ((name, function.__globals__[name]) for name in names if name in function.__globals__)
-    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    yield from ((name, cell.cell_contents) for name, cell in cells)
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _source(item: Any) -> str:
-    try:
-        return textwrap.dedent(inspect.getsource(item))
-    except (OSError, TypeError) as error:
-        raise TypeError(f"{item!r}: expected a function whose source is in a file or a notebook") from error
-
-
-def _normal_form(source: str) -> str:
-    try:
-        with _PARSER:
-            tree = ast.parse(source)
-    except SyntaxError:
-        return source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
-            node.body = node.body[1:]
-    return ast.dump(tree)
-
-
 def _library_digest() -> str:
     files = sorted(Path(__file__).parent.glob("*.py"))
-    parts = [f"{f.stem} {_normal_form(f.read_text('utf-8'))}" for f in files if f.stem not in _NOT_COMPUTING]
+    parts = [f"{f.stem} {normal_form(f.read_text('utf-8'))}" for f in files if f.stem not in _NOT_COMPUTING]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

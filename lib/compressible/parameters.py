@@ -149,6 +149,7 @@ AT_MOST = (
     ("rank_guesses", ("dimension", "dimensions", "users", "items")),
     ("batch_size", ("few_rows",)),
 )
+EVEN = ("adapter_rank",)  # a compressed adapter holds r / 2 directions a side
 
 
 def collect(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
@@ -256,8 +257,9 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _impossible(values: Mapping[str, Any]) -> list[str]:
-    """Pairs of valid values that exclude each other, such as a rank above the dimension."""
-    problems = []
+    """Pairs of valid values that exclude each other, such as a rank above the dimension, and odd values of EVEN."""
+    odd = [name for name in EVEN if values.get(name, 0) % 2]
+    problems = [f"{name}: got {values[name]!r}, expected an even integer" for name in odd]
     for small, larger in AT_MOST:
         for large in larger:
             if small in values and large in values and _top(values[small]) > _bottom(values[large]):

@@ -1,6 +1,6 @@
 """A run is (function, parameters) -> arrays and metrics, computed once and kept on disk.
 
-The key of a run is the sha256 of: the function's source with what it uses from its own module, the
+The key of a run is the sha256 of: the function's source with what it reads from outside itself (identity.py), the
 parameters, the library (version and sources that compute), torch, the device, and the data digests. So a
 colour can change for free, and nothing that moves a number can. An entry is written atomically and every
 array carries its digest; whatever does not match is dropped with a warning and computed again.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import machine, parameters, paths
+from . import identity, machine, parameters, paths
 
 Data = Iterable[str] | Mapping[str, str]
 _PLACE: ContextVar[Path | None] = ContextVar("place of the checkpoint of the run in progress", default=None)
@@ -66,10 +66,11 @@ def run(function: Callable[..., dict], *, data: Data = (), cache: bool = True, *
     `function` returns a flat dict: arrays and tensors of one or more dimensions become arrays; numbers,
     text, truth values and lists of these become metrics. `data` names what the run reads: entries of the
     data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Raises
-    ParameterError before the work starts, TypeError for an output that cannot be stored.
+    ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
+    what cannot be told from another of its kind (a model, say): it runs with cache=False only, and `key` is "" then.
     """
     values, digests = _arguments(function, values), _digests(data)
-    key = _key(function, values, digests)
+    key = _key(function, values, digests) if cache else ""
     result = _load(_entry(key), key) if cache else None
     if result is None:
         place = paths.cache_dir() / "checkpoints" / key[:2] / key if cache else None
@@ -100,12 +101,17 @@ def why(function: Callable[..., dict], *, data: Data = (), **values: Any) -> str
 
 
 def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
-    """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git."""
+    """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git.
+
+    `notebook` and `library` are digests of the code that made it, by which `catalogue.state` tells a stale figure.
+    """
     return {
         "id": id,
         "preset": preset,
         "parameters": result.parameters,
         **machine.git_state(),
+        "notebook": identity.notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
+        "library": machine.LIBRARY,
         "data": result.data,
         "device": result.device,
         "threads": result.threads,
@@ -159,7 +165,7 @@ def _key(function: Callable[..., dict], values: Mapping[str, Any], digests: Mapp
     from . import __version__
 
     parts = {
-        "function": machine.source_digest(function),
+        "function": identity.source_digest(function),
         "parameters": values,
         "library": [__version__, machine.LIBRARY],
         "torch": torch.__version__,

@@ -129,7 +129,20 @@ def _mistakes(entry: Mapping[str, Any], ids: set[str]) -> list[str]:
         "every: expected true or false": type(entry.get("every", False)) is not bool,
         "requires: expected a table": not isinstance(entry.get("requires", {}), dict),
     }
-    return [text for text, wrong in checks.items() if wrong] or _bound_mistakes(entry)
+    return [text for text, wrong in checks.items() if wrong] or _need_mistakes(entry) or _bound_mistakes(entry)
+
+
+def _need_mistakes(entry: Mapping[str, Any]) -> list[str]:
+    words = "an integer (least value or length), text, true, a list (both exact), { exactly } or { at_least, at_most }"
+    needs = entry.get("requires", {}).items()
+    return [f"requires: {name} is {need!r}, expected {words}" for name, need in needs if not _is_need(need)]
+
+
+def _is_need(need: Any) -> bool:
+    if isinstance(need, dict):
+        limits = set(need) <= {"at_least", "at_most"} or set(need) == {"exactly"}
+        return bool(need) and limits and all(type(value) in (int, float) for value in need.values())
+    return type(need) in (int, str, bool, list)
 
 
 def _bound_mistakes(entry: Mapping[str, Any]) -> list[str]:

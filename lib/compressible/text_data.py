@@ -7,6 +7,7 @@ text to write. Local files have the sha256 of data/manifest.toml; the hub's must
 from __future__ import annotations
 
 import functools
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from . import data, hub
 
 SPLITS = ("train", "validation")
 SOURCES = ("auto", "local", "hub")
+RATED = "vader/hutto_ICWSM_2014.tar.gz"
 HELD_OUT = 0.2  # of the rated sentences' groups
 
 
@@ -113,15 +115,56 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
             raise data.DataError(f"{error}\n{local}") from None
 
 
-def manifest_entries(*names: str) -> list[str]:
-    """Entries of data/manifest.toml that tasks of SETS and models are read from; none for what only the hub has."""
-    rated = [name for name in names if name in SETS and not SETS[name].repository]
-    folders = ["vader/" if name in rated else f"{SETS[name].folder if name in SETS else name}/" for name in names]
-    return [entry for entry in data.load_manifest() if entry.startswith(tuple(folders))]
+def manifest_entries(*names: str) -> dict[str, str]:
+    """sha256 by "name/file" of all that tasks of SETS and models are read from, to give to a run as its data.
+
+    A file of data/manifest.toml has its digest from there; those of other models and of the hub's data sets are read,
+    fetched where they are not yet in the hub's cache. Raises data.DataError if they cannot be had.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        found |= _digests_of_task(SETS[name]) if name in SETS else _digests_of_model(name)
+    return found
+
+
+def _digests_of_task(task: TextSet) -> dict[str, str]:
+    manifest = data.load_manifest()
+    if not task.repository:
+        return {RATED: manifest[RATED].sha256}
+    found = {}
+    for split in SPLITS:
+        file, part = _local_file(task, split), _part(task, split)
+        if file in manifest and (manifest[file].sources or data.find(file)):
+            found[file] = manifest[file].sha256
+        else:
+            kept = hub.table_files(task.repository, task.config, part, task.revision)
+            found |= {f"{task.repository}/{task.config}/{part}/{path.name}": data.sha256(path) for path in kept}
+    return found
+
+
+def _digests_of_model(name: str) -> dict[str, str]:
+    from .encoders import find_model
+
+    own = {file: entry.sha256 for file, entry in data.load_manifest().items() if file.startswith(f"{name}/")}
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    if own and not (below and (Path(below).expanduser() / name).is_dir()):
+        return own
+    place = Path(find_model(name))
+    folder = place if place.is_dir() else hub.model_folder(name)
+    files = sorted({file for pattern in hub.MODEL_FILES for file in folder.glob(pattern)})
+    return {f"{name}/{file.name}": data.sha256(file) for file in files}
+
+
+def _local_file(task: TextSet, split: str) -> str:
+    return f"{task.folder}/{_part(task, split)}.csv.gz"
+
+
+def _part(task: TextSet, split: str) -> str:
+    return task.validation if split == "validation" else split
 
 
 def _read_local(task: TextSet, split: str, manifest: str | Path | None) -> Rows:
-    file = f"{task.folder}/{task.validation if split == 'validation' else split}.csv.gz"
+    file = _local_file(task, split)
     # Texts such as "NA" and "null" are texts.
     frame = pd.read_csv(data.fetch(file, manifest), keep_default_na=False, dtype=dict.fromkeys(task.texts, str))
     return _rows(frame, task, file)
@@ -130,7 +173,7 @@ def _read_local(task: TextSet, split: str, manifest: str | Path | None) -> Rows:
 def _read_hub(task: TextSet, split: str) -> Rows:
     names = dict(task.renamed)
     columns = {name: names.get(name, name) for name in (*task.texts, task.label)}
-    part = task.validation if split == "validation" else split
+    part = _part(task, split)
     frame = hub.read_table(task.repository, task.config, part, [*columns.values()], task.revision)
     expected = task.sizes[SPLITS.index(split)]
     if expected and len(frame) != expected:
@@ -146,7 +189,7 @@ def _rows(frame: pd.DataFrame, task: TextSet, source: str) -> Rows:
 
 def _read_rated(stem: str, split: str, manifest: str | Path | None) -> Rows:
     """The seeded split of rated sentences: whole reviews and articles are held out, and no text is on both sides."""
-    archive = data.fetch("vader/hutto_ICWSM_2014.tar.gz", manifest)
+    archive = data.fetch(RATED, manifest)
     groups, ratings, texts = _parse_rated(archive, stem)
     names, group = np.unique(groups, return_inverse=True)
     # The raw stream of a bit generator never changes; Generator.permutation may, between versions of numpy.
