@@ -108,10 +108,13 @@ def test_a_task_leaves_out_what_peft_leaves_out(kind):
     assert mine == {name for name in names if "modules_to_save" not in name and "original_module" not in name}
 
 
-def test_loras_standard_start_of_an_embedding_is_pefts():
-    layer = adapters(adapt(headed(), inputs(), depth=2, variant="thin", init_scale=1e-3, embeddings=True))
-    first, last = layer["bert.embeddings.word_embeddings"].factors
-    assert not first.any() and 0.7 < last.std() < 1.3
+@pytest.mark.parametrize(("start", "zero"), [("peft", 0), (True, 0), ("standard", 1)])
+def test_pefts_start_of_an_embedding_is_its_own(start, zero):
+    options = {"depth": 2, "variant": "thin", "init_scale": 1e-3, "init_lora_weights": start, "embeddings": True}
+    layers = adapters(adapt(headed(), inputs(), **options))
+    factors = layers["bert.embeddings.word_embeddings"].factors
+    assert not factors[zero].any() and factors[1 - zero].any() and layers["classifier"].config.scaling == 1
+    assert (0.7 < factors[1].std() < 1.3) == (zero == 0) and not layers["classifier"].factors[1].any()
 
 
 # one weight, several layers
@@ -263,7 +266,7 @@ def test_sets_and_tuples_of_names_are_lists_on_disk(tmp_path):
 
 
 def test_true_is_pefts_default_start():
-    assert cd.DeepLoraConfig(depth=2, variant="thin", init_lora_weights=True).init_lora_weights == "standard"
+    assert cd.DeepLoraConfig(depth=2, variant="thin", init_lora_weights=True).init_lora_weights == "peft"
 
 
 # compression

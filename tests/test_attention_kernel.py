@@ -178,7 +178,7 @@ def test_what_the_kernel_does_not_do_is_written_out(case):
 
 def test_a_batch_that_is_not_the_runs_is_refused():
     query = heads(3, 2, 4, 8)
-    with streams(), pytest.raises(ValueError, match="expected 2 runs"):
+    with streams(), pytest.raises(ValueError, match="expected a multiple of 2"):
         attention(query, query, query, dropout_p=0.3)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 
 VARIANTS = ("compressed", "thin", "full")
-STARTS = ("paper", "standard")
+KAIMING = ("standard", "peft")
+STARTS = ("paper", *KAIMING)
 EPS = 1e-3
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft's
 ALL_LINEAR = "all-linear"
@@ -19,13 +20,13 @@ class DeepLoraConfig:
     """What is adapted and how; names that peft's LoraConfig has mean what they mean there.
 
     r: inner width (compressed: even, it holds r / 2 directions a side; full: not used); depth L >= 2, of 2 is LoRA,
-    whose start `init_lora_weights` is "paper" (N(0, 1) outputs, zero inputs, no scaling: T2) or "standard" (peft's,
-    also named True: Kaiming inputs and zero outputs, of embeddings zero and N(0, 1); scaling lora_alpha / r, or
-    lora_alpha / sqrt(r) with use_rslora; lora_alpha is r by default, peft's is 8). init_scale is eps, of depth >= 3.
-    lr_ratio is the step of the outer factors over the inner ones, by default .01 for "compressed" and 1 otherwise.
-    target_modules: names or their ends, a regular expression, or "all-linear"; embeddings=True adapts every
-    nn.Embedding, too (T10). modules_to_save: names of what is trained whole. Raises ValueError, with the value, where a
-    combination makes no sense.
+    whose start `init_lora_weights` is "paper" (N(0, 1) outputs, zero inputs, no scaling: T2), "standard" (Kaiming
+    inputs, zero outputs, scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; lora_alpha is r by default,
+    peft's is 8) or "peft", also named True (the same but for embeddings: zero inputs, N(0, 1) outputs). init_scale is
+    eps, of depth >= 3. lr_ratio is the step of the outer factors over the inner ones, by default .01 for "compressed"
+    and 1 otherwise. target_modules: names or their ends, a regular expression, or "all-linear"; embeddings=True adapts
+    every nn.Embedding, too (T10). modules_to_save: names of what is trained whole. Raises ValueError, with the value,
+    where a combination makes no sense.
     """
 
     r: int = 8
@@ -60,7 +61,7 @@ class DeepLoraConfig:
     @property
     def scaling(self) -> float:
         """What the product of the factors is multiplied by: 1 except for LoRA's standard start."""
-        if self.init_lora_weights != "standard":
+        if self.init_lora_weights not in KAIMING:
             return 1.0
         return float(self.lora_alpha) / (math.sqrt(self.r) if self.use_rslora else self.r)
 
@@ -89,12 +90,14 @@ class DeepLoraConfig:
         expect("lr_ratio", ratio, not lora or ratio == 1, "1 with depth = 2, which has no inner factors")
 
     def _check_lora(self, lora: bool) -> None:
-        if self.init_lora_weights is True or (lora and self.init_lora_weights is None):
+        if self.init_lora_weights is True:
+            self.init_lora_weights = "peft"
+        if lora and self.init_lora_weights is None:
             self.init_lora_weights = "standard"
         start = self.init_lora_weights
         known = start is None or (lora and start in STARTS)
         expect("init_lora_weights", start, known, f"one of {STARTS}, with depth 2")
-        standard = start == "standard"
+        standard = start in KAIMING
         if standard and self.lora_alpha is None:
             self.lora_alpha = float(self.r)
         alpha = self.lora_alpha

@@ -217,7 +217,7 @@ def starting_factors(
     if config.depth > 2:
         width = min(m, n) if config.variant == "full" else r
         start = orthogonal_factors(shape, config.depth, width, config.init_scale, generator, torch.float32, device)
-    elif embedding or config.init_lora_weights == "paper":  # peft, too, starts embeddings so
+    elif config.init_lora_weights == "paper" or (embedding and config.init_lora_weights == "peft"):
         start = [torch.zeros(r, n), torch.randn(m, r, generator=generator)]
     else:
         bound = 1 / math.sqrt(n)  # kaiming_uniform with a = sqrt(5), peft's
