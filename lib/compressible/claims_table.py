@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from . import catalogue, paths
+from . import catalogue, parameters, paths
 from .statements import NOT_TESTED, PAPERS, Claim, load_claims
 
 OWN = "own"
@@ -70,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     known = _presets()
     if options.preset and options.preset not in known:
-        parser.error(f"--preset: got {options.preset!r}, expected {OWN!r} or a preset{_closest(options.preset, known)}")
+        near = parameters._closest(options.preset, known)
+        parser.error(f"--preset: got {options.preset!r}, expected {OWN!r} or a preset{near}")
     if options.write_readme:
         readme_block(table(format="markdown", preset=options.preset or OWN))
     print(table(format=options.format, preset=options.preset), end="")
@@ -82,11 +82,6 @@ def _presets() -> set[str]:
     named = {name for id in catalogue.ids() for name in catalogue.presets(id)}
     folders = {path.name for path in paths.figures_dir().glob("*") if path.is_dir()}
     return {OWN} | named | folders | {claim.preset for claim in load_claims()}
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"; the closest is {near[0]!r}" if near else f": one of {', '.join(sorted(known))}"
 
 
 def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:

@@ -101,4 +101,3 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
 
 def _length(config: DeepLoraConfig) -> int:
     return config.depth + 2 * (config.variant == "compressed")
-

@@ -46,7 +46,10 @@ def source_digest(function: Callable[..., Any]) -> str:
 
 
 def normal_form(source: str) -> str:
-    """The syntax of a source without comments, blank lines and docstrings; the source itself if it does not parse."""
+    """The syntax of a source without comments, blank lines and docstrings; the source itself if it does not parse.
+
+    The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
+    """
     try:
         with _PARSER:
             tree = ast.parse(source)
@@ -55,7 +58,18 @@ def normal_form(source: str) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return _written(tree)
+
+
+def _written(node: Any) -> str:
+    """A syntax tree as text, without the empty fields, of which each version of Python has others."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    filled = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    fields = [("value", node.value)] if isinstance(node, ast.Constant) else filled
+    return f"{type(node).__name__}({', '.join(f'{name}={_written(value)}' for name, value in fields)})"
 
 
 def notebook_digest(path: Path) -> str | None:
