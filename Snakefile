@@ -13,9 +13,13 @@
 # There, too, each job is one call of `python -m compressible run`; figures, record and executed notebook come
 # back as outputs, a failed notebook's traceback is on the job's standard error.
 import os
+import sys
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, "lib")
+from compressible.library import computing_sources
 
 PRESET = str(config.get("preset", "quick"))
 LABEL = str(config.get("label") or PRESET)
@@ -52,12 +56,7 @@ def minutes(wildcards):
 
 CHOICES = read_presets()
 IDS = choose(str(config.get("ids") or "").split())
-# A change in these cannot change a figure, so it does not make one stale.
-LIBRARY = sorted(
-    str(file)
-    for file in Path("lib/compressible").glob("*.py")
-    if file.name not in {"batch.py", "catalogue.py", "__main__.py", "progress.py"}
-)
+LIBRARY = [os.path.relpath(file) for file in computing_sources()]
 
 
 localrules:

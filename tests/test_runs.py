@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import compressible
-from compressible import identity, machine, runs
+from compressible import identity, library, machine, runs
 from compressible.parameters import ParameterError
 
 CALLS: list[int] = []
@@ -299,7 +299,7 @@ def test_the_key_follows_the_code_that_runs_and_what_it_reads(
 
 
 def test_a_digest_is_the_same_in_every_version_of_python() -> None:
-    digest = hashlib.sha256(identity.normal_form(SOURCE + OUTSIDE).encode()).hexdigest()
+    digest = hashlib.sha256(library.normal_form(SOURCE + OUTSIDE).encode()).hexdigest()
     assert digest[:16] == "fb0aac21c791cf8f"  # of Python 3.10 to 3.13; ast.dump's differ from 3.11 to 3.12
 
 
@@ -397,6 +397,20 @@ def test_provenance_of_a_cached_run_tells_how_it_was_computed() -> None:
     assert record["wall_seconds"] == result.seconds
     assert {"id", "preset", "parameters", "commit", "dirty", "data", "device", "cpu"} <= record.keys()
     assert {"peak_memory_bytes", "run", "created", "started", "omp_num_threads"} <= record.keys()
+
+
+def test_the_library_digest_sees_every_folder_and_is_never_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "recovery").mkdir()
+    (tmp_path / "__main__.py").write_text("x = 1")
+    with pytest.raises(FileNotFoundError, match="holds no source that computes"):
+        library.library_digest(tmp_path)
+    file = tmp_path / "recovery" / "compression.py"
+    digests = []
+    for source in ("def f(): return 1", "def f(): return 0", "def f():  # why\n    return 0"):
+        file.write_text(source)
+        digests.append(library.library_digest(tmp_path))
+    assert library.computing_sources(tmp_path) == [file]
+    assert digests[0] != digests[1] == digests[2]
 
 
 def git(folder: Path, *words: str) -> None:

@@ -180,14 +180,17 @@ def failed_path(id: str, label: str) -> Path:
 
 
 def state(id: str, label: str) -> str:
-    """'done', 'stale' (see `is_stale`), 'failed' (the last attempt) or 'missing'."""
+    """'done', 'stale' (see `is_stale`), 'unknown' (no digests in its record), 'failed' (at last), 'missing'."""
     record, failed = record_path(id, label), failed_path(id, label).with_suffix(".txt")
     made = record.stat().st_mtime if record.exists() else -1.0
     if failed.exists() and failed.stat().st_mtime >= made:
         return "failed"
     if made < 0:
         return "missing"
-    return "stale" if is_stale(id, label, json.loads(record.read_text(encoding="utf-8"))) else "done"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    if is_stale(id, label, content):
+        return "stale"
+    return "done" if {"notebook", "library"} <= {*content} else "unknown"
 
 
 def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:

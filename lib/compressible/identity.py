@@ -8,7 +8,6 @@ found under the wrong key would be another run's.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import dis
 import enum
@@ -20,19 +19,19 @@ import textwrap
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from pathlib import Path, PurePath
-from threading import Lock
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from .library import normal_form
+
 _PLAIN = (
     bool, int, float, complex, str, bytes, type(None), range, slice, PurePath, np.generic, np.dtype, torch.dtype,
     torch.device,
 )  # fmt: skip
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
-_PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
 def source_digest(function: Callable[..., Any]) -> str:
@@ -43,33 +42,6 @@ def source_digest(function: Callable[..., Any]) -> str:
     """
     parts = sorted(_sources(_bare(function), set()))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def normal_form(source: str) -> str:
-    """The syntax of a source without comments, blank lines and docstrings; the source itself if it does not parse.
-
-    The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
-    """
-    try:
-        with _PARSER:
-            tree = ast.parse(source)
-    except SyntaxError:
-        return source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
-            node.body = node.body[1:]
-    return _written(tree)
-
-
-def _written(node: Any) -> str:
-    """A syntax tree as text, without the empty fields, of which each version of Python has others."""
-    if isinstance(node, list):
-        return f"[{', '.join(map(_written, node))}]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    filled = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-    fields = [("value", node.value)] if isinstance(node, ast.Constant) else filled
-    return f"{type(node).__name__}({', '.join(f'{name}={_written(value)}' for name, value in fields)})"
 
 
 def notebook_digest(path: Path) -> str | None:

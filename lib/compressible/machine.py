@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import resource
@@ -18,17 +17,12 @@ from typing import Any
 import torch
 
 from . import paths
-from .identity import normal_form
+from .library import library_digest
 
 PACKAGES = (
     "torch", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "safetensors", "transformers",
     "peft", "papermill", "nbclient", "triton",
 )  # fmt: skip
-# These draw, judge, check or find; none of them moves a number in a result.
-_NOT_COMPUTING = {
-    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "identity",
-    "machine", "parameters", "paths", "progress", "sources", "statements",
-}  # fmt: skip
 _earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
 
 
@@ -124,12 +118,6 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(resolve_device(device))
 
 
-def _library_digest() -> str:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    parts = [f"{f.stem} {normal_form(f.read_text('utf-8'))}" for f in files if f.stem not in _NOT_COMPUTING]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def _versions() -> dict[str, str]:
     from . import __version__
 
@@ -150,4 +138,4 @@ def _git(*arguments: str) -> str:
 
 
 # Read on import: a kernel that lives on while a file is edited still runs the code that it read.
-LIBRARY = _library_digest()
+LIBRARY = library_digest()

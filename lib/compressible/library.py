@@ -1,0 +1,65 @@
+"""Which sources of this library can move a number, and their digest: one list for records, cache and batch.
+
+The standard library is all that this file needs, so that the Snakefile can ask it before anything is installed.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+# These draw, judge, check or find; none of them moves a number in a result.
+NOT_COMPUTING = frozenset({
+    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "identity", "library",
+    "machine", "parameters", "paths", "progress", "sources", "statements",
+})  # fmt: skip
+_PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
+
+
+def computing_sources(root: Path = ROOT) -> list[Path]:
+    """The library's files that can move a number, of all its folders, sorted by their place below `root`."""
+    files = {file.relative_to(root).with_suffix("").as_posix(): file for file in root.rglob("*.py")}
+    return [files[name] for name in sorted(files) if name.partition("/")[0] not in NOT_COMPUTING]
+
+
+def library_digest(root: Path = ROOT) -> str:
+    """sha256 of the syntax of all computing sources. Raises FileNotFoundError where there are none.
+
+    The digest of nothing would be the same for any library, and edited code would be taken for the recorded.
+    """
+    files = computing_sources(root)
+    if not files:
+        raise FileNotFoundError(f"{root} holds no source that computes; expected the package compressible")
+    parts = [f"{file.relative_to(root).as_posix()} {normal_form(file.read_text('utf-8'))}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def normal_form(source: str) -> str:
+    """The syntax of a source without comments, blank lines and docstrings; the source itself if it does not parse.
+
+    The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
+    """
+    try:
+        with _PARSER:
+            tree = ast.parse(source)
+    except SyntaxError:
+        return source
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
+            node.body = node.body[1:]
+    return _written(tree)
+
+
+def _written(node: Any) -> str:
+    """A syntax tree as text, without the empty fields, of which each version of Python has others."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_written, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    filled = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    fields = [("value", node.value)] if isinstance(node, ast.Constant) else filled
+    return f"{type(node).__name__}({', '.join(f'{name}={_written(value)}' for name, value in fields)})"
