@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, "lib")
-from compressible.library import computing_sources
+from compressible.companion.library import computing_sources
 
 PRESET = str(config.get("preset", "quick"))
 LABEL = str(config.get("label") or PRESET)

@@ -143,13 +143,9 @@ def small_table(seed: int = 0) -> pd.DataFrame:
 
 def set_facts(table: pd.DataFrame) -> dict:
     """The manifest's facts about a table, worked out independently of the library."""
-    rows = sorted(
-        tuple(int(value) for value in row) for row in table[["user_id", "item_id", "timestamp"]].values
-    )
+    rows = sorted(tuple(int(value) for value in row) for row in table[["user_id", "item_id", "timestamp"]].values)
     stars = {(u, i): int(r) for u, i, r in table[["user_id", "item_id", "rating"]].values}
-    raw = b"".join(
-        b"".join(int(value).to_bytes(8, "little") for value in (u, i, stars[u, i], t)) for u, i, t in rows
-    )
+    raw = b"".join(b"".join(int(value).to_bytes(8, "little") for value in (u, i, stars[u, i], t)) for u, i, t in rows)
     users, items = table["user_id"].nunique(), table["item_id"].nunique()
     return {"rows": len(table), "users": int(users), "items": int(items), "sha256": digest(raw)}
 

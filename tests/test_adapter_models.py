@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import compressible as cd
-from compressible import adapter_start
-from compressible.adapter_start import GradientSink, top_frames
-from compressible.adapters import adapters
+from compressible.adapters import compressed_init as adapter_start
+from compressible.adapters.compressed_init import GradientSink
+from compressible.adapters.layer import adapters
+from compressible.recovery.spectra import top_frames
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import compressible as cd
-from compressible.adapter_start import compressed_frames, span_and_image
-from compressible.adapters import Adapter, adapters
-from compressible.problems import Problem
+from compressible.adapters.compressed_init import compressed_frames, span_and_image
+from compressible.adapters.layer import Adapter, adapters
+from compressible.recovery.problems import Problem
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from compressible.cuda import interpreted
-from compressible.precision import matmul_precision
-from compressible.streams import RunStreams
+from compressible.finetuning.dropout.per_run import RunStreams
+from compressible.runtime.devices import interpreted, matmul_precision
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
-from compressible.attention_kernel import dropped_attention, dropped_attention_backward
+from compressible.finetuning.dropout.triton_attention import dropped_attention, dropped_attention_backward
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -128,7 +127,7 @@ def test_masks_are_those_of_the_form_written_out(place):
     rows, count, length = 6, 3, 64
     zeros = torch.zeros(rows, count, length, length, device=DEVICE)
     value = torch.eye(length, device=DEVICE).expand(rows, count, -1, -1)
-    drawn = streams((1, -2**31, 2**31 - 1))
+    drawn = streams((1, -(2**31), 2**31 - 1))
     drawn.step.fill_(2**33 + 12345)
     drawn.place = place - 1
     out = drawn._attention(zeros, zeros, value, dropout_p=0.3)

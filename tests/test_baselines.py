@@ -11,7 +11,9 @@ import pytest
 import torch
 from data_helpers import small_table
 
-from compressible import baselines, ratings
+from compressible.data import ratings
+from compressible.experiments import biased_als as baselines
+from compressible.recovery import als
 
 REAL = os.environ.get("COMPRESSIBLE_DATA", "")
 needs_real = pytest.mark.skipif(
@@ -40,7 +42,7 @@ def test_rows_equal_lstsq_also_when_short_or_empty(ridge):
     mask[5] = 0.0
     mask[5, :2] = 1.0  # fewer observations than the rank
     features = torch.randn(14, 4, generator=seeded(1), dtype=torch.float64)
-    solved = baselines.solve_rows(target, mask, features, ridge).numpy()
+    solved = als.solve_rows(target, mask, features, ridge).numpy()
     for row in range(9):
         seen = mask[row].bool()
         design = np.vstack([features[seen].numpy(), math.sqrt(ridge) * np.eye(4)])
@@ -52,18 +54,18 @@ def test_rows_equal_lstsq_also_when_short_or_empty(ridge):
 
 def test_one_sweep_is_two_exact_solves():
     target, mask = low_rank(12, 10, 3, 0.7)
-    found = baselines.alternating_minimisation(target, mask, 2, 0.1, 1, seeded(), start="random")
+    found = als.alternating_minimisation(target, mask, 2, 0.1, 1, seeded(), start="random")
     right = torch.randn(10, 2, generator=seeded(), dtype=torch.float64)
-    left = baselines.solve_rows(target, mask, right, 0.1)
+    left = als.solve_rows(target, mask, right, 0.1)
     assert torch.equal(found.left, left)
-    assert torch.equal(found.right, baselines.solve_rows(target.mT, mask.mT, left, 0.1))
+    assert torch.equal(found.right, als.solve_rows(target.mT, mask.mT, left, 0.1))
 
 
 @pytest.mark.parametrize("start", ["spectral", "random"])
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 def test_objective_never_rises(start, ridge):
     target, mask = low_rank(40, 30, 8, 0.5)
-    found = baselines.alternating_minimisation(target, mask, 3, ridge, 40, seeded(), start=start)
+    found = als.alternating_minimisation(target, mask, 3, ridge, 40, seeded(), start=start)
     objective = found.objective
     assert len(objective) == 41 and (objective[1:] <= objective[:-1] * (1 + 1e-12)).all()
     by_hand = (mask * (found.matrix() - target)).square().sum()
@@ -77,16 +79,14 @@ def test_objective_never_rises(start, ridge):
 def test_exact_low_rank_matrix_is_recovered(start):
     target, mask = low_rank(60, 50, 3, 0.5)
     test = (target, 1 - mask)
-    found = baselines.alternating_minimisation(target, mask, 3, 0.0, 60, seeded(), test, start)
+    found = als.alternating_minimisation(target, mask, 3, 0.0, 60, seeded(), test, start)
     assert found.error[-1] < 1e-20
     assert torch.allclose(found.matrix(), target, atol=1e-9)
 
 
 def test_full_mask_gives_the_best_approximation():
     target, _ = low_rank(20, 15, 10, 1.0)
-    found = baselines.alternating_minimisation(
-        target, torch.ones_like(target), 4, 0.0, 300, seeded(), start="random"
-    )
+    found = als.alternating_minimisation(target, torch.ones_like(target), 4, 0.0, 300, seeded(), start="random")
     tail = torch.linalg.svdvals(target)[4:].square().sum()
     assert found.objective[-1] == pytest.approx(float(tail), rel=1e-9)
 
@@ -94,9 +94,7 @@ def test_full_mask_gives_the_best_approximation():
 def test_same_seed_same_numbers_and_input_untouched():
     target, mask = low_rank(20, 15, 2, 0.5)
     copies = target.clone(), mask.clone()
-    runs = [
-        baselines.alternating_minimisation(target, mask, 2, 0.1, 5, seeded(3), start="random") for _ in "ab"
-    ]
+    runs = [als.alternating_minimisation(target, mask, 2, 0.1, 5, seeded(3), start="random") for _ in "ab"]
     assert torch.equal(runs[0].left, runs[1].left) and torch.equal(runs[0].loss, runs[1].loss)
     assert torch.equal(target, copies[0]) and torch.equal(mask, copies[1])
 
@@ -119,7 +117,7 @@ def test_same_seed_same_numbers_and_input_untouched():
 def test_impossible_input_is_refused(change, message):
     target, mask = low_rank(20, 15, 2, 0.5)
     with pytest.raises(ValueError, match=message):
-        baselines.alternating_minimisation(**({"target": target, "mask": mask, "rank": 2} | change))
+        als.alternating_minimisation(**({"target": target, "mask": mask, "rank": 2} | change))
 
 
 @pytest.fixture
@@ -132,18 +130,14 @@ def small(tmp_path, monkeypatch) -> ratings.Ratings:
     path.parent.mkdir()
     table.to_csv(path, index=False)
     files = {"movielens-100k/ratings.csv.gz": (path.read_bytes(), [])}
-    return ratings.load(
-        manifest=write_manifest(tmp_path / "m.toml", files, {"movielens-100k": set_facts(table)})
-    )
+    return ratings.load(manifest=write_manifest(tmp_path / "m.toml", files, {"movielens-100k": set_facts(table)}))
 
 
 def test_biased_model_is_stationary_at_convergence(small):
     index = ratings.split(small, "seed0").train
     model = baselines.biased_matrix_factorisation(small, index, 2, 1.5, 2000, seeded(), bias_ridge=0.5)
     target, mask = ratings.to_matrix(small, index)
-    parts = [
-        part.clone().requires_grad_() for part in (model.user_bias, model.item_bias, model.users, model.items)
-    ]
+    parts = [part.clone().requires_grad_() for part in (model.user_bias, model.item_bias, model.users, model.items)]
     a, b, p, q = parts
     residual = mask * (model.overall + a[:, None] + b + p @ q.T - target)
     penalty = 0.5 * (a.square().sum() + b.square().sum()) + 1.5 * (p.square().sum() + q.square().sum())
@@ -169,9 +163,7 @@ def test_biased_model_is_deterministic_and_keeps_its_curve(small):
 def test_tuning_takes_the_best_of_its_table_and_no_overlap(small):
     fit, validation = ratings.validation_slice(ratings.split(small, "seed0"), 0.3)
     tuned = baselines.tune(small, fit, validation, ranks=(1, 3), ridges=(0.1, 5.0), sweeps=4)
-    assert len(tuned.table) == 4 and (tuned.rank, tuned.ridge, tuned.rmse) == min(
-        tuned.table, key=lambda r: r[2]
-    )
+    assert len(tuned.table) == 4 and (tuned.rank, tuned.ridge, tuned.rmse) == min(tuned.table, key=lambda r: r[2])
     again = baselines.biased_matrix_factorisation(small, fit, tuned.rank, tuned.ridge, 4, seeded(0))
     assert baselines.clipped_rmse(again, small, validation) == tuned.rmse
     with pytest.raises(ValueError, match="overlap"):
@@ -184,9 +176,7 @@ def test_tuning_takes_the_best_of_its_table_and_no_overlap(small):
 def test_real_biased_model_reaches_the_known_error(record_property):
     loaded = ratings.load()
     parts = ratings.split(loaded, "u1")
-    tuned = baselines.tune(
-        loaded, *ratings.validation_slice(parts), ranks=(5,), ridges=(8.0, 12.0, 16.0), sweeps=8
-    )
+    tuned = baselines.tune(loaded, *ratings.validation_slice(parts), ranks=(5,), ridges=(8.0, 12.0, 16.0), sweeps=8)
     model = baselines.biased_matrix_factorisation(loaded, parts.train, tuned.rank, tuned.ridge, 10, seeded())
     found = ratings.rating_metrics(model.matrix(), loaded, parts.test)
     offsets = ratings.center(loaded, parts.train).matrix()
@@ -200,7 +190,5 @@ def test_real_alternating_minimisation_overfits_after_its_best():
     loaded = ratings.load()
     parts = ratings.split(loaded, "u1")
     train, test = ratings.to_matrix(loaded, parts.train), ratings.to_matrix(loaded, parts.test)
-    found = baselines.alternating_minimisation(*train, 10, 0.1, 20, seeded(), test, start="random")
-    assert (
-        found.error[-1] > found.error.min() * 1.1 and found.loss[-1] < found.loss[int(found.error.argmin())]
-    )
+    found = als.alternating_minimisation(*train, 10, 0.1, 20, seeded(), test, start="random")
+    assert found.error[-1] > found.error.min() * 1.1 and found.loss[-1] < found.loss[int(found.error.argmin())]

@@ -14,15 +14,16 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible import batch, catalogue, identity, machine
 from compressible.__main__ import main
-from compressible.parameters import ParameterError
+from compressible.companion import batch
+from compressible.companion import code_digest as identity
+from compressible.companion import notebooks as catalogue
+from compressible.companion import provenance as machine
+from compressible.companion.parameters import ParameterError
 
 ID = "kwon2024/01_good"
 SAVE_THEN_FAIL = SAVE.format(id="kwon2024/01_good") + "raise RuntimeError(f'rank {rank} is too much')"
-TRANSPORT = (
-    "from ipykernel.connect import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])"
-)
+TRANSPORT = "from ipykernel.connect import get_connection_info\nprint(get_connection_info(unpack=True)['transport'])"
 
 
 def record(label: str = "quick", id: str = ID) -> dict:
@@ -43,8 +44,14 @@ def test_values_come_from_preset_then_files_then_command_line(add_notebook, chec
 @pytest.mark.parametrize(
     ("text", "default", "value"),
     [
-        ("1e-3", 0.1, 0.001), ("5", 0.1, 5), ("true", False, True), ("False", True, False),
-        ("[1, 2]", [1], [1, 2]), ("(3, 4)", [1], (3, 4)), ("many", 3, "many"), ("5", "auto", "5"),
+        ("1e-3", 0.1, 0.001),
+        ("5", 0.1, 5),
+        ("true", False, True),
+        ("False", True, False),
+        ("[1, 2]", [1], [1, 2]),
+        ("(3, 4)", [1], (3, 4)),
+        ("many", 3, "many"),
+        ("5", "auto", "5"),
     ],
 )
 def test_command_line_values_are_typed(text, default, value):

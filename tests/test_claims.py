@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible import catalogue, claims
-from compressible.claims import FAIL, NOT_TESTED, PASS, WEAK, Claim, ClaimError
+from compressible.companion import claims
+from compressible.companion import notebooks as catalogue
+from compressible.companion.claims import FAIL, NOT_TESTED, PASS, WEAK, Claim, ClaimError
 
 FIGURE = "kwon2024/05_completion"
 

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import compressible as cd
-from compressible.compare import (
+from compressible.experiments.compare import (
     _groups,
     compare_starts,
     factors_at,

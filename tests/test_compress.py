@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible import spectra, theory
-from compressible.compress import invariant_directions, orthogonal_scale
-from compressible.engines import layer_gradients
+from compressible.recovery import spectra
+from compressible.recovery.compression import invariant_directions, orthogonal_scale
+from compressible.recovery.factors import layer_gradients
+from compressible.recovery.theory import invariants as theory
 
 
 def _completion(shape=(24, 24), rank=3, observed=0.4, seed=0, batch=()):

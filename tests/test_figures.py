@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from compressible import claims, figures, runs
-from compressible.parameters import ParameterError
+from compressible.companion import figures, runs
+from compressible.companion.claims import rules as claims
+from compressible.companion.parameters import ParameterError
 
 ID = "kwon2024/05_completion"
 

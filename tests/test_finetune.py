@@ -20,18 +20,19 @@ from transformers import (
 )
 
 import compressible as cd
-from compressible import tuning as ft
-from compressible.adapter_merge import merge_and_unload
-from compressible.adapters import adapters
-from compressible.cuda import interpreted
-from compressible.precision import matmul_precision, tensor_float_32
-from compressible.reference_tuning import reference_fine_tune
-from compressible.stacked import StackedLinear, stacked_adapters
-from compressible.stacked_adam import StackedAdamW
-from compressible.streams import AXES, RunStreams
-from compressible.tuning_data import PassRows, run_losses
-from compressible.tuning_runs import TuningDivergenceError, data_order
-from compressible.update_spectra import watch_spectra
+from compressible.adapters.layer import adapters
+from compressible.adapters.merge import merge_and_unload
+from compressible.finetuning import trainer as ft
+from compressible.finetuning.batches import PassRows
+from compressible.finetuning.dropout.hash import AXES
+from compressible.finetuning.dropout.per_run import RunStreams
+from compressible.finetuning.losses import run_losses
+from compressible.finetuning.reference import reference_fine_tune
+from compressible.finetuning.run import TuningDivergenceError, data_order
+from compressible.finetuning.stacked.adamw import StackedAdamW
+from compressible.finetuning.stacked.layers import StackedLinear, stacked_adapters
+from compressible.finetuning.update_spectra import watch_spectra
+from compressible.runtime.devices import interpreted, matmul_precision, tensor_float_32
 
 VOCABULARY, LENGTH = 50, 24
 
@@ -468,7 +469,7 @@ def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_pa
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 700), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
 def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
-    from compressible.tuning_kernels import Dropped
+    from compressible.finetuning.dropout.triton_dropout import Dropped
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreted():

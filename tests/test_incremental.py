@@ -6,7 +6,7 @@ import torch
 from scipy.stats import kendalltau
 
 import compressible as cd
-from compressible.incremental import first_passage, pairs_in_order, stretches
+from compressible.experiments.trajectories import first_passage, pairs_in_order, stretches
 
 
 def _stack(seeds=3):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.cuda import Graphed
-from compressible.engines import Reference, Stepping
+from compressible.descent.engines.base import Stepping
+from compressible.descent.engines.cuda_graphs import Graphed
+from compressible.descent.engines.reference import Reference
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
-from compressible import narrow
+from compressible.descent.engines import triton_dense as narrow
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

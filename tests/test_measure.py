@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible import floors, machine, measure, workloads
-from compressible.engines import Reference
-from compressible.loops import Autograd, JaxLoop
+from compressible.descent.engines.reference import Reference
+from compressible.experiments.speed import engines as measure
+from compressible.experiments.speed import roofline as floors
+from compressible.experiments.speed import workloads
+from compressible.experiments.speed.peers import Autograd, JaxLoop
+from compressible.runtime import devices
 
 CPU = {"rank": 2, "dtype": torch.float64, "device": "cpu", "seed": 0}
 
@@ -190,11 +193,11 @@ def test_recording_share_is_a_number_a_trial():
 
 def test_peak_inside_keeps_the_peak_of_the_whole():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine.reset_peak_memory(device)
+    devices.reset_peak_memory(device)
     torch.empty(2**22, dtype=torch.uint8, device=device)
-    whole = machine.peak_memory(device)
-    with machine.peak_inside(device) as peak:
+    whole = devices.peak_memory(device)
+    with devices.peak_inside(device) as peak:
         torch.empty(2**20, dtype=torch.uint8, device=device)
         inside = peak()
-    assert machine.peak_memory(device) >= whole > 0
+    assert devices.peak_memory(device) >= whole > 0
     assert inside < whole if device == "cuda" else inside >= whole

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from compressible.parameters import VOCABULARY, ParameterError, collect, help_text, validate
+from compressible.companion.parameters import VOCABULARY, ParameterError, collect, help_text, validate
 
 GOOD = {
     "preset": "quick", "dimension": 100, "rank": 5, "depth": 3, "width": 10, "widths": [10, 20],
@@ -104,7 +104,7 @@ def test_collect_refuses_what_papermill_injected_by_mistake() -> None:
 @pytest.fixture
 def shell() -> InteractiveShell:
     shell = InteractiveShell()
-    shell.run_cell("from compressible.parameters import collect, ParameterError", store_history=True)
+    shell.run_cell("from compressible.companion.parameters import collect, ParameterError", store_history=True)
     return shell
 
 

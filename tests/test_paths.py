@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compressible import paths
+from compressible.runtime import paths
 
 PYPROJECT = '[project]\nname = "compressible-dynamics"\n'
 

@@ -13,7 +13,7 @@ import papermill
 import pytest
 from nbclient import NotebookClient
 
-from compressible.progress import progress
+from compressible.runtime.progress import progress
 
 # A copy under another name: kernels and processes start in a second without the package, which needs torch.
 SOURCE = Path(sys.modules[progress.__module__].__file__)

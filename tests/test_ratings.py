@@ -24,7 +24,8 @@ from data_helpers import (
     write_wheel,
 )
 
-from compressible import data, movielens, ratings
+from compressible.data import manifest as data
+from compressible.data import movielens, ratings
 
 SET = "movielens-100k"
 REAL = os.environ.get("COMPRESSIBLE_DATA", "")

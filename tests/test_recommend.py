@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible import recommend, theory
-from compressible.ratings import Ratings, Split, center
+from compressible.data.ratings import Ratings, Split, center
+from compressible.experiments import recommend
+from compressible.recovery.theory import invariants as theory
 
 
 @pytest.fixture

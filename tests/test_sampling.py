@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.sampling import inclusion_probability
+from compressible.recovery.synthetic import inclusion_probability
 
 
 def test_weighted_mask_prefers_the_heavy_entries_and_keeps_the_count():

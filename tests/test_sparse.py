@@ -6,9 +6,11 @@ import scipy.sparse
 import torch
 
 import compressible as cd
-from compressible.cuda import interpreted
-from compressible.sampled import Sampled, SampledCuda, SparseReference
-from compressible.sparse import truncated_svd
+from compressible.descent.engines.reference import SparseReference
+from compressible.descent.engines.sparse_cuda import SampledCuda
+from compressible.descent.engines.sparse_numba import Sampled
+from compressible.recovery.sparse import truncated_svd
+from compressible.runtime.devices import interpreted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 CUDA = torch.cuda.is_available()

@@ -5,9 +5,13 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible import baselines, growth, sparse_fit, theory
-from compressible.alternation import alternate
-from compressible.ratings import Ratings, Split
+from compressible.data.ratings import Ratings, Split
+from compressible.experiments import biased_als as baselines
+from compressible.experiments import sparse_recommend as sparse_fit
+from compressible.experiments.speed import scaling as growth
+from compressible.recovery import als
+from compressible.recovery.sparse_als import alternate
+from compressible.recovery.theory import invariants as theory
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 CUDA = torch.cuda.is_available()
@@ -75,9 +79,7 @@ def test_the_stability_limit_of_sparse_entries_is_the_dense_one(device, depth):
 def test_sparse_least_squares_is_the_dense_one(device, ridge):
     observed, hidden, (mask, unseen) = pair()
     test = hidden.to_dense(), unseen
-    slow = baselines.alternating_minimisation(
-        observed.to_dense(), mask, 2, ridge, 12, seeded(), test, start="random"
-    )
+    slow = als.alternating_minimisation(observed.to_dense(), mask, 2, ridge, 12, seeded(), test, start="random")
     fast = alternate(cd.SparseCompletion(observed, hidden, device=device), 2, ridge, 12, seeded(), start="random")
     torch.testing.assert_close(fast.loss, slow.loss, rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(fast.error, slow.error, rtol=1e-6, atol=1e-10)

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from compressible import spectra
+from compressible.recovery import spectra
 
 
 def _subspace(d, k, seed):

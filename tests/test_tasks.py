@@ -16,7 +16,11 @@ import torch
 from data_helpers import write_manifest
 from text_helpers import PAIRS, hub_cache, save_bert, tiny_tokenizer
 
-from compressible import data, hub, scores, tasks, text_data
+from compressible.data import manifest as data
+from compressible.data import metrics as scores
+from compressible.data import tasks
+from compressible.data import text as text_data
+from compressible.runtime import checks
 
 REAL = Path(os.environ.get("COMPRESSIBLE_DATA") or "/nowhere")
 needs_glue = pytest.mark.skipif(
@@ -363,7 +367,7 @@ def test_load_task_refuses_what_cannot_be(tokenizer, stsb):
     padless.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):
         tasks.load_task("stsb", padless)
-    assert hub.one_line(OSError("a\n  b" * 200)).endswith("...")
+    assert checks.one_line(OSError("a\n  b" * 200)).endswith("...")
 
 
 @needs_glue

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible import theory
+from compressible.recovery.theory import invariants as theory
 
 SIZE, RANK, STEPS = 18, 2, 400
 

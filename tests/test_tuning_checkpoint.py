@@ -14,8 +14,8 @@ from test_finetune import assert_equal, bert, mixed, task
 from torch import nn
 
 import compressible as cd
-from compressible import tuning as ft
-from compressible.update_spectra import Spectra, watch_spectra
+from compressible.finetuning import trainer as ft
+from compressible.finetuning.update_spectra import Spectra, watch_spectra
 
 
 class Killed(Exception):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from compressible import tuning_speed as speed
+from compressible.experiments.speed import finetuning as speed
 
 LAYERS, HIDDEN, WIDE, BATCH, LENGTH = 2, 64, 160, 2, 8
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compressible.update_spectra import captured, cosines, leading_triplets, watch_spectra
+from compressible.finetuning.update_spectra import captured, cosines, leading_triplets, watch_spectra
 
 LAYERS = {"wide": (6, 9), "tall": (8, 5)}
 

@@ -10,15 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible import batch, catalogue, paths
-from compressible.parameters import ParameterError
+from compressible.companion import batch
+from compressible.companion import notebooks as catalogue
+from compressible.companion.parameters import ParameterError
+from compressible.runtime import paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0 when done, 1 when a notebook failed, 2 when refused before work."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["claims"]:
-        from compressible import claims
+        from compressible.companion import claims
 
         return claims.main(words[1:]) or 0
     arguments = _parser().parse_args(words)
@@ -57,9 +59,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    values = catalogue.plan(
-        arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label
-    )
+    values = catalogue.plan(arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label)
     if arguments.check:
         return 0
     slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
@@ -83,7 +83,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from compressible import data
+    from compressible.data import manifest as data
 
     rows = [("file", "MB", "where", "licence")]
     for name, entry in data.load_manifest().items():

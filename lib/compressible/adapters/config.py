@@ -1,0 +1,115 @@
+"""What is adapted and how: the configuration of LoRA and Deep LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from compressible.runtime.checks import _inside, _is_integer, expect
+
+VARIANTS = ("compressed", "thin", "full")
+KAIMING = ("standard", "peft")
+STARTS = ("paper", *KAIMING)
+EPS = 1e-3
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft's
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class DeepLoraConfig:
+    """What is adapted and how; names that peft's LoraConfig has mean what they mean there.
+
+    r: inner width (compressed: even, it holds r / 2 directions a side; full: not used); depth L >= 2, of 2 is LoRA,
+    whose start `init_lora_weights` is "paper" (N(0, 1) outputs, zero inputs, no scaling: T2), "standard" (Kaiming
+    inputs, zero outputs, scaling lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; lora_alpha is r by default,
+    peft's is 8) or "peft", also named True (the same but for embeddings: zero inputs, N(0, 1) outputs). init_scale is
+    eps, of depth >= 3. lr_ratio is the step of the outer factors over the inner ones, by default .01 for "compressed"
+    and 1 otherwise. target_modules: names or their ends, a regular expression, or "all-linear"; embeddings=True adapts
+    every nn.Embedding, too (T10). modules_to_save: names of what is trained whole. Raises ValueError, with the value,
+    where a combination makes no sense.
+    """
+
+    r: int = 8
+    depth: int = 3
+    init_scale: float = EPS
+    variant: str = "compressed"
+    lr_ratio: float | None = None
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    embeddings: bool = False
+    lora_alpha: float | None = None
+    use_rslora: bool = False
+    init_lora_weights: str | bool | None = None
+    lora_dropout: float = 0.0
+    task_type: str | None = None
+
+    def __post_init__(self) -> None:
+        expect("r", self.r, _is_integer(self.r) and self.r >= 1, "an integer >= 1")
+        expect("depth", self.depth, _is_integer(self.depth) and self.depth >= 2, "an integer >= 2")
+        expect("init_scale", self.init_scale, _inside(self.init_scale, 0), "a finite number > 0")
+        expect("variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+        dropout = self.lora_dropout
+        expect("lora_dropout", dropout, dropout == 0 or (_inside(dropout, 0) and dropout < 1), "a number in [0, 1)")
+        for name in ("embeddings", "use_rslora"):
+            expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        expect("task_type", self.task_type, self.task_type in (None, *TASKS), f"None or one of {', '.join(TASKS)}")
+        self._take_names()
+        self._check_factors(self.depth == 2)
+        self._check_lora(self.depth == 2)
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the factors is multiplied by: 1 except for LoRA's standard start."""
+        if self.init_lora_weights not in KAIMING:
+            return 1.0
+        return float(self.lora_alpha) / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def _take_names(self) -> None:
+        """Lists of names in the place of tuples and sets, which JSON does not have."""
+        targets, excluded, saved = self.target_modules, self.exclude_modules, self.modules_to_save
+        self.target_modules = _names("target_modules", targets, f"names, a regular expression or {ALL_LINEAR!r}")
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # in capitals, too, as in peft
+            self.target_modules = ALL_LINEAR
+        if excluded is not None:
+            self.exclude_modules = _names("exclude_modules", excluded, "names, a regular expression or None")
+        if saved is not None:
+            expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
+            self.modules_to_save = _names("modules_to_save", saved, "names of modules or None") or None
+
+    def _check_factors(self, lora: bool) -> None:
+        expect("variant", self.variant, not lora or self.variant == "thin", '"thin" with depth = 2, which is LoRA')
+        even = self.variant != "compressed" or self.r % 2 == 0
+        expect("r", self.r, even, 'even with variant = "compressed": it holds r / 2 directions a side')
+        own = self.init_scale != EPS
+        expect("init_scale", self.init_scale, not (lora and own), "none with depth = 2: LoRA's start has no eps")
+        if self.lr_ratio is None:
+            self.lr_ratio = 0.01 if self.variant == "compressed" else 1.0
+        ratio = self.lr_ratio
+        expect("lr_ratio", ratio, ratio == 0 or _inside(ratio, 0), "a finite number >= 0")
+        expect("lr_ratio", ratio, not lora or ratio == 1, "1 with depth = 2, which has no inner factors")
+
+    def _check_lora(self, lora: bool) -> None:
+        if self.init_lora_weights is True:
+            self.init_lora_weights = "peft"
+        if lora and self.init_lora_weights is None:
+            self.init_lora_weights = "standard"
+        start = self.init_lora_weights
+        known = start is None or (lora and start in STARTS)
+        expect("init_lora_weights", start, known, f"one of {STARTS}, with depth 2")
+        standard = start in KAIMING
+        if standard and self.lora_alpha is None:
+            self.lora_alpha = float(self.r)
+        alpha = self.lora_alpha
+        expect("lora_alpha", alpha, alpha is None or standard, 'None without the "standard" start')
+        expect("lora_alpha", alpha, alpha is None or _inside(alpha, 0), "a finite number > 0")
+        expect("use_rslora", self.use_rslora, not self.use_rslora or standard, 'False without the "standard" start')
+
+
+def _names(name: str, value: object, expected: str) -> str | list[str]:
+    if isinstance(value, str):
+        return value
+    known = isinstance(value, Iterable) and not isinstance(value, dict) and all(isinstance(v, str) for v in value)
+    expect(name, value, known, expected)
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)

@@ -1,0 +1,181 @@
+"""The batch: executes one notebook with checked values and publishes its figure, or refreshes it in place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
+from compressible.runtime import paths
+
+START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
+SUFFIXES = (".pdf", ".png", ".json")  # the record comes last: its presence says that the pictures are whole
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
+    """Execute a notebook with values from `plan`; True when it ran through and saved its figure.
+
+    Pictures and record are published only then. A failure leaves the notebook as far as it came, and its
+    traceback, under figures/<label>/failed, and whatever an earlier run had published untouched.
+    """
+    root = paths.figures_dir() / values["preset"]
+    root.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root.resolve()))
+    try:
+        return _run_in(staging, id, values, kernel)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> bool:
+    output, label = staging / "notebook.ipynb", values["preset"]
+    executed, failed = executed_path(id, label), failed_path(id, label)
+    try:
+        _execute(notebook_path(id), output, values, kernel, staging)
+        _publish(staging, id, label)
+    except Exception as error:
+        _keep_failure(output, failed, error)
+        return False
+    _move(output, executed)
+    failed.unlink(missing_ok=True)
+    failed.with_suffix(".txt").unlink(missing_ok=True)
+    return True
+
+
+def _execute(notebook: Path, output: Path, values: Mapping[str, Any], kernel: str, figures: Path) -> None:
+    import papermill
+
+    with _environment(COMPRESSIBLE_FIGURES=str(figures)), _private_sockets() as config:
+        papermill.execute_notebook(
+            str(notebook), str(output), parameters=dict(values), kernel_name=kernel,
+            cwd=str(notebook.parent), start_timeout=START_TIMEOUT, config=config,
+            progress_bar=sys.stderr.isatty(),
+        )  # fmt: skip
+
+
+def _publish(staging: Path, id: str, label: str) -> None:
+    saved = [(staging / label / id).with_suffix(suffix) for suffix in SUFFIXES]
+    lacking = [file.name for file in saved if not file.exists()]
+    if lacking:
+        raise BatchError(f"{id} ran through but did not save {', '.join(lacking)} under preset {label!r}")
+    for file in saved:
+        _move(file, record_path(id, label).with_suffix(file.suffix))
+
+
+def _keep_failure(output: Path, failed: Path, error: Exception) -> None:
+    if output.exists():
+        _move(output, failed)
+    told = str(error) if type(error).__name__ == "PapermillExecutionError" else traceback.format_exc()
+    report = ANSI.sub("", told).strip() + "\n"
+    paths.write_atomic(failed.with_suffix(".txt"), report)
+    print(f"{report}kept: {failed.with_suffix('.txt')}", file=sys.stderr)
+
+
+def _move(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _private_sockets() -> Iterator[Any]:
+    """Jupyter's configuration for a kernel on Unix sockets of its own: TCP ports clash in parallel runs."""
+    from traitlets.config import Config
+
+    with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        # A socket's path holds about 100 characters; a longer one needs the default, TCP.
+        fits = os.name == "posix" and len(folder) < 80
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}} if fits else {})
+
+
+@contextlib.contextmanager
+def _figures_aside() -> Iterator[None]:
+    """Send figures to a folder that goes away: refreshing a notebook is no run of the batch."""
+    with tempfile.TemporaryDirectory() as folder, _environment(COMPRESSIBLE_FIGURES=f"{folder}/figures"):
+        yield
+
+
+@contextlib.contextmanager
+def gpu_slot(count: int) -> Iterator[str]:
+    """Hold one of the first `count` GPUs of this machine, waiting for it; 0 hides all GPUs.
+
+    Yields the device number as CUDA_VISIBLE_DEVICES has it during the block. A scheduler that has shown
+    this process one GPU is left alone.
+    """
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    devices = [device for device in shown if device][:count]
+    if len(devices) <= 1:
+        with _environment(CUDA_VISIBLE_DEVICES="".join(devices)):
+            yield "".join(devices)
+        return
+    device, lock = _first_free(devices)
+    try:
+        with _environment(CUDA_VISIBLE_DEVICES=device):
+            yield device
+    finally:
+        lock.release()
+
+
+def _first_free(devices: Sequence[str]) -> tuple[str, Any]:
+    from filelock import FileLock, Timeout
+
+    # On this machine, not in the cache: that may be shared by machines with GPUs of their own.
+    folder = Path(tempfile.gettempdir()) / f"compressible-gpus-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    locks = {device: FileLock(folder / f"{device}.lock") for device in devices}
+    while True:
+        for device, lock in locks.items():
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=0)
+                return device, lock
+        time.sleep(0.5)
+
+
+def refresh(id: str, kernel: str = "python3") -> None:
+    """Execute a committed notebook in place with its own defaults, keeping nothing that only makes diffs.
+
+    Its figures are not kept: those come from `run`.
+    Raises nbclient's CellExecutionError, with the file untouched, when a cell fails.
+    """
+    import nbclient
+    import nbformat
+
+    path = notebook_path(id)
+    notebook = nbformat.read(path, as_version=4)
+    with _private_sockets() as config, _figures_aside():
+        nbclient.NotebookClient(
+            notebook, timeout=None, startup_timeout=START_TIMEOUT, kernel_name=kernel, config=config,
+            record_timing=False, resources={"metadata": {"path": str(path.parent)}},
+        ).execute()  # fmt: skip
+    _tidy(notebook)
+    paths.write_atomic(path, nbformat.writes(notebook) + "\n")
+
+
+def _tidy(notebook: Any) -> None:
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }

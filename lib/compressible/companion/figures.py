@@ -1,0 +1,278 @@
+"""One style for every figure, and `save`, which leaves PDF, PNG and a JSON record side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from scipy.optimize import isotonic_regression
+
+from compressible.companion import claims, parameters, runs
+from compressible.companion.claims.rules import interval
+from compressible.runtime import paths
+
+if TYPE_CHECKING:
+    from compressible.companion.runs import Result
+
+
+__all__ = [
+    "COLORS", "PALETTE", "STYLE", "band", "fingerprint", "interval", "label_lines", "panels", "plain_log_ticks",
+    "save",
+]  # fmt: skip
+
+WIDTH = 6.75  # inches, both columns of the papers
+# Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale for lines and labels.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = {
+    "original": "#0072B2",
+    "compressed": "#D55E00",
+    "accelerated": "#E69F00",
+    "narrow": "#009E73",
+    "alternating": "#CC79A7",
+    "baseline": "#6F6F6F",
+    "secondary": "#56B4E9",
+    "reference": "#000000",
+}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.08,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "compressible",
+}
+_ID = re.compile(r"[a-z]+\d{0,4}/(\d\d|table\d)_[a-z0-9_]+")
+
+
+def panels(ncols: int = 1, nrows: int = 1, height: float = 2.4, width: float = WIDTH, **options: Any) -> Any:
+    """(figure, axes) as plt.subplots gives them; `height` is inches a row.
+
+    A notebook shows the figure where a cell ends with its name, finished, not where it was begun: pyplot forgets it
+    at once. The house style stays on for the session, since matplotlib reads it again with each line and title.
+    """
+    mpl.rcParams.update(STYLE)
+    figure, axes = plt.subplots(nrows, ncols, figsize=(width, height * nrows), **options)
+    plt.close(figure)
+    return figure, axes
+
+
+def band(ax: Axes, x: Any, mean: Any, low: Any, high: Any, color: str, label: str) -> Line2D:
+    """A line with a shaded interval; all four are (n,) arrays. Returns the line."""
+    (line,) = ax.plot(x, mean, color=color, label=label)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    return line
+
+
+def label_lines(ax: Axes, lines: Sequence[Line2D] | None = None, gap: float = 4.0) -> list[Annotation]:
+    """Write each line's label beside its end, in its colour, moved vertically just enough not to overlap.
+
+    `lines` are by default those with a label; `gap` is in points. Call it last: positions are solved in
+    pixels for the limits, scales and size that the axes have then.
+    """
+    shown = [line for line in lines or ax.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = [(line, end) for line in shown if (end := _last_point(ax, line)) is not None]
+    with mpl.rc_context(STYLE):
+        notes = [_note(ax, line, end, gap) for line, end in ends]
+        ax.figure.draw_without_rendering()
+    boxes = [note.get_window_extent() for note in notes]
+    for group in _columns(boxes):
+        _spread(ax, [notes[i] for i in group], [boxes[i] for i in group])
+    return notes
+
+
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis that spans about a decade or less with plain numbers: 0.8, 1, 2, 5.
+
+    Call it when the limits stand.
+    """
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(
+    figure: Figure, id: str, preset: str, result: Result, verdicts: Iterable[claims.Verdict] | None = None
+) -> Path:
+    """Write <figures>/<preset>/<id>.pdf, .png and .json; returns the record's path.
+
+    The record holds provenance, metrics, the verdicts on the figure's claims and the digests of the two
+    pictures. It is renamed last, so where it stands, the pictures are whole. Raises ValueError for a
+    malformed id, ParameterError for a malformed preset.
+    """
+    if not _ID.fullmatch(id):
+        raise ValueError(f"id: got {id!r}, expected paper/NN_name such as 'kwon2024/05_completion'")
+    parameters.validate({"preset": preset})
+    judged = claims.judge(id, result) if verdicts is None else verdicts
+    record = runs.provenance(result, preset, id)
+    record |= {"metrics": result.metrics | _per_seed(result.arrays), "claims": [asdict(verdict) for verdict in judged]}
+    path = paths.figures_dir() / preset / f"{id}.json"
+    _write(figure, path, record)
+    return path
+
+
+def fingerprint(figure: Figure, digits: int = 3) -> dict[str, Any]:
+    """Numbers that identify what a figure shows, to print as one JSON line that a test can compare.
+
+    For each axes: title, labels, scales, images, bars, and for each labelled line its length, first and last
+    point and range, rounded to `digits` significant digits. Values along an axis that is labelled in
+    seconds are left out, since they differ from run to run.
+    """
+    return {"axes": [_axes_print(ax, digits) for ax in figure.axes]}
+
+
+def _write(figure: Figure, path: Path, record: dict[str, Any]) -> None:
+    with ExitStack() as stack:
+        # The stack unwinds backwards: the record, entered first, takes its place last.
+        json_file, png, pdf = (
+            stack.enter_context(paths.atomic_path(path.with_suffix(suffix))) for suffix in (".json", ".png", ".pdf")
+        )
+        _draw(figure, png, pdf, record["id"])
+        pictures = {"pdf": _sha256(pdf), "png": _sha256(png)}
+        text = json.dumps(_strict(record | {"pictures": pictures}), indent=1, allow_nan=False)
+        json_file.write_text(text + "\n", encoding="utf-8")
+        path.unlink(missing_ok=True)
+
+
+def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
+    """Both pictures, without a date, so that the same figure gives the same bytes.
+
+    The layout is settled once and then kept, since every draw would move it by another fraction of a pixel.
+    """
+    with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        figure.savefig(png, dpi=160, metadata={"Title": title, "Software": "compressible"})
+        figure.savefig(pdf, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
+
+
+def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
+    """Short one-dimensional arrays: a value for each seed, width or split. Curves stay in the cache."""
+    return {name: array.tolist() for name, array in arrays.items() if array.ndim == 1 and array.size <= most}
+
+
+def _strict(value: Any) -> Any:
+    """The same value for strict JSON: NaN and infinities become null."""
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _last_point(ax: Axes, line: Line2D) -> np.ndarray | None:
+    """Display coordinates of the last point that has any, its height kept inside the axes."""
+    points = ax.transData.transform(np.asarray(line.get_xydata(), float))
+    points = points[np.isfinite(points).all(1)]
+    box = ax.get_window_extent()
+    points = points[(points[:, 0] >= box.x0 - 1) & (points[:, 0] <= box.x1 + 1)]
+    return np.array([points[-1, 0], np.clip(points[-1, 1], box.y0, box.y1)]) if len(points) else None
+
+
+def _note(ax: Axes, line: Line2D, end: np.ndarray, gap: float) -> Annotation:
+    return ax.annotate(
+        str(line.get_label()), ax.transAxes.inverted().transform(end), xycoords="axes fraction",
+        xytext=(gap, 0), textcoords="offset points", va="center", ha="left", color=line.get_color(),
+        annotation_clip=False, path_effects=[withStroke(linewidth=2, foreground="white")],
+    )  # fmt: skip
+
+
+def _columns(boxes: Sequence[Any]) -> list[list[int]]:
+    """Indices of boxes, grouped so that boxes of different groups share no horizontal extent."""
+    groups: list[list[int]] = []
+    reach = -math.inf
+    for i in sorted(range(len(boxes)), key=lambda i: boxes[i].x0):
+        if boxes[i].x0 > reach:
+            groups.append([])
+        groups[-1].append(i)
+        reach = max(reach, boxes[i].x1)
+    return groups
+
+
+def _spread(ax: Axes, notes: Sequence[Annotation], boxes: Sequence[Any]) -> None:
+    """Least-squares move of the notes up and down that keeps them apart and beside the axes."""
+    centres = np.array([(box.y0 + box.y1) / 2 for box in boxes])
+    heights = np.array([box.height for box in boxes])
+    order = np.argsort(centres, kind="stable")
+    steps = (heights[order][1:] + heights[order][:-1]) / 2
+    offsets = np.concatenate([[0.0], np.cumsum(steps)])
+    frame = ax.get_window_extent()
+    low, high = frame.y0 + heights[order[0]] / 2, frame.y1 - heights[order[-1]] / 2 - offsets[-1]
+    solved = isotonic_regression(centres[order] - offsets).x.clip(low, max(low, high)) + offsets
+    to_points = 72 / ax.figure.dpi
+    for i, target in zip(order, solved, strict=True):
+        x, y = notes[i].xyann
+        notes[i].xyann = (x, y + (target - centres[i]) * to_points)
+
+
+def _axes_print(ax: Axes, digits: int) -> dict[str, Any]:
+    return {
+        "title": ax.get_title(loc="left") or ax.get_title(),
+        "x": [ax.get_xlabel(), ax.get_xscale()],
+        "y": [ax.get_ylabel(), ax.get_yscale()],
+        "images": len(ax.get_images()),
+        "bars": len(ax.containers),
+        "lines": [_line_print(ax, line, digits) for line in ax.get_lines()],
+    }
+
+
+def _line_print(ax: Axes, line: Line2D, digits: int) -> dict[str, Any]:
+    data = np.asarray(line.get_xydata(), float)
+    timed = [bool(re.search(r"\bseconds?\b", label)) for label in (ax.get_xlabel(), ax.get_ylabel())]
+    label = str(line.get_label())
+    known = {"label": "" if label.startswith("_") else label, "n": len(data)}
+    if not len(data):
+        return known
+    rows = {"first": data[0], "last": data[-1], "min": _extreme(np.min, data), "max": _extreme(np.max, data)}
+    drop = np.where(timed, np.nan, 0.0)
+    return known | {name: [_round(v, digits) for v in row + drop] for name, row in rows.items()}
+
+
+def _extreme(function: Any, data: np.ndarray) -> np.ndarray:
+    finite = [column[np.isfinite(column)] for column in data.T]
+    return np.array([function(column) if len(column) else np.nan for column in finite])
+
+
+def _round(value: float, digits: int) -> float | None:
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

@@ -1,0 +1,208 @@
+"""The catalogue: which notebooks exist, what a preset sets, which values a run gets, how fresh its figure is.
+
+A notebook is named by its id, `<paper>/<name>`, in every function here. Presets are kept beside the
+notebooks in `notebooks/<paper>/presets.yaml`: {name: {preset: {minutes, gpu, needs, parameters}}}.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressible.companion import code_digest as identity
+from compressible.companion import parameters as vocabulary
+from compressible.companion import provenance as machine
+from compressible.runtime import paths
+
+
+class BatchError(ValueError):
+    """A notebook, preset or parameter that does not exist or does not fit; nothing was started."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset says about a notebook: minutes, whether a GPU is wanted, what must be had, parameters."""
+
+    minutes: float
+    gpu: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string; here it is a number, as everywhere else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Mapping in a YAML file, {} for an empty one. Raises BatchError when it is absent or no mapping."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise BatchError(f"cannot read {path}: {error}") from error
+    if content is not None and not isinstance(content, dict):
+        raise BatchError(f"{path} holds {content!r}; expected a mapping of names to values")
+    return content or {}
+
+
+def ids() -> list[str]:
+    """Ids of all notebooks of the repository, sorted."""
+    root = paths.repository() / "notebooks"
+    found = (file.relative_to(root) for file in root.glob("*/*.ipynb"))
+    return sorted(file.with_suffix("").as_posix() for file in found)
+
+
+def notebook_path(id: str) -> Path:
+    """File of a notebook. Raises BatchError, with the closest known id, when there is none."""
+    path = paths.repository() / "notebooks" / f"{id}.ipynb"
+    if id not in ids():
+        raise BatchError(f"no notebook {id!r}{_closest(id, ids())}")
+    return path
+
+
+def presets(id: str) -> dict[str, Preset]:
+    """Presets of a notebook by name; empty when its paper's presets.yaml does not mention it."""
+    paper, name = id.split("/")
+    file = paths.repository() / "notebooks" / paper / "presets.yaml"
+    entries = read_yaml(file) if file.exists() else {}
+    return {label: _preset(f"{id}, {label}", entry) for label, entry in (entries.get(name) or {}).items()}
+
+
+def _preset(where: str, entry: Any) -> Preset:
+    entry = entry if isinstance(entry, dict) else {"?": entry}
+    unknown = sorted(set(entry) - {"minutes", "gpu", "needs", "parameters"})
+    if unknown:
+        raise BatchError(f"preset {where} has {unknown}; expected minutes, gpu, needs and parameters")
+    minutes, gpu, values = entry.get("minutes"), entry.get("gpu", False), entry.get("parameters") or {}
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
+        raise BatchError(f"preset {where} has minutes = {minutes!r}; expected a number above 0")
+    if not isinstance(gpu, bool) or not isinstance(values, dict):
+        raise BatchError(f"preset {where} has gpu = {gpu!r}, parameters = {values!r}; expected bool, mapping")
+    needs = entry.get("needs", "")
+    if not isinstance(needs, str):
+        raise BatchError(f"preset {where} has needs = {needs!r}; expected text: what must be had beforehand")
+    return Preset(float(minutes), gpu, values, needs)
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """Parameters of a notebook and their defaults, as papermill reads its parameters cell.
+
+    Raises BatchError when a default is not a plain literal.
+    """
+    import papermill
+
+    found = papermill.inspect_notebook(str(notebook))
+    try:
+        return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
+    except (ValueError, SyntaxError) as error:
+        raise BatchError(f"{notebook}: a parameter's default is not a plain literal: {error}") from error
+
+
+def parse(text: str, default: Any) -> Any:
+    """Value of a command line's text for a parameter whose default is given; a string stays as it is."""
+    if isinstance(default, str):
+        return text
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def plan(
+    id: str,
+    preset: str = "quick",
+    files: Sequence[Path] = (),
+    overrides: Mapping[str, str] | None = None,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Values to hand to a notebook: its preset's, then those of YAML files, then the command line's.
+
+    Everything is checked together with the notebook's own defaults. Raises BatchError for a notebook,
+    preset or name that does not exist and ParameterError for values that do not fit.
+    """
+    known = defaults(notebook_path(id))
+    if "preset" not in known:
+        raise BatchError(f"{id} has no cell tagged 'parameters' that sets preset: it cannot run in a batch")
+    values = dict(_chosen(id, preset).parameters)
+    for file in files:
+        values |= read_yaml(Path(file))
+    values |= {name: parse(text, known.get(name)) for name, text in (overrides or {}).items()}
+    _check_names(id, values, known)
+    values["preset"] = label or preset
+    checked = vocabulary.validate(known | values, allowed=known)
+    return {name: checked[name] for name in values}
+
+
+def _chosen(id: str, preset: str) -> Preset:
+    available = presets(id)
+    if preset not in available:
+        raise BatchError(f"{id} has no preset {preset!r}{_closest(preset, list(available))}")
+    return available[preset]
+
+
+def _check_names(id: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    if "preset" in values:
+        raise BatchError(f"preset = {values['preset']!r} is not a value to pass: use --preset, or --label")
+    unknown = [f"{name!r}{_closest(name, list(known))}" for name in values if name not in known]
+    if unknown:
+        raise BatchError(f"{id} has no parameter " + ", nor ".join(unknown))
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known) or 'none'}"
+
+
+def record_path(id: str, label: str) -> Path:
+    """JSON record of a notebook's figure under a label (usually the preset's name)."""
+    return paths.figures_dir() / label / f"{id}.json"
+
+
+def executed_path(id: str, label: str) -> Path:
+    """Notebook as it was last executed with success."""
+    return paths.figures_dir() / label / "executed" / f"{id}.ipynb"
+
+
+def failed_path(id: str, label: str) -> Path:
+    """Notebook as far as its last, failed execution came; the traceback is beside it with suffix .txt."""
+    return paths.figures_dir() / label / "failed" / f"{id}.ipynb"
+
+
+def state(id: str, label: str) -> str:
+    """'done', 'stale' (see `is_stale`), 'unknown' (no digests in its record), 'failed' (at last), 'missing'."""
+    record, failed = record_path(id, label), failed_path(id, label).with_suffix(".txt")
+    made = record.stat().st_mtime if record.exists() else -1.0
+    if failed.exists() and failed.stat().st_mtime >= made:
+        return "failed"
+    if made < 0:
+        return "missing"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    if is_stale(id, label, content):
+        return "stale"
+    return "done" if {"notebook", "library"} <= {*content} else "unknown"
+
+
+def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
+    """Whether a record has other parameters than the preset now sets, or was made by other code.
+
+    Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
+    """
+    code = {"notebook": identity.notebook_digest(notebook_path(id)), "library": machine.LIBRARY}
+    if any(record.get(name, digest) != digest for name, digest in code.items()):
+        return True
+    values = vocabulary.validate(defaults(notebook_path(id)) | _chosen(id, label).parameters)
+    return "parameters" in record and record["parameters"] != {n: v for n, v in values.items() if n != "preset"}

@@ -1,0 +1,278 @@
+"""A run is (function, parameters) -> arrays and metrics, computed once and kept on disk.
+
+The key of a run is the sha256 of: the function's source with what it reads from outside itself (identity.py), the
+parameters, the library (version and sources that compute), torch, the device, and the data digests. So a
+colour can change for free, and nothing that moves a number can. An entry is written atomically and every
+array carries its digest; whatever does not match is dropped with a warning and computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressible.companion import code_digest as identity
+from compressible.companion import parameters
+from compressible.companion import provenance as machine
+from compressible.runtime import checks, devices, paths
+
+Data = Iterable[str] | Mapping[str, str]
+_PLACE: ContextVar[Path | None] = ContextVar("place of the checkpoint of the run in progress", default=None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave: arrays (name -> numpy array), metrics (name -> plain value), and how it was made.
+
+    `seconds` is the wall time of the computation, also when `cached`; `peak_memory_bytes` is the peak of
+    the process on a CPU and of the run's tensors on CUDA; `data` maps names to sha256 digests.
+    """
+
+    parameters: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    metrics: dict[str, Any]
+    key: str
+    cached: bool
+    seconds: float
+    peak_memory_bytes: int
+    started: str
+    device: str
+    threads: int
+    data: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Any:
+        """The array or metric of that name; KeyError lists what there is."""
+        if name in self.arrays:
+            return self.arrays[name]
+        if name in self.metrics:
+            return self.metrics[name]
+        raise KeyError(f"{name!r}: expected one of {', '.join([*self.arrays, *self.metrics])}")
+
+
+def run(function: Callable[..., dict], *, data: Data = (), cache: bool = True, **values: Any) -> Result:
+    """Result of `function(**values)`, from the cache where the same run was made before.
+
+    `function` returns a flat dict: arrays and tensors of one or more dimensions become arrays; numbers,
+    text, truth values and lists of these become metrics. `data` names what the run reads: entries of the
+    data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Raises
+    ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
+    what cannot be told from another of its kind (a model, say): it runs with cache=False only, and `key` is "" then.
+    """
+    values, digests = _arguments(function, values), _digests(data)
+    key = _key(function, values, digests) if cache else ""
+    result = _load(_entry(key), key) if cache else None
+    if result is None:
+        place = paths.cache_dir() / "checkpoints" / key[:2] / key if cache else None
+        reset = _PLACE.set(place)
+        try:
+            result = _compute(function, values, key, digests)
+        finally:
+            _PLACE.reset(reset)
+        if place is not None:
+            _store(_entry(key), result)
+            for file in place.parent.glob(f"{key}*"):  # of several passes each has its own
+                file.unlink(missing_ok=True)
+    return result
+
+
+def checkpoint(every: int) -> dict[str, Any]:
+    """Arguments of the one `fine_tune` of the run in progress, so that it goes on after a kill: a file, steps between.
+
+    The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run.
+    """
+    return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
+
+
+def why(function: Callable[..., dict], *, data: Data = (), **values: Any) -> str:
+    """One line that says whether `run` would find this run in the cache ("hit ...") or not ("miss ...")."""
+    key = _key(function, _arguments(function, values), _digests(data))
+    return f"{'hit' if _entry(key).exists() else 'miss'} {key} at {_entry(key)}"
+
+
+def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
+    """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git.
+
+    `notebook` and `library` are digests of the code that made it, by which `catalogue.state` tells a stale figure.
+    """
+    return {
+        "id": id,
+        "preset": preset,
+        "parameters": result.parameters,
+        **machine.git_state(),
+        "notebook": identity.notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
+        "library": machine.LIBRARY,
+        "data": result.data,
+        "device": result.device,
+        "threads": result.threads,
+        **result.environment,
+        "wall_seconds": result.seconds,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "started": result.started,
+        "created": _now(),
+        "run": result.key,
+        "cached": result.cached,
+    }
+
+
+def _arguments(function: Callable[..., dict], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Validated arguments of the function, its own defaults included."""
+    signature = inspect.signature(function).parameters
+    names = [name for name, item in signature.items() if item.kind is not item.VAR_KEYWORD]
+    defaults = {n: p.default for n, p in signature.items() if p.default is not p.empty}
+    given = {name: value for name, value in values.items() if name != "preset" or name in names}
+    open_ended = len(names) < len(signature)
+    merged = {**defaults, **given}
+    ordered = {name: merged[name] for name in names if name in merged}
+    checked = parameters.validate({**ordered, **merged}, allowed=None if open_ended else names)
+    if missing := [name for name in names if name not in checked]:
+        raise parameters.ParameterError(f"{function.__qualname__}: expected a value for {', '.join(missing)}")
+    return checked
+
+
+def _digests(data: Data) -> dict[str, str]:
+    if isinstance(data, str):
+        data = (data,)
+    named = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
+    return {name: value if _is_digest(value) else _manifest_digest(value) for name, value in named.items()}
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _manifest_digest(name: str) -> str:
+    from compressible.data import manifest as data
+
+    manifest = data.load_manifest()
+    if name not in manifest:
+        known = checks._closest(name, manifest)
+        raise parameters.ParameterError(f"data: got {name!r}, expected a name in the manifest{known}")
+    return manifest[name].sha256
+
+
+def _key(function: Callable[..., dict], values: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    from compressible import __version__
+
+    parts = {
+        "function": identity.source_digest(function),
+        "parameters": values,
+        "library": [__version__, machine.LIBRARY],
+        "torch": torch.__version__,
+        "device": devices.device_name(values.get("device", "cpu")),
+        "data": sorted(digests.values()),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _entry(key: str) -> Path:
+    return paths.cache_dir() / "results" / key[:2] / f"{key}.npz"
+
+
+def _compute(function: Callable[..., dict], values: dict[str, Any], key: str, data: dict[str, str]) -> Result:
+    started, device = _now(), values.get("device", "cpu")
+    devices.reset_peak_memory(device)
+    clock = time.perf_counter()
+    output = function(**values)
+    devices.synchronize(device)
+    seconds = time.perf_counter() - clock
+    arrays, metrics = _flat(output)
+    return Result(
+        values, arrays, metrics, key, False, seconds, devices.peak_memory(device), started,
+        devices.device_name(device), torch.get_num_threads(), data, machine.environment(),
+    )  # fmt: skip
+
+
+def _flat(output: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not isinstance(output, Mapping):
+        raise TypeError(f"output: got {type(output).__name__}, expected a flat dict of arrays and values")
+    arrays, metrics = {}, {}
+    for name, item in output.items():
+        value = _numpy(item) if isinstance(item, torch.Tensor) else item
+        if isinstance(value, np.ndarray) and value.ndim and value.dtype != object:
+            arrays[str(name)] = value
+        else:
+            metrics[str(name)] = _plain(name, value)
+    return arrays, metrics
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(name, element) for element in value]
+    if not isinstance(value, bool | int | float | str):
+        raise TypeError(f"output {name!r}: got {type(value).__name__}, expected an array or a plain value")
+    return value
+
+
+_META = [f.name for f in fields(Result) if f.name not in ("arrays", "cached")]
+
+
+def _store(path: Path, result: Result) -> None:
+    meta = {name: getattr(result, name) for name in _META}
+    meta["digests"] = {name: _array_digest(array) for name, array in result.arrays.items()}
+    text = json.dumps(meta).encode()
+    members = {f"array:{name}": array for name, array in result.arrays.items()}
+    members["meta"] = np.frombuffer(text, np.uint8)
+    members["meta_sha256"] = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    with paths.atomic_path(path) as temporary:
+        np.savez(temporary, allow_pickle=False, **members)
+
+
+def _load(path: Path, key: str) -> Result | None:
+    if not path.exists():
+        return None
+    try:
+        return _read(path, key)
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged archive fails in ways that zipfile, zlib and numpy do not list
+        warnings.warn(f"dropped a damaged cache entry, {path.name}: {error}", RuntimeWarning, stacklevel=3)
+        path.unlink(missing_ok=True)
+        return None
+
+
+def _read(path: Path, key: str) -> Result:
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as members:
+        text = members["meta"].tobytes()
+        _require(hashlib.sha256(text).digest() == members["meta_sha256"].tobytes(), "digest of the metadata")
+        meta = json.loads(text)
+        digests = meta.pop("digests")
+        arrays = {name: members[f"array:{name}"] for name in digests}
+    _require(meta["key"] == key, "key")
+    for name, array in arrays.items():
+        _require(_array_digest(array) == digests[name], f"digest of array {name!r}")
+    return Result(arrays=arrays, cached=True, **meta)
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(f"the {what} does not match")
+
+
+def _array_digest(array: np.ndarray) -> str:
+    head = f"{array.dtype.str} {array.shape} ".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

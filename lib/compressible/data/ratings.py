@@ -1,0 +1,276 @@
+"""Film ratings as partly observed matrices: loading, splits, centring and the usual errors.
+
+m users, n items, N ratings. Rows are always sorted by (user, item, timestamp), so that an index means the
+same rating whichever source the data came from. Training, validation and test sets are arrays of indices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from compressible.data import manifest as data
+from compressible.data import movielens
+from compressible.data.movielens import COLUMNS, FOLDS
+
+LOWEST, HIGHEST = 1.0, 5.0  # stars
+
+
+@dataclass(frozen=True, eq=False)
+class Ratings:
+    """N ratings; users and items are positions (0-based, int64) in the sorted original ids."""
+
+    name: str
+    users: np.ndarray  # (N,)
+    items: np.ndarray  # (N,)
+    ratings: np.ndarray  # (N,) float64, usually 1 to 5
+    timestamps: np.ndarray  # (N,) seconds since 1970
+    user_ids: np.ndarray  # (m,) original ids
+    item_ids: np.ndarray  # (n,)
+    # Of the rows as int64 (user id, item id, rating, timestamp), ratings doubled where some are half stars: the same
+    # for every source.
+    sha256: str
+    source: str  # manifest name of the file that was read
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n): users, items."""
+        return len(self.user_ids), len(self.item_ids)
+
+    def __len__(self) -> int:
+        return len(self.ratings)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A disjoint, complete split: its resolved name, int64 indices of the training and the test ratings."""
+
+    name: str
+    train: np.ndarray
+    test: np.ndarray
+
+
+def load(name: str = "movielens-100k", manifest: str | Path | None = None) -> Ratings:
+    """All ratings of a data set, from the first source to be had and checked against the manifest.
+
+    Raises data.DataError if the set is unknown, cannot be had, or is not what the manifest says.
+    """
+    sets = data.load_sets(manifest)
+    if name not in sets:
+        raise data.DataError(f"unknown data set {name!r}, expected one of {sorted(sets)}")
+    table, path = movielens.read_ratings(name, manifest)
+    ratings = _ratings(name, table, f"{name}/{path.name}")
+    found, wanted = (len(ratings), *ratings.shape, ratings.sha256), sets[name]
+    expected = (wanted.rows, wanted.users, wanted.items, wanted.sha256 or ratings.sha256)
+    if found != expected:
+        raise data.DataError(f"{path}: (rows, users, items, sha256) are {found}, expected {expected}")
+    return ratings
+
+
+def densest(ratings: Ratings, users: int, items: int) -> Ratings:
+    """The `items` most rated items, then the `users` users with most ratings of those; ties go to lower ids.
+
+    Items and users that are left without a rating are dropped, so the shape may be smaller than asked.
+    Raises ValueError if more is asked for than there is, or less than 1.
+    """
+    for label, asked, there in (("users", users, ratings.shape[0]), ("items", items, ratings.shape[1])):
+        if not 1 <= asked <= there:
+            raise ValueError(f"densest: {label} is {asked}, expected 1 to {there}")
+    keep_items = _most(ratings.items, ratings.shape[1], items)
+    inside = np.isin(ratings.items, keep_items)
+    keep_users = _most(ratings.users[inside], ratings.shape[0], users)
+    keep = inside & np.isin(ratings.users, keep_users)
+    return _ratings(ratings.name, _frame(ratings)[keep], ratings.source)
+
+
+def resolve_split(name: str, manifest: str | Path | None = None) -> str:
+    """Turn "auto" into "u1" if the official folds are in the local folder or the cache, else into "seed0".
+
+    Any other name is returned as it is; ValueError if it is no split name.
+    """
+    if name == "auto":
+        return "u1" if movielens.local_fold("movielens-100k", "u1", manifest) else "seed0"
+    if name in FOLDS or (name.startswith("seed") and name[4:].isdecimal()):
+        return name
+    raise ValueError(f"split is {name!r}, expected one of {', '.join(FOLDS)}, seed0, seed1, ... or auto")
+
+
+def split(ratings: Ratings, name: str = "auto", manifest: str | Path | None = None) -> Split:
+    """An official fold (u1 to u5), a seeded 80/20 split (seed0, seed1, ...), or auto (see resolve_split).
+
+    Official folds go by original ids and so also split a densest() subset. Raises ValueError for an unknown
+    name, data.DataError if the files of a fold cannot be had.
+    """
+    name = resolve_split(name, manifest)
+    if name.startswith("seed"):
+        order = _shuffled(len(ratings), int(name[4:]))
+        cut = len(ratings) - len(ratings) // 5
+        return Split(name, np.sort(order[:cut]), np.sort(order[cut:]))
+    return _official(ratings, name, manifest)
+
+
+def validation_slice(parts: Split, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, validation) indices: a seeded slice of the training ratings; ValueError if a part is empty."""
+    count = round(fraction * len(parts.train)) if 0 < fraction < 1 else 0
+    if not 0 < count < len(parts.train):
+        raise ValueError(f"fraction is {fraction}, expected one that leaves both parts of {len(parts.train)} filled")
+    order = parts.train[_shuffled(len(parts.train), seed)]
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def to_matrix(
+    ratings: Ratings,
+    index: np.ndarray,
+    dtype: torch.dtype = torch.float64,
+    offsets: Offsets | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, mask), both (m, n): the indexed ratings, less `offsets` if given, and 1 there; else 0."""
+    index = _checked(ratings, index)
+    users, items = ratings.users[index], ratings.items[index]
+    values = ratings.ratings[index] - (offsets.at(users, items) if offsets else 0.0)
+    target, mask = torch.zeros(ratings.shape, dtype=dtype), torch.zeros(ratings.shape, dtype=dtype)
+    target[users, items] = torch.as_tensor(values, dtype=dtype)
+    mask[users, items] = 1.0
+    return target, mask
+
+
+@dataclass(frozen=True, eq=False)
+class Offsets:
+    """The part of a rating that needs no interaction, in stars: overall + user[i] + item[j]."""
+
+    overall: float
+    user: np.ndarray  # (m,)
+    item: np.ndarray  # (n,)
+
+    def at(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """Offsets of the given (user, item) pairs."""
+        return self.overall + self.user[users] + self.item[items]
+
+    def matrix(self) -> np.ndarray:
+        """Offsets of all pairs, (m, n)."""
+        return self.overall + self.user[:, None] + self.item[None, :]
+
+
+def center(
+    ratings: Ratings,
+    fit_index: np.ndarray,
+    by: str = "user_item",
+    shrinkage: tuple[float, float] = (15.0, 10.0),
+    sweeps: int = 20,
+) -> Offsets:
+    """Offsets of the indexed ratings: "none" (all 0), "global" (their mean) or "user_item" (mean and biases).
+
+    A bias is the mean of its residuals, shrunk as if `shrinkage` (users, items) further residuals were 0;
+    users and items take turns for `sweeps` rounds. Raises ValueError for another `by`, a negative shrinkage.
+    """
+    if by not in ("none", "global", "user_item"):
+        raise ValueError(f"center: by is {by!r}, expected none, global or user_item")
+    if min(shrinkage) < 0:
+        raise ValueError(f"center: shrinkage is {shrinkage}, expected two numbers >= 0")
+    index = _checked(ratings, fit_index)
+    if len(index) == 0 and by != "none":
+        raise ValueError("center: fit_index is empty, expected at least one rating")
+    overall = 0.0 if by == "none" else float(ratings.ratings[index].mean())
+    user, item = np.zeros(ratings.shape[0]), np.zeros(ratings.shape[1])
+    users, items, rest = ratings.users[index], ratings.items[index], ratings.ratings[index] - overall
+    for _ in range(sweeps if by == "user_item" else 0):
+        item = _shrunk_means(items, rest - user[users], len(item), shrinkage[1])
+        user = _shrunk_means(users, rest - item[items], len(user), shrinkage[0])
+    return Offsets(overall, user, item)
+
+
+def rmse(
+    predicted: np.ndarray,
+    actual: np.ndarray,
+    users: np.ndarray | None = None,
+    clip: tuple[float, float] | None = None,
+) -> dict[str, float]:
+    """Errors of N predictions in stars: rmse, mae and, given N users, user_rmse (mean of the users' RMSEs).
+
+    `clip` limits the predictions first; a rating is in (1, 5). Raises ValueError for unequal or no N.
+    """
+    predicted, actual = np.asarray(predicted, float), np.asarray(actual, float)
+    if predicted.shape != actual.shape or predicted.ndim != 1 or not len(actual):
+        raise ValueError(f"rmse: shapes {predicted.shape} and {actual.shape}, expected the same (N,) with N > 0")
+    error = (np.clip(predicted, *clip) if clip else predicted) - actual
+    result = {"rmse": float(np.sqrt(np.mean(error**2))), "mae": float(np.mean(np.abs(error)))}
+    if users is not None:
+        counts = np.bincount(users)
+        squares = np.bincount(users, error**2)
+        result["user_rmse"] = float(np.mean(np.sqrt(squares[counts > 0] / counts[counts > 0])))
+    return result
+
+
+def rating_metrics(prediction: np.ndarray | torch.Tensor, ratings: Ratings, index: np.ndarray) -> dict[str, float]:
+    """Errors of a prediction matrix (m, n) on the indexed ratings, with and without clipping to 1..5.
+
+    Keys: rmse, rmse_clipped, user_rmse, user_rmse_clipped and, both unclipped, mae and half_mse (half the
+    mean squared error). Raises ValueError if the shape is not (m, n).
+    """
+    matrix = prediction.detach().cpu().numpy() if isinstance(prediction, torch.Tensor) else np.asarray(prediction)
+    if matrix.shape != ratings.shape:
+        raise ValueError(f"prediction has shape {matrix.shape}, expected {ratings.shape}")
+    index = _checked(ratings, index)
+    users = ratings.users[index]
+    values, actual = matrix[users, ratings.items[index]], ratings.ratings[index]
+    free, clipped = rmse(values, actual, users), rmse(values, actual, users, (LOWEST, HIGHEST))
+    limited = {f"{key}_clipped": clipped[key] for key in ("rmse", "user_rmse")}
+    return free | limited | {"half_mse": 0.5 * free["rmse"] ** 2}
+
+
+def _ratings(name: str, frame: pd.DataFrame, source: str) -> Ratings:
+    frame = frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS]
+    stars = frame["rating"].to_numpy(float)
+    halves = bool((stars % 1).any())
+    rows = frame.assign(rating=2 * stars if halves else stars).to_numpy("<i8")
+    user_ids, users = np.unique(rows[:, 0], return_inverse=True)
+    item_ids, items = np.unique(rows[:, 1], return_inverse=True)
+    digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+    return Ratings(name, users, items, stars, rows[:, 3].copy(), user_ids, item_ids, digest, source)
+
+
+def _frame(ratings: Ratings) -> pd.DataFrame:
+    ids = ratings.user_ids[ratings.users], ratings.item_ids[ratings.items]
+    columns = (*ids, ratings.ratings, ratings.timestamps)
+    return pd.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
+
+
+def _most(values: np.ndarray, size: int, count: int) -> np.ndarray:
+    return np.argsort(-np.bincount(values, minlength=size), kind="stable")[:count]
+
+
+def _shuffled(count: int, seed: int) -> np.ndarray:
+    # The raw stream of a bit generator never changes; Generator.permutation may, between versions of numpy.
+    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
+
+
+def _shrunk_means(groups: np.ndarray, values: np.ndarray, size: int, shrinkage: float) -> np.ndarray:
+    counts = np.bincount(groups, minlength=size) + shrinkage
+    return np.bincount(groups, values, minlength=size) / np.maximum(counts, 1e-300)
+
+
+def _checked(ratings: Ratings, index: np.ndarray) -> np.ndarray:
+    index = np.asarray(index)
+    if index.ndim != 1 or not (np.issubdtype(index.dtype, np.integer) or not len(index)):
+        raise ValueError(f"index has shape {index.shape} and type {index.dtype}, expected (k,) integers")
+    if len(index) and (index.min() < 0 or index.max() >= len(ratings)):
+        raise ValueError(f"index runs from {index.min()} to {index.max()}, expected 0 to {len(ratings) - 1}")
+    return index.astype(np.int64)
+
+
+def _official(ratings: Ratings, fold: str, manifest: str | Path | None) -> Split:
+    own = _keys(_frame(ratings))
+    tables = movielens.read_fold(ratings.name, fold, manifest)
+    train, test = (np.flatnonzero(np.isin(own, _keys(table))) for table in tables)
+    if len(train) + len(test) != len(ratings) or np.intersect1d(train, test).size:
+        raise data.DataError(f"{fold}: {len(train)} + {len(test)} ratings are not a split of {len(ratings)}")
+    return Split(fold, train, test)
+
+
+def _keys(frame: pd.DataFrame) -> np.ndarray:
+    return (frame["user_id"].to_numpy() << 32) + frame["item_id"].to_numpy()

@@ -1,0 +1,193 @@
+"""Several starts on the same problem, over several seeds: the shape of almost every recovery figure.
+
+`compare_starts` lets the runs follow one another, each alone on the machine, so that their seconds can be compared;
+`stack_starts` runs the same ones in as few stacks as their widths allow, for sweeps where only iterations matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressible.descent.gradient_descent import DivergenceError, History, descend
+from compressible.recovery.factors import Factors, stack_factors
+from compressible.recovery.problems import Problem, stack_problems
+
+Start = tuple[Factors, float, float]  # factors, step size, outer ratio
+Build = Callable[[torch.Generator], tuple[Problem, Mapping[str, Start]]]
+
+PADDING = 4  # widths share a stack up to this ratio: padding costs work in proportion to the largest
+
+
+def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
+    """Descend from every start of `build(generator)` for each of `seeds` seeds and return the curves as arrays.
+
+    build returns a problem and {name: (factors, step_size, outer_ratio)}; `options` go to `descend`. The arrays are
+    "<name>/iterations" (R,), "<name>/loss", "<name>/error" and "<name>/seconds" (seeds, R), padded with NaN where a
+    run stopped early, "<name>/stopped" and "<name>/diverged" (seeds,), "<name>/parameters" (1,). A run whose loss
+    stops being finite is kept up to there and marked.
+    """
+    histories: dict[str, list[History]] = {}
+    sizes: dict[str, int] = {}
+    for offset in range(seeds):
+        problem, starts = build(torch.Generator().manual_seed(seed + offset))
+        for name, (factors, step_size, ratio) in starts.items():
+            run = _descend(problem, factors, step_size, outer_ratio=ratio, **options)
+            histories.setdefault(name, []).append(run)
+            sizes[name] = _size((factors, step_size, ratio))
+        del problem, starts  # before the next seed is drawn: the operators of a sensing problem fill a memory
+    arrays: dict[str, np.ndarray] = {}
+    for name, runs in histories.items():
+        arrays |= {f"{name}/{key}": value for key, value in _gather(runs).items()}
+        arrays[f"{name}/parameters"] = np.array([sizes[name]])
+    return arrays
+
+
+def stack_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
+    """Run what `compare_starts` runs, all seeds and starts at once in stacks, and return the same arrays.
+
+    Starts of one depth whose widths differ by at most a factor of 4 share a stack, padded with zeros, which is exact.
+    "<name>/seconds" are those of the whole stack. Raises ValueError where the seeds' problems cannot be stacked.
+    """
+    built = [build(torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
+    problems, runs = [problem for problem, _ in built], [starts for _, starts in built]
+    arrays: dict[str, np.ndarray] = {}
+    for names in _groups(runs[0]):
+        history = _descend_together(problems, [[starts[name] for name in names] for starts in runs], **options)
+        arrays |= _unstack(history, names, runs[0])
+    return arrays
+
+
+def stacking_gain(build: Build, seed: int, seeds: int, steps: int = 200, **options: Any) -> dict[str, float]:
+    """Return seconds of `steps` iterations of all starts one after the other and in stacks, and their ratio.
+
+    Keys "serial_seconds", "stacked_seconds", "gain" and "runs"; the stopping test is off and set-up is not in them.
+    """
+    options |= {"steps": steps, "record_every": steps, "tolerance": 0.0}
+    serial, stacked = (compare(build, seed, seeds, **options) for compare in (compare_starts, stack_starts))
+    names = [key.removesuffix("/seconds") for key in serial if key.endswith("/seconds")]
+    one = sum(float(serial[f"{name}/seconds"][:, -1].sum()) for name in names)
+    stacks = _groups(build(torch.Generator().manual_seed(seed))[1])
+    all_at_once = sum(float(stacked[f"{names[0]}/seconds"][0, -1]) for names in stacks)
+    return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once,
+            "runs": float(seeds * len(names))}  # fmt: skip
+
+
+def milestones(curves: Mapping[str, np.ndarray], names: Sequence[str], level: float) -> dict[str, np.ndarray]:
+    """Return what `compare_starts` curves come to, per seed (S,), the first of `names` being the baseline.
+
+    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (NaN if never), "<name>/final"
+    error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
+    largest ratio of the errors at a common record.
+    """
+    out: dict[str, np.ndarray] = {}
+    for name in names:
+        error, base = curves[f"{name}/error"], curves[f"{names[0]}/error"]
+        out[f"{name}/to_level"] = first_below(error, level, curves[f"{name}/iterations"])
+        out[f"{name}/seconds_to_level"] = first_below(error, level, curves[f"{name}/seconds"])
+        out[f"{name}/final"] = np.nanmin(error, -1)
+        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / out[f"{names[0]}/to_level"]
+        out[f"{name}/speedup"] = out[f"{names[0]}/seconds_to_level"] / out[f"{name}/seconds_to_level"]
+        out[f"{name}/worst_ratio"] = worst_ratio(base, error)
+    return out
+
+
+def first_below(curves: np.ndarray, level: float, at: np.ndarray) -> np.ndarray:
+    """Return `at` (R,) or (S, R) at the first record where curves (S, R) are below `level`; NaN if never."""
+    below = curves < level
+    first = below.argmax(-1)
+    found = np.take_along_axis(np.broadcast_to(at, curves.shape), first[:, None], -1)[:, 0].astype(float)
+    return np.where(below.any(-1), found, np.nan)
+
+
+def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper."""
+    common = min(upper.shape[-1], lower.shape[-1])
+    return np.nanmax(lower[:, :common] / upper[:, :common], -1)
+
+
+def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
+    """Yield the factors of one start at the iterations `marks`, each as the descent gets there, and keep none of them.
+
+    `descend`'s snapshots hold all of them at once: gigabytes, where the factors are of full width. `options` go to
+    `descend`. Raises ValueError where `marks` do not ascend from 0 on, and DivergenceError.
+    """
+    marks = [int(mark) for mark in marks]
+    if any(first > second for first, second in pairwise([0, *marks])):
+        raise ValueError(f"marks are {marks}, expected iterations >= 0 in ascending order")
+    factors, step_size, ratio = start
+    for first, second in pairwise([0, *marks]):
+        steps = second - first
+        history = descend(problem, factors, step_size, steps, ratio, record_every=max(steps, 1), **options)
+        factors = history.factors
+        yield factors
+
+
+def _descend(problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any) -> History:
+    try:
+        return descend(problem, factors, step_size, **options)
+    except DivergenceError as error:
+        return error.history
+
+
+def _gather(runs: Sequence[History]) -> dict[str, np.ndarray]:
+    longest = max(runs, key=lambda run: len(run.iterations))
+    gathered: dict[str, np.ndarray] = {"iterations": longest.iterations.numpy()}
+    for name in ("loss", "error", "seconds"):
+        rows = np.full((len(runs), len(longest.iterations)), np.nan)
+        for row, run in zip(rows, runs, strict=True):
+            row[: len(run.iterations)] = getattr(run, name).numpy()
+        gathered[name] = rows
+    gathered["stopped"] = np.array([int(run.stopped) for run in runs])
+    gathered["diverged"] = np.array([not np.isfinite(run.loss[-1].item()) for run in runs])
+    return gathered
+
+
+def _groups(starts: Mapping[str, Start]) -> list[list[str]]:
+    """Names of the starts that share a stack: one depth, widths within a factor of `PADDING`, widest first."""
+    groups: list[list[str]] = []
+    for name in sorted(starts, key=lambda name: (len(starts[name][0]), -_width(starts[name]))):
+        first = starts[groups[-1][0]] if groups else None
+        if first and len(first[0]) == len(starts[name][0]) and PADDING * _width(starts[name]) >= _width(first):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def _width(start: Start) -> int:
+    return max(factor.shape[-2] for factor in start[0][:-1])
+
+
+def _descend_together(problems: Sequence[Problem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
+    """One stack (seeds, starts): runs[i][j] is start j on problems[i]."""
+    first = torch.zeros(1, dtype=torch.int64)
+    problem = stack_problems([problem.select(first, ()) for problem in problems])  # (seeds, 1), broadcast over starts
+    shape = (len(runs), len(runs[0]))
+    factors = [f.unflatten(0, shape) for f in stack_factors([start[0] for starts in runs for start in starts])]
+    step, ratio = (torch.tensor([[s[i] for s in starts] for starts in runs], dtype=torch.float64) for i in (1, 2))
+    return _descend(problem, factors, step, outer_ratio=ratio, **options)
+
+
+def _unstack(history: History, names: Sequence[str], starts: Mapping[str, Start]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for column, name in enumerate(names):
+        loss, stopped = history.loss[:, column], history.stopped[:, column]
+        length = int((history.iterations <= stopped.max()).sum())
+        last = (history.iterations == stopped[:, None]).int().argmax(-1, keepdim=True)
+        seconds = history.seconds.expand(len(loss), -1)
+        curves = {"loss": loss, "error": history.error[:, column], "seconds": seconds}
+        arrays[f"{name}/iterations"] = history.iterations[:length].numpy()
+        arrays |= {f"{name}/{key}": curve[:, :length].numpy().copy() for key, curve in curves.items()}
+        arrays[f"{name}/stopped"] = stopped.numpy()
+        arrays[f"{name}/diverged"] = ~torch.isfinite(loss.gather(-1, last)[:, 0]).numpy()
+        arrays[f"{name}/parameters"] = np.array([_size(starts[name])])
+    return arrays
+
+
+def _size(start: Start) -> int:
+    return sum(factor.shape[-1] * factor.shape[-2] for factor in start[0])

@@ -1,0 +1,309 @@
+"""What fine-tuning steps cost: S runs in one pass of this library's engine beside peft's stock LoRA, a run at a time.
+
+A case is an encoder, a precision, a method and the number of runs; its modes are how the steps are taken. Tokens are
+random and all rows full, since values move no clock: nothing here measures what is learned.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressible.adapters.config import DeepLoraConfig
+from compressible.adapters.merge import first_output
+from compressible.data import hub
+from compressible.data.pretrained import load_encoder
+from compressible.experiments.speed.engines import Timing, failed
+from compressible.experiments.speed.roofline import LARGE, count_operations, gemm_rate, time_calls
+from compressible.finetuning.losses import run_losses
+from compressible.finetuning.run import FineTuningRun
+from compressible.finetuning.trainer import Tuning
+from compressible.runtime import devices
+from compressible.runtime.devices import matmul_precision
+
+SHAPE = "bert-base"  # BertConfig's defaults, random weights; any other name is load_encoder's
+METHODS = ("peft", "compressed", "thin", "lora", "full")
+MODES = ("eager", "graph", "compiled")
+RANK, STEPS, LR = 8, 1024, 1e-5
+GOAL = 20  # runs of the goal
+HEAD = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: `modes` of MODES, those that the device has; real: with the compressed start itself.
+
+    A compressed case that is not `real` draws factors of the same shapes, since its gradients' eigenvectors take
+    longer than the steps that are timed.
+    """
+
+    encoder: str
+    precision: str
+    method: str
+    runs: int = 1
+    modes: tuple[str, ...] = ("graph",)
+    real: bool = False
+
+    @property
+    def name(self) -> str:
+        """The case in words, its mode aside."""
+        return f"{self.encoder}/{self.precision}/{self.runs} x {self.method}"
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Rows of random tokens (N, T), none padded, and random labels (N,)."""
+
+    tokens: dict[str, Tensor]
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class RandomTask:
+    """A regression on random rows."""
+
+    train: RandomRows
+    validation: RandomRows
+    kind: str = "regression"
+    name: str = "random tokens"
+
+    def score(self, logits: Tensor, labels: Tensor) -> float:
+        """Nothing is learned here: NaN."""
+        return float("nan")
+
+
+def random_task(vocabulary: int, rows: int, length: int, seed: int = 0) -> RandomTask:
+    """Return a task of `rows` random rows of `length` tokens, all of them attended to."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    labels = torch.rand(rows, generator=generator)
+    part = RandomRows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
+    return RandomTask(part, part)
+
+
+def load_shape(name: str, seed: int = 0) -> nn.Module:
+    """Return an encoder with one output: "bert-base" is that shape with random weights, other names load_encoder's."""
+    if name != SHAPE:
+        return load_encoder(name, 1, "clean", seed)[0]
+    from transformers import BertConfig, BertForSequenceClassification
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(BertConfig(num_labels=1, attn_implementation="sdpa")).eval()
+
+
+def all_cases(
+    encoders: Sequence[str], run_counts: Sequence[int], precisions: Sequence[str], full_runs: int, compiled: bool
+) -> Iterator[Case]:
+    """Yield the notebook's cases, those that its claims need first.
+
+    Per encoder: peft in all precisions, then compressed with the fewest runs and GOAL (or the most) in the first one.
+    What takes long to compile comes after that, sweeps over run_counts in the first two precisions last.
+    """
+    few, first = min(run_counts), precisions[0]
+    target = GOAL if GOAL in run_counts else max(run_counts)
+    goals = [target] if target > few else []
+    for encoder in encoders:
+        yield from (Case(encoder, precision, "peft", modes=("eager",)) for precision in precisions)
+        yield Case(encoder, first, "compressed", few, ("eager", "graph"), real=True)
+        yield from (Case(encoder, first, "compressed", count, real=True) for count in goals)
+    if compiled:
+        yield from (Case(encoder, first, "compressed", target, ("compiled",)) for encoder in encoders)
+    for encoder in encoders:
+        yield from (Case(encoder, first, "compressed", count) for count in run_counts if count not in (few, target))
+        yield from (Case(encoder, first, method, target) for method in ("thin", "lora"))
+        yield Case(encoder, first, "full", full_runs)
+    if compiled:
+        yield from (Case(e, first, "compressed", few, ("compiled",)) for e in encoders if goals)
+    for precision in precisions[1:2]:
+        yield from (Case(encoder, precision, "compressed", count) for count in run_counts for encoder in encoders)
+
+
+def survey_tuning(
+    cases: Sequence[Case], batch_size: int, length: int, device: str, seconds: float, trials: int, budget: float
+) -> dict[str, float | str | np.ndarray]:
+    """Time all cases and return "<case>/<mode>/<what>", what in steps (T,) seconds a pass, compilation, memory.
+
+    Also "<case>/setup", "<encoder>/operations" of the matrix products of one step of one run, and
+    "<precision>/gemm", operations a second. What breaks has "<case>/<mode>/skipped", the reason, in its place; so has
+    what had not begun after `budget` seconds.
+    """
+    began, place = time.perf_counter(), devices.resolve_device(device)
+    out: dict = {f"{name}/gemm": _gemm(name, place, trials) for name in dict.fromkeys(case.precision for case in cases)}
+    models: dict[str, nn.Module] = {}
+    for case in cases:
+        if time.perf_counter() - began > budget:
+            out |= {f"{case.name}/{mode}/skipped": f"not begun after {budget:g} s" for mode in case.modes}
+            continue
+        if case.encoder not in models:
+            models[case.encoder] = load_shape(case.encoder).to(place)
+            out[f"{case.encoder}/operations"] = count_step(models[case.encoder], batch_size, length)
+        timings = time_case(case, models[case.encoder], batch_size, length, seconds, trials)
+        for mode, timing in timings.items():
+            out |= _values(f"{case.name}/{mode}", timing)
+    return out
+
+
+def time_case(
+    case: Case, model: nn.Module, batch_size: int, length: int, seconds: float, trials: int
+) -> dict[str, Timing]:
+    """Time one case on a model that is on its device, and return a Timing a mode; what breaks says so in `skipped`."""
+    task = random_task(model.config.vocab_size, 4 * batch_size, length)
+    modes = case.modes if next(model.parameters()).is_cuda else tuple(_on_cpu(case.modes))
+    found: dict[str, Timing] = {}
+    try:
+        take = _peft if case.method == "peft" else _stacked
+        for mode, timing in take(case, modes, model, task, batch_size, seconds, trials):
+            found[mode] = timing
+    except Exception as failure:
+        found |= {mode: Timing(skipped=failed(failure)) for mode in modes if mode not in found}
+    _let_go()
+    return found
+
+
+def count_step(model: nn.Module, batch_size: int, length: int) -> int:
+    """Return the operations of the matrix products in one step of one run, adapters of rank 8 included."""
+    task = random_task(model.config.vocab_size, batch_size, length)
+    tuning = Tuning(model, _runs("thin", 1), task, STEPS, batch_size)
+    tuning.accelerate(graphed=False)
+    return count_operations(lambda: tuning.advance(0))
+
+
+def rate(out: dict, name: str, modes: Sequence[str] = MODES) -> tuple[str, np.ndarray]:
+    """Return the fastest of `modes` of the case `name` in a survey and its steps of a run per second (T,).
+
+    "" and an empty array if none of them ran.
+    """
+    runs = int(name.rpartition("/")[2].partition(" x ")[0])
+    ran = {mode: runs / out[f"{name}/{mode}/steps"] for mode in modes if f"{name}/{mode}/steps" in out}
+    best = max(ran, key=lambda mode: np.median(ran[mode]), default="")
+    return best, ran.get(best, np.array([]))
+
+
+def fastest_peft(out: dict, encoder: str, precisions: Sequence[str]) -> np.ndarray:
+    """Return the steps per second (T,) of peft's LoRA in the precision that suits it best; NaN if none ran."""
+    rates = [rate(out, f"{encoder}/{precision}/1 x peft")[1] for precision in precisions]
+    return max((values for values in rates if len(values)), key=np.median, default=np.array([np.nan]))
+
+
+def _on_cpu(modes: Sequence[str]) -> Iterator[str]:
+    """Graphs need a GPU: their place is taken by eager steps."""
+    yield from dict.fromkeys("eager" if mode == "graph" else mode for mode in modes)
+
+
+def _runs(method: str, count: int, real: bool = False) -> list[FineTuningRun]:
+    if method == "lora":
+        chosen = {"variant": "thin", "depth": 2}
+    elif method == "compressed" and not real:
+        chosen = {"variant": "thin", "depth": 5}  # the chain of a compressed run of depth 3
+    else:
+        chosen = {"variant": method}
+    return [FineTuningRun(DeepLoraConfig(r=RANK, **chosen, **HEAD), LR, seed) for seed in range(count)]
+
+
+def _stacked(
+    case: Case, modes: Sequence[str], model: nn.Module, task: RandomTask, batch_size: int, seconds: float, trials: int
+) -> Iterator[tuple[str, Timing]]:
+    device = str(next(model.parameters()).device)
+    wait = lambda: devices.synchronize(device)  # noqa: E731
+    began = time.perf_counter()
+    runs = _runs(case.method, case.runs, case.real)
+    tuning = Tuning(model, runs, task, STEPS, batch_size, precision=case.precision)
+    wait()
+    setup = time.perf_counter() - began if case.real or case.method != "compressed" else float("nan")
+    for mode in modes:
+        tuning.graphs = None
+        _let_go()
+        try:
+            tuning.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
+            yield mode, _steady(_Turning(tuning), wait, device, case.precision, setup, mode, seconds, trials)
+        except Exception as failure:
+            yield mode, Timing(skipped=failed(failure))
+        if mode == "compiled":
+            tuning.accelerate(graphed=False)
+            torch.compiler.reset()  # which lets go of the code of this shape, and of its count of recompilations
+
+
+def _peft(
+    case: Case, modes: Sequence[str], model: nn.Module, task: RandomTask, batch_size: int, seconds: float, trials: int
+) -> Iterator[tuple[str, Timing]]:
+    """Stock LoRA as its users run it: get_peft_model, AdamW (fused on a GPU), batches on the device beforehand."""
+    from peft import LoraConfig, get_peft_model
+
+    device = next(model.parameters()).device
+    began = time.perf_counter()
+    model = copy.deepcopy(model)
+    if case.precision == "bfloat16":
+        model = model.to(torch.bfloat16)
+    with hub.quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", **HEAD)).train()
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, fused=device.type == "cuda")
+    tokens = {key: value[:batch_size].to(device) for key, value in task.train.tokens.items()}
+    labels = task.train.labels[:batch_size].to(device)
+
+    def step() -> None:
+        run_losses("regression", first_output(model(**tokens)), labels, 1).sum().backward()
+        adam.step()
+        adam.zero_grad()
+
+    setup = time.perf_counter() - began
+    wait = lambda: devices.synchronize(str(device))  # noqa: E731
+    for mode in modes:
+        yield mode, _steady(step, wait, str(device), case.precision, setup, mode, seconds, trials)
+
+
+def _steady(
+    step: Callable[[], object], wait: Callable[[], object], device: str, precision: str, setup: float, mode: str,
+    seconds: float, trials: int,
+) -> Timing:  # fmt: skip
+    with devices.peak_inside(device) as peak, matmul_precision(precision):
+        began = time.perf_counter()
+        step()
+        wait()
+        compilation = time.perf_counter() - began
+        steps = time_calls(step, wait, seconds, trials)
+        return Timing(setup, compilation, steps, peak() if device != "cpu" else 0, mode)
+
+
+class _Turning:
+    """Steps of a pass without end: its data and its losses start again."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self.tuning, self.at = tuning, int(tuning.step)
+
+    def __call__(self) -> None:
+        if self.at >= self.tuning.steps:
+            self.tuning.step.zero_()
+            self.at = 0
+        self.tuning.advance(self.at)
+        self.at += 1
+
+
+def _values(key: str, timing: Timing) -> dict[str, float | str | np.ndarray]:
+    if timing.skipped:
+        return {f"{key}/skipped": timing.skipped}
+    named = {"setup": timing.setup, "compilation": timing.compilation, "memory": timing.memory, "steps": timing.step}
+    return {f"{key}/{what}": value for what, value in named.items() if not np.isnan(value).all()}
+
+
+def _gemm(precision: str, device: str, trials: int) -> float:
+    kind = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    edge = LARGE["cpu" if device == "cpu" else "cuda"]
+    with matmul_precision(precision):
+        return gemm_rate((edge, edge, edge), kind, device, 0.1, trials)
+
+
+def _let_go() -> None:
+    """Give back what an earlier measurement held on a GPU: graphs, cached memory."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,76 @@
+"""What fine-tuning reads, and its losses: rows on the device, cut to their longest, and one mean loss a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
+
+
+class Rows(Protocol):
+    """Examples: tokens by name (N, T), padded at the end, and labels (N, ...)."""
+
+    tokens: dict[str, Tensor]
+    labels: Tensor
+
+
+class TaskLike(Protocol):
+    """What a task needs here; `tasks.Task` is one. kind: "regression", "classification" or "generation".
+
+    score is the metric of outputs (N, outputs) and labels (N,); for generation it is not asked.
+    """
+
+    kind: str
+    train: Rows
+    validation: Rows
+
+    def score(self, logits: Tensor, labels: Tensor) -> float: ...
+
+
+@dataclass
+class PassRows:
+    """How many rows S * B the pass in progress has, of how many runs S: what layers hold their first axis against.
+
+    0 rows: not known, any multiple of S will do.
+    """
+
+    runs: int
+    rows: int = 0
+
+    def check(self, what: str, shape: torch.Size) -> None:
+        """Raise ValueError unless the first axis of `what` is the pass's rows; a single run has none to mix with."""
+        if self.runs == 1 or (len(shape) and (shape[0] == self.rows if self.rows else shape[0] % self.runs == 0)):
+            return
+        wanted = self.rows or f"a multiple of {self.runs}"
+        raise ValueError(
+            f"{what} got {tuple(shape)}, expected {wanted} in the first axis, the batches of {self.runs} runs side by "
+            "side: leave the layer out by exclude_modules, or train run by run with max_stack=1"
+        )
+
+
+class DeviceRows:
+    """Examples on the device, cut to the longest of the rows that are asked for; lengths stay on the CPU.
+
+    Raises ValueError where padding is not at the end.
+    """
+
+    def __init__(self, rows: Rows, device: torch.device) -> None:
+        mask = rows.tokens.get("attention_mask")
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+            row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])
+            raise ValueError(f"attention_mask has tokens after padding in row {row}, expected padding at the end")
+        self.lengths = None if mask is None else mask.sum(1).cpu()
+        self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
+        self.labels = rows.labels.to(device)
+
+    def batch(self, rows: Tensor, multiple: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T a multiple, at most what the examples have."""
+        on = rows.to(self.labels.device, non_blocking=True)
+        longest = None
+        if self.lengths is not None:
+            longest = -(-int(self.lengths[rows].max()) // multiple) * multiple
+        return {name: value[on, :longest] for name, value in self.tokens.items()}, self.labels[on]

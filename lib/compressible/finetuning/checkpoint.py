@@ -1,0 +1,207 @@
+"""What a killed fine-tuning goes on from: one safetensors file, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressible.finetuning.update_spectra import Spectra
+from compressible.runtime.paths import atomic_path
+
+if TYPE_CHECKING:
+    from compressible.finetuning.trainer import Tuning
+
+
+MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config: where it came from
+
+
+@dataclass
+class Kept:
+    """What a pass has given so far: by step its runs' scores and what `watch` gave.
+
+    began: on perf_counter; lost: the runs whose logits were not finite when last seen, at the end also whose updates.
+    """
+
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    watched: dict[int, list[Any]] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+    lost: list[int] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on the pass, before a kill and since."""
+        return time.perf_counter() - self.began
+
+
+class Checkpoint:
+    """The state of one pass in the file `path`, bound to the model, the runs and the settings that made it.
+
+    After the last step it holds the factors only if they are kept, as nothing else would read them.
+    """
+
+    def __init__(self, path: Path, tuning: Tuning, keep_factors: bool = True) -> None:
+        self.path, self.tuning, self.keep_factors = Path(path), tuning, keep_factors
+        self.key = _digest(tuning, keep_factors)
+
+    def resume(self, evaluate_at: Sequence[int] = (), watch_at: Sequence[int] = ()) -> tuple[int, Kept]:
+        """Load the state, if there is one, and return the step to go on from and what it holds.
+
+        Raises ValueError if it is of other runs or lacks scores, or what `watch` gives, of steps that it is past.
+        """
+        if not self.path.exists():
+            return 0, Kept()
+        tuning = self.tuning
+        meta, tensors = self._read()
+        for name in self._names(meta["step"]):
+            getattr(tuning.adam, name).copy_(tensors[name])
+        tuning.losses.copy_(tensors["losses"])
+        tuning.step.fill_(meta["step"])
+        scores = {int(step): values for step, values in meta["scores"].items()}
+        watched = {int(step): [restored(v, tensors) for v in values] for step, values in meta["watched"].items()}
+        for name, marks, held in (("evaluate_at", evaluate_at, scores), ("watch_at", watch_at, watched)):
+            lacking = [mark for mark in marks if mark <= meta["step"] and mark not in held]
+            self._expect_marks(name, lacking, meta["step"])
+        return meta["step"], Kept(scores, watched, time.perf_counter() - meta["seconds"], meta["lost"])
+
+    def _read(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """The metadata and the tensors, on the pass's device."""
+        try:
+            with safe_open(self.path, "pt", device=str(self.tuning.device)) as file:
+                meta = json.loads(file.metadata()["state"])
+                key = meta["key"]
+                names = file.keys() if key == self.key else ()
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = f"is no checkpoint, or damaged ({type(error).__name__}: {error})"
+            raise ValueError(f"{self.path} {reason}: delete it, or name another") from error
+        if key != self.key:
+            other = f"{self.path} is {key}, expected {self.key}"
+            raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
+        return meta, tensors
+
+    def _expect_marks(self, name: str, lacking: list[int], step: int) -> None:
+        if lacking:
+            past = f"{self.path} is at step {step} and holds nothing of steps {lacking}"
+            raise ValueError(f"{past}, which {name} asks for: leave them out, delete it, or name another")
+
+    def _names(self, step: int) -> tuple[str, ...]:
+        """The optimiser's tensors that count at a step."""
+        return _NAMES if step < self.tuning.steps else _NAMES[: self.keep_factors]
+
+    def save(self, step: int, kept: Kept) -> None:
+        """Write the state after `step` steps."""
+        tuning, tensors = self.tuning, {}
+        watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
+        meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
+        meta |= {"seconds": kept.seconds, "lost": kept.lost}
+        tensors |= {name: getattr(tuning.adam, name) for name in self._names(step)} | {"losses": tuning.losses}
+        with atomic_path(self.path) as temporary:
+            save_file(tensors, temporary, {"state": json.dumps(meta)})
+
+
+_NAMES = ("value", "mean", "square", "count")
+
+
+def _digest(tuning: Tuning, keep_factors: bool) -> str:
+    """What must be equal for a state to be of use."""
+    runs = [
+        {**asdict(run), "config": asdict(run.config),
+         "subset": None if run.subset is None else torch.as_tensor(run.subset).tolist()}
+        for run in tuning.runs
+    ]  # fmt: skip
+    model, parts = tuning.source, (tuning.task.train, tuning.task.validation)
+    rows = [_bytes(tensor) for part in parts for tensor in (part.labels, *part.tokens.values())]
+    weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, tuning.task.kind]
+    structure = {name: config[name] for name in config if name not in MOVES_NOTHING}, repr(model)
+    settings += [keep_factors, rows, weights, structure]
+    settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
+    text = json.dumps([runs, settings], sort_keys=True, default=_plain)
+    return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers as Python's, all else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _bytes(tensor: torch.Tensor) -> str:
+    values = tensor.detach().cpu().contiguous().flatten()
+    return f"{tensor.dtype} {hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()}"
+
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+def stored(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what JSON can hold of `value` and put its tensors into `tensors`.
+
+    Raises ValueError, with the type's name, for what is none of: numbers, text, tensors, numpy's arrays and scalars,
+    `Spectra`, and lists, tuples and dicts (keys of text) of these.
+    """
+    kind = type(value)
+    if kind in PLAIN:
+        return {"plain": value}
+    if kind in (list, tuple):
+        return {kind.__name__: [stored(item, tensors) for item in value]}
+    if kind is dict and all(type(key) is str for key in value):
+        return {"dict": {key: stored(item, tensors) for key, item in value.items()}}
+    if kind is Spectra:
+        return {"Spectra": {key: stored(item, tensors) for key, item in vars(value).items()}}
+    if isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_complex() or value.is_quantized):
+        kept = value.detach().clone(memory_format=torch.contiguous_format)  # a file holds no two views of one memory
+        return {"tensor": _named(kept, tensors), "device": str(value.device)}
+    if isinstance(value, np.ndarray | np.generic) and not (value.dtype.hasobject or value.dtype.names):
+        form = "array" if isinstance(value, np.ndarray) else "scalar"
+        content = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
+        return {form: _named(content, tensors), "dtype": value.dtype.str, "shape": list(value.shape)}
+    raise ValueError(
+        f"watch gave {_described(value)}, which a checkpoint cannot hold: expected numbers, text, tensors, numpy "
+        "arrays, Spectra, or lists, tuples and dicts (keys of text) of these"
+    )
+
+
+def restored(form: dict, tensors: dict[str, Tensor]) -> Any:
+    """Return the value of which `stored` gave `form`."""
+    kind, content = next(iter(form.items()))
+    if kind == "plain":
+        return content
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](restored(item, tensors) for item in content)
+    if kind in ("dict", "Spectra"):
+        items = {key: restored(item, tensors) for key, item in content.items()}
+        return Spectra(**items) if kind == "Spectra" else items
+    if kind == "tensor":
+        return tensors[content].to(form["device"])
+    array = np.frombuffer(tensors[content].cpu().numpy().tobytes(), form["dtype"], math.prod(form["shape"]))
+    array = array.reshape(form["shape"]).copy()
+    return array if kind == "array" else array[()]
+
+
+def _named(tensor: Tensor, tensors: dict[str, Tensor]) -> str:
+    name = f"watched.{len(tensors)}"
+    tensors[name] = tensor
+    return name
+
+
+def _described(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, dict):
+        return f"a {kind} with keys of {', '.join(sorted({type(key).__name__ for key in value}))}"
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return f"a {kind} of {value.dtype}" + (f" and {value.layout}" if isinstance(value, Tensor) else "")
+    return f"a {kind}"

@@ -1,0 +1,107 @@
+"""What `fine_tune` refuses before work starts; what only a pass through the model shows is in tuning_trial.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressible.finetuning.batches import TaskLike
+from compressible.finetuning.losses import KINDS
+from compressible.finetuning.run import FineTuningRun
+from compressible.runtime.checks import expect
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def check_settings(
+    steps: int, batch_size: int, decay_ratio: float, precision: str, max_stack: int | None, checkpoint_every: int
+) -> None:
+    """Raise ValueError for a setting of a call that is impossible."""
+    counts = {"steps": steps, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
+    for name, value in counts.items():
+        expect(name, value, _is_integer(value) and value >= 1, "an integer >= 1")
+    unlimited = max_stack is None
+    expect("max_stack", max_stack, unlimited or (_is_integer(max_stack) and max_stack >= 1), "None or an integer >= 1")
+    expect("decay_ratio", decay_ratio, _is_number(decay_ratio) and 0 <= decay_ratio <= 1, "a number in [0, 1]")
+    expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+
+
+def checked_marks(name: str, marks: Iterable[int], steps: int) -> list[int]:
+    """Return the steps of evaluate_at or watch_at in order, each once; ValueError unless integers from 0 to `steps`."""
+    listed = marks.tolist() if hasattr(marks, "tolist") else marks
+    expect(name, marks, isinstance(listed, Iterable) and not isinstance(listed, str), "integers, such as (0, 100)")
+    listed = list(listed)
+    expect(name, listed, all(_is_integer(mark) for mark in listed), "integers")
+    expect(name, listed, all(0 <= mark <= steps for mark in listed), f"steps from 0 to {steps}")
+    return sorted({int(mark) for mark in listed})
+
+
+def check_task(task: TaskLike, scored: bool) -> None:
+    """Raise ValueError for labels that no loss is of; of the validation set, too, if it is to be `scored`."""
+    expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
+    parts = {"train": task.train} | ({"validation": task.validation} if scored else {})
+    for name, part in parts.items():
+        labels = part.labels
+        expect(f"task.{name}", f"{len(labels)} rows", len(labels) > 0, "at least one")
+        if task.kind == "regression":
+            spoilt = (~torch.isfinite(labels.reshape(len(labels), -1)).all(1)).nonzero().flatten().tolist()
+            expect(f"task.{name}.labels", f"not finite in rows {spoilt[:5]}", not spoilt, "finite labels")
+        else:
+            whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool)
+            expect(f"task.{name}.labels", labels.dtype, whole, "integers")
+        if task.kind == "classification":
+            found = tuple(labels.shape), int(labels.min())
+            expect(f"task.{name}.labels", found, labels.dim() == 1 and found[1] >= 0, "shape (N,), classes from 0")
+
+
+def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> None:
+    """Raise ValueError for a run that cannot be trained on `rows` rows."""
+    expect("runs", list(runs), len(runs) > 0, "at least one run")
+    for run in runs:
+        expect("runs", run, isinstance(run, FineTuningRun), "each a FineTuningRun")
+        for name, rate in (("lr", run.lr), ("head_lr", run.lr if run.head_lr is None else run.head_lr)):
+            expect(name, rate, _is_number(rate) and 0 < rate < math.inf, "a finite number > 0")
+        expect("seed", run.seed, _is_integer(run.seed) and run.seed >= 0, "an integer >= 0")
+        own = torch.arange(rows) if run.subset is None else _subset(run.subset)
+        expect("subset", f"{len(own)} rows", len(own) >= batch_size, f"at least one batch of {batch_size}")
+        expect("subset", run.subset, int(own.min()) >= 0 and int(own.max()) < rows, f"rows from 0 to {rows - 1}")
+
+
+def check_model(model: nn.Module, dropout: bool) -> None:
+    """Raise ValueError for a model whose pass is not the sum of its runs' own."""
+    if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
+        raise ValueError("the model is in float16, expected float32 or bfloat16: eps^L = 1e-9 underflows there")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            kind = type(module).__name__
+            raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")
+        if dropout and isinstance(module, nn.RNNBase) and module.dropout > 0:
+            kind = f"{type(module).__name__} with dropout {module.dropout:g}"
+            raise ValueError(f"{name!r} is {kind}, which draws from one stream for all runs: expected dropout=0")
+        if getattr(module, "gradient_checkpointing", False):
+            raise ValueError(f"{name!r} has gradient checkpointing on: call model.gradient_checkpointing_disable()")
+
+
+def _subset(subset: Any) -> Tensor:
+    try:
+        rows = torch.as_tensor(subset)
+    except (TypeError, ValueError, RuntimeError):
+        rows = torch.zeros(0, 0)
+    if rows.dtype is torch.bool:
+        raise ValueError("subset is a mask of bools, expected the numbers of rows: mask.nonzero().flatten()")
+    whole = not (rows.is_floating_point() or rows.is_complex()) or rows.shape == (0,)
+    expect("subset", subset, rows.dim() == 1 and whole, "integers in one dimension, the numbers of rows")
+    return rows
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

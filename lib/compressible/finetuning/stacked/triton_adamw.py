@@ -1,0 +1,36 @@
+"""compressible.finetuning.stacked.triton_adamw"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from compressible.finetuning.dropout.triton_dropout import BLOCK
+
+
+@triton.jit
+def adam_step(value, gradient, mean, square, rate, scalars, total, BLOCK: tl.constexpr):
+    """One step of AdamW on flat vectors; scalars: 1 - b1, 1 - b2, sqrt(1 - b2^t), factor / (1 - b1^t), eps."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < total
+    g = tl.load(gradient + at, mask=inside, other=0.0)
+    kind = g.dtype
+    m = tl.load(mean + at, mask=inside, other=0.0)
+    v = tl.load(square + at, mask=inside, other=0.0)
+    first, second = tl.load(scalars).to(kind), tl.load(scalars + 1).to(kind)
+    m += first * (g - m)
+    v += second * (g * g - v)
+    change = m / (tl.sqrt(v) / tl.load(scalars + 2).to(kind) + tl.load(scalars + 4).to(kind))
+    p = tl.load(value + at, mask=inside, other=0.0)
+    p -= change * tl.load(rate + at, mask=inside, other=0.0) * tl.load(scalars + 3).to(kind)
+    tl.store(mean + at, m, mask=inside)
+    tl.store(square + at, v, mask=inside)
+    tl.store(value + at, p, mask=inside)
+
+
+def fused_adam(value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, rate: Tensor, scalars: Tensor) -> None:
+    """Take one step in place on flat vectors (N,); scalars (5,) float64 on the device, see `adam_step`."""
+    adam_step[(triton.cdiv(value.numel(), BLOCK),)](
+        value, gradient, mean, square, rate, scalars, value.numel(), BLOCK=BLOCK
+    )

@@ -1,0 +1,105 @@
+"""The two compressed starts: P1 from the first gradient, P2 from the spectrum of a surrogate.
+
+Both return factors for `descend`. P1's are [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)], outer factors of unit
+scale, so `outer_ratio` is gamma <= 1. P2's are [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], so `outer_ratio`
+is alpha >= 1. Same inner width 2r, different symbols: P2's k counts columns, P1's rank r half of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compressible.recovery.factors import Factors, check_factors, layer_gradients, product
+from compressible.recovery.problems import Problem
+from compressible.recovery.sparse import truncated_svd
+
+
+def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
+    """Return P1's compressed factors [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)] of `factors` [W_1, ..., W_L].
+
+    The columns of V span the 2r directions in which W_1 moves under gradient descent (P1, Theorem 2.1): the top r right
+    singular vectors of g = dLoss/dW_1 and of g^T W_1, orthonormalised; U = W_L...W_1 V / eps^L. Only one thin SVD of
+    g is taken: where W_1 / eps is orthogonal, the right singular vectors of g^T W_1 are W_1^T P / eps with P the left
+    ones of g. `rank` is the guessed rank (the papers' r-hat), 2 rank <= min(m, n). For m > n the same is done to the
+    transposed product, whose first factor is square. Raises ValueError unless every factor is a multiple of a
+    (semi-)orthogonal matrix and the width is max(m, n).
+    """
+    check_factors(factors, problem.shape)
+    _check_guess(problem, rank)
+    scales = [orthogonal_scale(factor, f"W_{layer}") for layer, factor in enumerate(factors, 1)]
+    if factors[0].shape[-2] != max(problem.shape):
+        raise ValueError(f"width is {factors[0].shape[-2]}, expected max(m, n) = {max(problem.shape)}")
+    gradients, end_to_end = layer_gradients(factors, problem), product(factors)
+    wide = problem.shape[0] > problem.shape[1]
+    if wide:  # transpose the chain: W_L^T is its square first factor
+        first, gradient, scale = factors[-1].mT, gradients[-1].mT, scales[-1]
+        forward = end_to_end.mT
+    else:
+        first, gradient, scale = factors[0], gradients[0], scales[0]
+        forward = end_to_end
+    inner = invariant_directions(gradient, first / scale[..., None, None], rank)
+    outer = forward @ inner / torch.stack(scales).prod(0)[..., None, None]
+    right, left = (outer, inner) if wide else (inner, outer)
+    return [right.mT.contiguous(), *(_scaled_identity(2 * rank, eps, left) for eps in scales), left.contiguous()]
+
+
+def invariant_directions(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
+    """Return V (..., n, 2 rank) from g = dLoss/dW_1 (..., w, n) and the orthogonal W_1 / eps (..., w, n)."""
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    directions = torch.cat([right[..., :rank, :].mT, first.mT @ left[..., :rank]], -1)
+    return torch.linalg.qr(directions).Q
+
+
+def compress_spectral(
+    problem: Problem, rank: int, depth: int = 3, scale: float = 1e-2, surrogate: Tensor | None = None
+) -> Factors:
+    """Return P2's compressed factors [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], `depth` of them.
+
+    U, V are the top k = `rank` singular vectors of `surrogate` (..., m, n), by default the problem's own; k is usually
+    twice the true rank, at most min(m, n); scale is eps > 0, usually 1e-2. Raises ValueError on other values.
+    """
+    surrogate = problem.surrogate() if surrogate is None else surrogate
+    if not 1 <= rank <= min(problem.shape):
+        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(problem.shape)}")
+    if depth < 2 or not 0 < scale < float("inf"):
+        raise ValueError(f"depth is {depth} and scale {scale}, expected depth >= 2 and a finite scale > 0")
+    if tuple(surrogate.shape[-2:]) != problem.shape:
+        raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
+    if surrogate.layout is torch.strided:
+        left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
+        left, right = left[..., :rank], right[..., :rank, :]
+    else:
+        left, _, right = truncated_svd(surrogate, rank)
+        right = right.mT
+    eps = torch.full(left.shape[:-2], scale, dtype=left.dtype, device=left.device)
+    inner = [_scaled_identity(rank, eps, left) for _ in range(depth - 2)]
+    return [scale * right.contiguous(), *inner, scale * left.contiguous()]
+
+
+def orthogonal_scale(factor: Tensor, name: str = "factor") -> Tensor:
+    """Return eps (...) of a factor that is eps times a (semi-)orthogonal matrix; ValueError if it is not."""
+    thin = factor if factor.shape[-2] >= factor.shape[-1] else factor.mT
+    gram = thin.mT @ thin
+    square = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    deviation = ((gram - square[..., None, None] * identity).abs().amax((-2, -1)) / square).max().item()
+    allowed = 1e4 * torch.finfo(factor.dtype).eps
+    if not deviation <= allowed:
+        raise ValueError(
+            f"{name} is not a multiple of an orthogonal matrix: W^T W / eps^2 differs from I by {deviation:.3g}, "
+            f"expected <= {allowed:.1g} (orthogonal_factors makes such a start)"
+        )
+    return square.sqrt()
+
+
+def _check_guess(problem: Problem, rank: int) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= 2 * rank <= min(problem.shape):
+        raise ValueError(f"rank is {rank}, expected an integer with 1 <= rank and 2 rank <= {min(problem.shape)}")
+
+
+def _scaled_identity(size: int, eps: Tensor, like: Tensor) -> Tensor:
+    identity = torch.eye(size, dtype=like.dtype, device=like.device)
+    return eps[..., None, None] * identity.expand(*like.shape[:-2], size, size)

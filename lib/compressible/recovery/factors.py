@@ -1,0 +1,103 @@
+"""A deep factorization as a plain list [W_1, ..., W_L], product W_L ... W_1.
+
+W_1 is (..., w, n), the inner W_l are (..., w, w), W_L is (..., m, w); any leading batch dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from compressible.recovery.problems import Problem
+
+
+def layer_gradients(factors: Sequence[Tensor], problem: Problem) -> list[Tensor]:
+    """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors, in closed form."""
+    prefixes = [factors[0]]
+    for factor in factors[1:]:
+        prefixes.append(factor @ prefixes[-1])
+    back = problem.gradient(prefixes[-1])
+    gradients = []
+    for factor, below in zip(reversed(factors[1:]), reversed(prefixes[:-1]), strict=True):
+        gradients.append(back @ below.mT)
+        back = factor.mT @ back
+    return [back, *reversed(gradients)]
+
+
+Factors = list[Tensor]
+
+
+def orthogonal_factors(
+    shape: tuple[int, int],
+    depth: int = 3,
+    width: int | None = None,
+    scale: float = 1e-3,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+    batch_shape: tuple[int, ...] = (),
+) -> Factors:
+    """Return [W_1 (w, n), W_2 (w, w), ..., W_L (m, w)], each `scale` times a random (semi-)orthogonal matrix.
+
+    shape (m, n); depth L >= 2; width w defaults to max(m, n); scale is the papers' eps, usually 1e-3 to 1.
+    Drawn on the CPU, so that a seed means the same start on every device. Raises ValueError on other values.
+    """
+    m, n = shape
+    width = max(m, n) if width is None else width
+    if depth < 2 or min(m, n, width) < 1:
+        raise ValueError(f"depth is {depth}, width {width}, shape {shape}: expected depth >= 2 and sizes >= 1")
+    if not (0 < scale < float("inf")):
+        raise ValueError(f"scale is {scale}, expected a finite number > 0 (usually 1e-3 to 1)")
+    sizes = [n, *[width] * (depth - 1), m]
+    orthogonal = [_orthogonal(*batch_shape, rows, cols, generator=generator) for cols, rows in pairwise(sizes)]
+    return [(scale * factor).to(dtype=dtype, device=device) for factor in orthogonal]
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """Return the end-to-end product W_L ... W_1, (..., m, n), of factors [W_1, ..., W_L]."""
+    result = factors[0]
+    for factor in factors[1:]:
+        result = factor @ result
+    return result
+
+
+def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
+    """Stack S factorizations of one depth and shape into factors (S, ...), padded with zeros to the largest width.
+
+    The padding is exact: zero rows and columns receive zero gradients, so each run goes as it would alone.
+    Raises ValueError where depths or outer shapes differ.
+    """
+    depths = {len(run) for run in runs}
+    ends = {(run[-1].shape[-2], run[0].shape[-1]) for run in runs}
+    if len(depths) != 1 or len(ends) != 1:
+        raise ValueError(f"cannot stack depths {sorted(depths)} and shapes {sorted(ends)}, expected one of each")
+    stacked = []
+    for layer in zip(*runs, strict=True):
+        rows, columns = (max(factor.shape[axis] for factor in layer) for axis in (-2, -1))
+        padded = [pad(f, (0, columns - f.shape[-1], 0, rows - f.shape[-2])) for f in layer]
+        stacked.append(torch.stack(padded))
+    return stacked
+
+
+def check_factors(factors: Sequence[Tensor], shape: tuple[int, int]) -> None:
+    """Raise ValueError unless the factors chain into an (m, n) = `shape` product, in one dtype and on one device."""
+    sizes = [tuple(factor.shape[-2:]) for factor in factors]
+    chained = all(upper[1] == lower[0] for lower, upper in pairwise(sizes))
+    if len(sizes) < 2 or not chained or (sizes[-1][0], sizes[0][1]) != tuple(shape):
+        raise ValueError(f"factors W_1..W_L have shapes {sizes}, expected L >= 2 that multiply to {tuple(shape)}")
+    kinds = {(factor.dtype, factor.device) for factor in factors}
+    if len(kinds) != 1 or not factors[0].is_floating_point():
+        raise ValueError(f"factors have kinds {sorted(map(str, kinds))}, expected one floating dtype on one device")
+
+
+def _orthogonal(*size: int, generator: torch.Generator | None) -> Tensor:
+    """Haar (semi-)orthogonal (..., rows, columns): QR of a Gaussian with the signs of R's diagonal put right."""
+    *batch, rows, columns = size
+    gaussian = torch.randn(*batch, max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return q if rows >= columns else q.mT.contiguous()

@@ -1,0 +1,193 @@
+"""Completion from a list of observed entries: nothing of size m x n exists anywhere.
+
+One step needs the residuals e_ij = (<row i of W_L, column j of P> - t_ij) / N at the observed entries, with
+P = W_{L-1} ... W_1, and the two sparse products E P^T (m, k) and W_L^T E (k, n). Entries are kept by rows and by
+columns; sampled.py has the engines.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from compressible.recovery.problems import Problem
+
+CHUNK = 2**20  # entries whose gathered factors are alive at a time in plain PyTorch
+
+
+@dataclass
+class Side:
+    """Entries in the order of one side's lines: pointers (lines + 1,), indices (N,) of the other side, values (N,)."""
+
+    pointers: Tensor
+    indices: Tensor
+    values: Tensor
+
+    def lines(self) -> Tensor:
+        """The line of each entry, (N,)."""
+        counts = self.pointers.diff().long()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    def to(self, device: torch.device | str) -> Side:
+        """The same on another device."""
+        return Side(self.pointers.to(device), self.indices.to(device), self.values.to(device))
+
+
+@dataclass
+class Entries:
+    """A sparse (m, n) matrix by rows and by columns; `order` (N,) takes values by rows to values by columns."""
+
+    shape: tuple[int, int]
+    rows: Side
+    columns: Side
+    order: Tensor
+
+    def to(self, device: torch.device | str) -> Entries:
+        """The same on another device."""
+        return Entries(self.shape, self.rows.to(device), self.columns.to(device), self.order.to(device))
+
+    def __len__(self) -> int:
+        return self.rows.values.numel()
+
+    def residual(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return <left_i, right_j> - t_ij (N,) by rows, from left (m, k) and right (n, k)."""
+        lines, out = self.rows.lines(), torch.empty_like(self.rows.values)
+        for start in range(0, len(self), CHUNK):
+            part = slice(start, start + CHUNK)
+            out[part] = (left[lines[part]] * right[self.rows.indices[part].long()]).sum(-1)
+        return out.sub_(self.rows.values)
+
+    def matrix(self, values: Tensor, transposed: bool = False) -> Tensor:
+        """Return the sparse CSR (m, n) tensor with other `values` by rows, or its transpose."""
+        side, shape = (self.columns, self.shape[::-1]) if transposed else (self.rows, self.shape)
+        values = values[self.order] if transposed else values
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(side.pointers, side.indices, values, shape, check_invariants=False)
+
+
+class SparseCompletion(Problem):
+    """Recover an (m, n) matrix from sparse observed entries: loss 1/2 mean over them of (X_ij - t_ij)^2 (P2).
+
+    observed and hidden are torch sparse tensors (COO or CSR) or anything scipy.sparse knows, of one shape; stored zeros
+    count as observed. The recovery error is the same mean over the entries of `hidden`, NaN without. dtype is that of
+    the values unless given, device that of the tensors unless given. Raises ValueError on shapes that differ, entries
+    given twice, values that are not finite, or nothing observed.
+    """
+
+    def __init__(
+        self,
+        observed: Any,
+        hidden: Any = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.seen = read_entries(observed, "observed", dtype, device)
+        self.unseen = None if hidden is None else read_entries(hidden, "hidden", self.seen.rows.values.dtype, device)
+        if self.unseen is not None and self.unseen.shape != self.seen.shape:
+            raise ValueError(f"hidden has shape {self.unseen.shape}, expected that of observed, {self.seen.shape}")
+        if not len(self.seen):
+            raise ValueError("observed holds no entry at all, expected at least one")
+        self.shape, self.batch_shape = self.seen.shape, ()
+        self.dtype, self.device = self.seen.rows.values.dtype, self.seen.rows.values.device
+
+    def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the training loss and the recovery error () of [W_1 (k, n), ..., W_L (m, k)]."""
+        right = factors[0]
+        for factor in factors[1:-1]:
+            right = factor @ right
+        means = [
+            torch.tensor(torch.nan, dtype=self.dtype, device=self.device)
+            if entries is None
+            else entries.residual(factors[-1], right.mT.contiguous()).square().mean() / 2
+            for entries in (self.seen, self.unseen)
+        ]
+        return means[0], means[1]
+
+    def surrogate(self) -> Tensor:
+        """Return Omega * Phi / p as a sparse CSR (m, n) tensor; p is the observed fraction."""
+        return self.seen.matrix(self.seen.rows.values * (self.shape[0] * self.shape[1] / len(self.seen)))
+
+    def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> SparseCompletion:
+        """Refuse: sparse problems are not stacked."""
+        raise ValueError(f"SparseCompletion takes no stack, got starts or steps of batch shape {batch_shape}")
+
+    def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:
+        """Refuse: there is no (m, n) array here."""
+        raise TypeError("SparseCompletion makes no (m, n) array; for a dense gradient take MatrixCompletion")
+
+    def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        """Refuse: there is no (m, n) array here."""
+        raise TypeError("SparseCompletion makes no (m, n) array; call evaluate_factors")
+
+
+def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Entries:
+    """Return `matrix`, torch sparse or scipy sparse, as `Entries`; ValueError as `SparseCompletion`."""
+    rows, columns, values, shape = _triplets(matrix, name)
+    device = values.device if device is None else device
+    values = values.to(device, dtype or (values.dtype if values.is_floating_point() else torch.float64))
+    rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
+    if not bool(torch.isfinite(values).all()):
+        bad = values[~torch.isfinite(values)][0].item()
+        raise ValueError(f"{name} holds the value {bad}, expected finite entries")
+    order = torch.argsort(rows * shape[1] + columns)
+    rows, columns, values = rows[order], columns[order], values[order]
+    twice = ((rows.diff() == 0) & (columns.diff() == 0)).nonzero()
+    if len(twice):
+        at = int(twice[0])
+        raise ValueError(f"{name} gives entry ({int(rows[at])}, {int(columns[at])}) twice, expected each once")
+    order = torch.argsort(columns, stable=True)
+    by_columns = Side(_pointers(columns, shape[1]), rows[order].int(), values[order])
+    return Entries(shape, Side(_pointers(rows, shape[0]), columns.int(), values), by_columns, order)
+
+
+def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the top `rank` singular triplets U (m, k), S (k,), V (n, k) of a sparse CSR tensor, descending.
+
+    Lanczos bidiagonalisation by scipy on the CPU (`svds`, seeded start), accurate to round-off; on CUDA a randomised
+    range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as the spectrum's gap.
+    """
+    if matrix.device.type == "cpu":
+        arrays = (part.numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
+        csr = scipy.sparse.csr_array(tuple(arrays), shape=tuple(matrix.shape))
+        start = np.random.default_rng(seed).standard_normal(min(csr.shape))
+        left, values, right = scipy.sparse.linalg.svds(csr, k=rank, v0=start)
+        down = np.argsort(-values)
+        parts = (left[:, down], values[down], right[down].T)
+        return tuple(torch.from_numpy(np.ascontiguousarray(part)).to(matrix.dtype) for part in parts)
+    generator = torch.Generator(matrix.device).manual_seed(seed)
+    width = min(rank + 10, *matrix.shape)
+    like = {"dtype": matrix.dtype, "device": matrix.device}
+    basis = torch.randn(matrix.shape[1], width, generator=generator, **like)
+    transposed = matrix.to_sparse_coo().t().to_sparse_csr()
+    for _ in range(8):
+        basis = torch.linalg.qr(transposed @ torch.linalg.qr(matrix @ basis).Q).Q
+    frame, small = torch.linalg.qr(matrix @ basis)  # the SVD itself is of (k, k): solvers on CUDA are slow on tall ones
+    left, values, right = torch.linalg.svd(small)
+    return (frame @ left)[:, :rank], values[:rank], (basis @ right.mT)[:, :rank]
+
+
+def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    if isinstance(matrix, Tensor) and matrix.layout in (torch.sparse_coo, torch.sparse_csr) and matrix.ndim == 2:
+        coo = matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse_coo()
+        indices = coo._indices()
+        return indices[0], indices[1], coo._values(), tuple(matrix.shape)
+    if scipy.sparse.issparse(matrix) and matrix.ndim == 2:
+        coo = matrix.tocoo()
+        parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (coo.row, coo.col, coo.data))
+        return *parts, tuple(int(side) for side in matrix.shape)
+    kind = f"{type(matrix).__name__} {getattr(matrix, 'layout', '')}".strip()
+    raise ValueError(f"{name} is {kind}, expected a two-dimensional sparse COO or CSR tensor or scipy.sparse matrix")
+
+
+def _pointers(lines: Tensor, count: int) -> Tensor:
+    pointers = torch.zeros(count + 1, dtype=torch.int32, device=lines.device)
+    pointers[1:] = torch.bincount(lines, minlength=count).cumsum(0)
+    return pointers

@@ -1,0 +1,124 @@
+"""Alternating least squares on the observed entries alone: the baselines of `baselines.py` without an m x n array.
+
+Both Gram matrices of a sweep are sparse products: with M the (m, n) pattern of the observed entries and Z (n, k^2) the
+outer products of the features, M Z holds every row's normal equations. m rows, n columns, r rank, N entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressible.recovery.als import _least_norm
+from compressible.recovery.sparse import SparseCompletion, truncated_svd
+from compressible.runtime.devices import _now
+
+BATCH = 2**14  # rows solved at a time: batched solvers on CUDA have limits of 2^15 and 2^16
+
+
+@dataclass(frozen=True, eq=False)
+class Sweeps:
+    """Factors [V^T (k, n), U (m, k)] after the last sweep, biases among them, and curves over sweeps 0 to `sweeps`."""
+
+    factors: list[Tensor]
+    loss: Tensor  # half the mean squared residual over the observed
+    error: Tensor  # the same over the hidden entries, NaN without
+    seconds: Tensor  # solving time so far, the start included, these records not
+
+
+def alternate(
+    problem: SparseCompletion,
+    rank: int,
+    ridge: float = 0.0,
+    sweeps: int = 20,
+    generator: torch.Generator | None = None,
+    biases: bool = False,
+    bias_ridge: float = 5.0,
+    start: str = "spectral",
+) -> Sweeps:
+    """Minimise sum over the observed of (U V^T - t)^2 + ridge (|U|^2 + |V|^2), U and V taking turns.
+
+    With `biases` each row and column has a bias too, under bias_ridge * bias^2; entries should then have mean 0. start:
+    "spectral", V from the rank-r SVD of Omega * Phi / p, or "random", a Gaussian V (n, r), times 0.1 with biases, drawn
+    on the CPU; U = 0 either way. Raises ValueError for a rank outside 1 to min(m, n), a negative ridge (0 with biases),
+    sweeps < 1 or another start.
+    """
+    _check(problem, rank, ridge, sweeps, start, biases and ridge == 0)
+    began = _now(problem.seen.rows.values)
+    entries = problem.seen
+    ones = torch.ones_like(entries.rows.values)
+    patterns = entries.matrix(ones), entries.matrix(ones, transposed=True)
+    right = _start(problem, rank, start, generator, 0.1 if biases else 1.0)
+    right = _with_bias(right, torch.zeros_like(right[:, 0]), by_rows=False) if biases else right
+    left = torch.zeros(problem.shape[0], right.shape[1], dtype=problem.dtype, device=problem.device)
+    penalty = torch.full((rank + biases,), ridge, dtype=problem.dtype, device=problem.device)
+    if biases:
+        penalty[-1] = bias_ridge
+    seconds = [_now(right) - began]
+    records = [problem.evaluate_factors([right.mT, left])]
+    for _ in range(sweeps):
+        began = _now(right)
+        left = _half(problem, patterns[0], right, penalty, rank, transposed=False)
+        right = _half(problem, patterns[1], left, penalty, rank, transposed=True)
+        seconds.append(seconds[-1] + _now(right) - began)
+        records.append(problem.evaluate_factors([right.mT, left]))
+    loss, error = torch.tensor([[float(value) for value in record] for record in records], dtype=torch.float64).T
+    return Sweeps([right.mT, left], loss, error, torch.tensor(seconds, dtype=torch.float64))
+
+
+def _start(problem: SparseCompletion, rank: int, start: str, generator, scale: float) -> Tensor:
+    if start == "spectral":
+        _, values, right = truncated_svd(problem.surrogate(), rank)
+        return right * values.sqrt()
+    draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype)
+    return scale * draw.to(problem.device)
+
+
+def _half(problem, pattern: Tensor, partner: Tensor, penalty: Tensor, rank: int, transposed: bool) -> Tensor:
+    """Solve one side's rows, (lines, k), given the other's; with biases k = rank + 2, else rank."""
+    entries, biases = problem.seen, partner.shape[1] > rank
+    side = entries.columns if transposed else entries.rows
+    values, features = side.values, partner
+    if biases:  # rows are [factors, bias, 1], columns [factors, 1, bias]
+        one, bias = (rank + 1, rank) if transposed else (rank, rank + 1)
+        values = values - partner[:, bias][side.indices.long()]
+        features = torch.cat([partner[:, :rank], partner[:, one, None]], 1)
+    places = pattern.crow_indices(), pattern.col_indices()
+    known = torch.sparse_csr_tensor(*places, values, pattern.shape, check_invariants=False)
+    solved = _solve(pattern, known, features, penalty)
+    return _with_bias(solved[:, :rank], solved[:, rank], by_rows=not transposed) if biases else solved
+
+
+def _with_bias(factors: Tensor, bias: Tensor, by_rows: bool) -> Tensor:
+    one = torch.ones_like(bias)
+    return torch.cat([factors, torch.stack([bias, one] if by_rows else [one, bias], 1)], 1)
+
+
+def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) -> Tensor:
+    rank = features.shape[1]
+    products = (features[:, :, None] * features[:, None, :]).reshape(-1, rank * rank)
+    normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag(penalty)
+    right_side = known @ features
+    parts = zip(normal.split(BATCH), right_side.split(BATCH), strict=True)
+    return torch.cat([_solve_each(*part, bool((penalty > 0).all())) for part in parts])
+
+
+def _solve_each(normal: Tensor, right_side: Tensor, definite: bool) -> Tensor:
+    factor, broken = torch.linalg.cholesky_ex(normal)  # round-off breaks it where factors are far above the ridge
+    if definite and not bool(broken.any()):
+        return torch.cholesky_solve(right_side[:, :, None], factor)[:, :, 0]
+    return _least_norm(normal, right_side)
+
+
+def _check(problem: SparseCompletion, rank: int, ridge: float, sweeps: int, start: str, bare: bool) -> None:
+    if not isinstance(rank, int) or not 1 <= rank <= min(problem.shape):
+        raise ValueError(f"rank is {rank!r}, expected an integer from 1 to {min(problem.shape)}")
+    if not 0 <= ridge < math.inf or bare:
+        raise ValueError(f"ridge is {ridge!r}, expected a finite number >= 0, > 0 with biases")
+    if not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"sweeps is {sweeps!r}, expected an integer >= 1")
+    if start not in ("spectral", "random"):
+        raise ValueError(f"start is {start!r}, expected spectral or random")

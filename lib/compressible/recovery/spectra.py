@@ -1,0 +1,158 @@
+"""Small numerics of subspaces and spectra.
+
+A subspace is a matrix with orthonormal columns (..., d, k). Angles are in radians.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading left (..., m, rank) and right (..., n, rank) singular vectors of gradients (..., m, n).
+
+    From the eigenvectors of the smaller Gram matrix in float64, which a GPU finds many times faster than an SVD; the
+    other side is its image, made orthonormal again.
+    """
+    kind, tall = gradient.dtype, gradient.shape[-2] > gradient.shape[-1]
+    wide = (gradient.mT if tall else gradient).double()
+    scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    wide = wide / scale
+    finite = wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # one diverged run must not stop the others
+    wide = torch.where(finite, wide, 0.0)
+    small = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
+    other = torch.linalg.qr(wide.mT @ small)
+    signs = other.R.diagonal(dim1=-2, dim2=-1).sign()
+    large = other.Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
+    left, right = (large, small) if tall else (small, large)
+    return tuple(torch.where(finite, side, torch.nan).to(kind) for side in (left, right))
+
+
+@dataclass
+class Evolution:
+    """How the singular triplets of a (..., T, d, d) path move; the middle block is one subspace.
+
+    values (..., T, d) descending; right and left (..., T, 2r + 1) angles in radians to the reference time: r top
+    vectors one by one, the largest principal angle of the d - 2r middle ones, r bottom vectors.
+    """
+
+    values: Tensor
+    right: Tensor
+    left: Tensor
+
+
+def svd_evolution(path: Tensor, rank: int, reference: int = 1) -> Evolution:
+    """Return the `Evolution` of a path (..., T, d, d), `rank` = r moving triplets at each end of the spectrum.
+
+    The reference time is 1 because at 0 the singular values of an orthogonal start coincide and single vectors mean
+    nothing. Raises ValueError unless 2 rank < d and the reference lies on the path.
+    """
+    size = min(path.shape[-2:])
+    if 2 * rank >= size or not 0 <= reference < path.shape[-3]:
+        raise ValueError(f"rank is {rank} and reference {reference}, expected 2 rank < {size} and a time on the path")
+    left, values, right = torch.linalg.svd(path, full_matrices=False)
+    return Evolution(values, _turned(right.mT, rank, reference), _turned(left, rank, reference))
+
+
+def _turned(vectors: Tensor, rank: int, reference: int) -> Tensor:
+    base = vectors[..., reference : reference + 1, :, :].expand_as(vectors)
+    ends = vector_angles(base, vectors)
+    middle = slice(rank, vectors.shape[-1] - rank)
+    block = principal_angles(base[..., middle], vectors[..., middle])[..., -1:]
+    return torch.cat([ends[..., :rank], block, ends[..., -rank:]], -1)
+
+
+def principal_coordinates(reference: Tensor, *paths: Tensor, components: int = 2) -> tuple[list[Tensor], Tensor]:
+    """Return where paths of matrices run in the plane, or space, that one of them spans best.
+
+    `reference` (T, m, n) sets the principal components about its mean; the answer is its coordinates (T, components),
+    those of each of `paths` (T_i, m, n) about the same mean, and the shares (components,) of its variance. A component
+    points to where the reference goes farthest. It takes the T x T products of the points and no singular value
+    decomposition of their T x (m n) entries. Raises ValueError if the reference spans fewer components.
+    """
+    flat = reference.flatten(1)
+    gram = flat @ flat.T
+    mean = gram.mean(0, keepdim=True)  # <m, x_j>
+    values, vectors = torch.linalg.eigh(gram - mean - mean.T + mean.mean())
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    rounding = len(values) * torch.finfo(values.dtype).eps * gram.diagonal().max()
+    spanned = int((values > rounding).sum())
+    if not 1 <= components <= spanned:
+        raise ValueError(f"components is {components}, expected 1 to the {spanned} that the reference path spans")
+    basis = vectors[:, :components] / values[:components].sqrt()  # of the directions, in centred points
+    basis = basis * _farthest_sign(vectors[:, :components])
+    coordinates = []
+    for path in (reference, *paths):
+        overlaps = path.flatten(1) @ flat.T  # <y_i, x_j>
+        coordinates.append((overlaps - overlaps.mean(1, keepdim=True) - mean + mean.mean()) @ basis)
+    return coordinates, values[:components] / values.sum()
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the principal angles (..., min(k1, k2)) between two subspaces, ascending, in [0, pi/2].
+
+    Bjorck and Golub: the cosine loses an angle below 1e-8 and the sine one near pi/2, so each serves where it is
+    accurate. Raises ValueError unless both are (..., d, k) with the same d.
+    """
+    if first.shape[-2] != second.shape[-2]:
+        raise ValueError(f"subspaces live in dimensions {first.shape[-2]} and {second.shape[-2]}, expected the same")
+    if first.shape[-1] < second.shape[-1]:
+        first, second = second, first
+    overlap = first.mT @ second
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1)
+    sines = torch.linalg.svdvals(second - first @ overlap).flip(-1).clamp(max=1)
+    return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+
+
+def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: int) -> Tensor:
+    """Return the largest principal angle (...) between leading singular subspaces of two matrices (..., m, n).
+
+    Those of the first `first_rank` and `second_rank` singular vectors, the larger of the left and of the right side.
+    """
+    (left, _, right), (other_left, _, other_right) = (
+        torch.linalg.svd(matrix, full_matrices=False) for matrix in (first, second)
+    )
+    sides = (left, other_left), (right.mT, other_right.mT)
+    angles = [principal_angles(one[..., :first_rank], two[..., :second_rank])[..., -1] for one, two in sides]
+    return torch.maximum(*angles)
+
+
+def vector_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the angles (..., k) in [0, pi/2] between matching unit columns (..., d, k), whatever their signs."""
+    cosines = (first * second).sum(-2, keepdim=True)
+    sines = torch.linalg.vector_norm(second - first * cosines, dim=-2)
+    return torch.atan2(sines, cosines[..., 0, :].abs())
+
+
+def _farthest_sign(columns: Tensor) -> Tensor:
+    """The sign (k,) of the entry of largest size in each column (T, k)."""
+    return columns.gather(0, columns.abs().argmax(0, keepdim=True))[0].sign()
+
+
+def alignment(first: Tensor, second: Tensor) -> Tensor:
+    """Return |<u_i, v_i>| (..., k) of matching columns: 1 where the directions agree, about 1/sqrt(d) by chance."""
+    return (first * second).sum(-2).abs()
+
+
+def numerical_rank(matrix: Tensor, relative: float | None = None) -> Tensor:
+    """Return how many singular values (...) exceed `relative` times the largest (default max(m, n) * machine eps)."""
+    if relative is None:
+        relative = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    values = torch.linalg.svdvals(matrix)
+    return (values > relative * values[..., :1]).sum(-1)
+
+
+def effective_rank(matrix: Tensor) -> Tensor:
+    """Return exp of the entropy of the normalised singular values (...), between 1 and min(m, n) (Roy, Vetterli)."""
+    values = torch.linalg.svdvals(matrix)
+    weights = values / values.sum(-1, keepdim=True)
+    return torch.special.entr(weights).sum(-1).exp()
+
+
+def stable_rank(matrix: Tensor) -> Tensor:
+    """Return ||X||_F^2 / ||X||_2^2 (...), between 1 and the rank."""
+    values = torch.linalg.svdvals(matrix)
+    return values.square().sum(-1) / values[..., 0].square()

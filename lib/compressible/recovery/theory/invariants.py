@@ -1,0 +1,151 @@
+"""P1's theorem and corollary as code, and P2's scalar dynamics, so that runs can be held against them.
+
+Gradient descent on 1/2 ||W_L...W_1 - Phi||_F^2 + lambda/2 sum ||W_l||_F^2 with rank(Phi) = r, from W_l(0) = eps_l
+times orthogonal (d, d). Then W_l(t) = U_l blkdiag(W~_l(t), rho_l(t) I_{d-2r}) V_l^T for all t: d - 2r singular values
+per layer share one value rho_l, and their vectors stand still. With a loss that is a mean over N entries the
+step size on the sum loss is step_size / N and the weight decay N * weight_decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from compressible.recovery.compression import invariant_directions, orthogonal_scale
+from compressible.recovery.problems import Problem
+from compressible.recovery.sparse import truncated_svd
+
+
+def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: float = 0.0) -> Tensor:
+    """Return rho_l(t) as (steps + 1, L): the value that d - 2r singular values of layer l share (P1, Theorem 2.1).
+
+    rho_l(t+1) = rho_l(t) [1 - eta lambda - eta prod_{k != l} rho_k(t)^2], rho_l(0) = eps_l; `step_size` is eta on the
+    sum loss.
+    """
+    values = [[float(scale) for scale in scales]]
+    for _ in range(steps):  # plain numbers: tensors of L entries would take ten times as long
+        squares = [value * value for value in values[-1]]
+        others = [math.prod(squares[:layer] + squares[layer + 1 :]) for layer in range(len(squares))]
+        kept = [1 - step_size * weight_decay - step_size * other for other in others]
+        values.append([value * factor for value, factor in zip(values[-1], kept, strict=True)])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def block_bases(factors: Sequence[Tensor], target: Tensor, rank: int) -> list[Tensor]:
+    """Return V^(1), ..., V^(L+1), each (d, d) orthogonal, whose last d - 2r columns never move (P1, Theorem 2.1).
+
+    G = (W_L...W_2)^T Phi at the start; the last d - 2r columns of V^(1) span null(G) and null(G^T W_1) together, and
+    V^(l+1) = W_l V^(l) / eps_l. Square problems only; raises ValueError if 2 rank >= d or the start is not orthogonal.
+    """
+    size = target.shape[-1]
+    if target.shape[-2] != size or 2 * rank >= size:
+        raise ValueError(f"target is {tuple(target.shape)} and rank {rank}, expected square (d, d) with 2 rank < d")
+    rest = target
+    for factor in reversed(factors[1:]):
+        rest = factor.mT @ rest
+    moving = invariant_directions(rest, factors[0] / orthogonal_scale(factors[0], "W_1"), rank)
+    bases = [_complete(moving)]
+    for layer, factor in enumerate(factors, 1):
+        bases.append(factor @ bases[-1] / orthogonal_scale(factor, f"W_{layer}"))
+    return bases
+
+
+def block_error(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor, rank: int) -> float:
+    """Return the largest deviation of W_l(t), in the bases of `block_bases`, from blkdiag(anything, rho_l I).
+
+    factors [W_1, ..., W_L] at iteration t; rhos (L,) at the same iteration; `rank` is r.
+    """
+    worst = 0.0
+    for layer, factor in enumerate(factors):
+        blocks = bases[layer + 1].mT @ factor @ bases[layer]
+        blocks[: 2 * rank, : 2 * rank] = 0
+        blocks[2 * rank :, 2 * rank :].diagonal().sub_(rhos[layer].item())
+        worst = max(worst, blocks.abs().max().item())
+    return worst
+
+
+def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
+    """Return ||f(t) - f_C(t)||_F = sqrt(d - 2r) prod_l rho_l(t), (...) from rhos (..., L).
+
+    P1's corollary on compression, as an equality: f is the wide product, f_C the compressed one with frozen outer
+    factors (outer_ratio 0), under full observation.
+    """
+    return (size - 2 * rank) ** 0.5 * rhos.prod(-1)
+
+
+def stability_limit(problem: Problem, depth: int) -> Tensor:
+    """Return the step size 2 / lambda_max (...) above which descent cannot settle at the top singular triplet.
+
+    Where one triplet s of the surrogate is fitted by L balanced factors, the loss 1/2 ||X - Phi||^2 / (m n) has the
+    curvature L s^(2 - 2/L) / (m n) along it. Exact for a factorization, an estimate under a mask that is observed
+    evenly (mean_over="observed"). Equal step sizes in all layers.
+    """
+    surrogate = problem.surrogate()
+    dense = surrogate.layout is torch.strided
+    top = torch.linalg.matrix_norm(surrogate, ord=2) if dense else truncated_svd(surrogate, 1)[1][0]
+    return 2 * problem.shape[0] * problem.shape[1] / (depth * top ** (2 - 2 / depth))
+
+
+def outer_ratio_limit(problem: Problem, step_size: float, depth: int) -> Tensor:
+    """Return the outer ratio alpha (...) above which descent cannot settle at the top singular triplet.
+
+    Small factors grow towards s_outer^2 = alpha s_inner^2, which multiplies the curvature of `stability_limit` by
+    alpha^(2 / L): the limit is (stability_limit / step_size)^(L / 2). Below 1 the step size is too large by itself.
+    """
+    return (stability_limit(problem, depth) / step_size) ** (depth / 2)
+
+
+def escape_time(value: float, depth: int, scale: float, step_size: float) -> float:
+    """Return about how many iterations a singular value s = `value` of the target takes from eps^L to its own size.
+
+    eps^(2-L) / ((L - 2) eta s) for L > 2 and log(s / eps^2) / (2 eta s) for L = 2, eps = `scale`: L balanced, aligned
+    factors, leading order in eps; `step_size` is eta on the sum loss. Raises ValueError unless eps^L < s.
+    """
+    if not 0 < scale**depth < value:
+        raise ValueError(f"scale is {scale} and value {value}, expected 0 < scale^{depth} < value")
+    growth = scale ** (2 - depth) / (depth - 2) if depth > 2 else math.log(value / scale**2) / 2
+    return growth / (step_size * value)
+
+
+def aligned_values(values: Tensor, depth: int, scale: float, step_size: float, steps: int) -> Tensor:
+    """Return the singular values (steps + 1, ...) of P2's compressed product while it factors its own surrogate.
+
+    The factors of `compress_spectral` stay diagonal in the target's singular bases, so that each of its singular values
+    s = `values` (...) is followed by sigma(t) = a(t)^L with a(0) = eps = `scale` and
+    a(t+1) = a(t) + eta a(t)^(L-1) (s - a(t)^L). Full observation, one step size in all layers (alpha = 1);
+    `step_size` is eta on the sum loss.
+    """
+    path = values.new_empty(steps + 1, *values.shape)
+    path[0] = scale
+    for t in range(steps):
+        path[t + 1] = path[t] + step_size * path[t] ** (depth - 1) * (values - path[t] ** depth)
+    return path**depth
+
+
+def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
+    """Return V (d, 2 rank) by the literal construction: the complement of an intersection of null spaces.
+
+    gradient g = dLoss/dW_1 (d, d), first W_1 / eps (d, d) orthogonal. Costs full SVDs of (d, d) and (d, 2d) matrices;
+    it is here as the reference for `compress.invariant_directions`.
+    """
+    left, _, right = torch.linalg.svd(gradient)
+    through, still = first.mT @ left[:, rank:], right.mT[:, rank:]
+    null = torch.linalg.svd(torch.cat([through, -still], 1)).Vh.mT[:, gradient.shape[-1] :]
+    resting = through @ null[: through.shape[1]]
+    basis = torch.linalg.svd(resting).U
+    return basis.flip(-1)[:, : 2 * rank]
+
+
+def directions_by_stacking(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
+    """Return V (d, 2 rank), another reference: the top right singular vectors of the stack [g; g^T W_1 / eps]."""
+    stacked = torch.cat([gradient, gradient.mT @ first], 0)
+    return torch.linalg.svd(stacked, full_matrices=False).Vh.mT[:, : 2 * rank]
+
+
+def _complete(columns: Tensor) -> Tensor:
+    """Extend orthonormal columns (d, k) to an orthogonal (d, d) matrix that begins with them."""
+    full = torch.linalg.qr(columns, mode="complete").Q
+    return torch.cat([columns, full[:, columns.shape[-1] :]], -1)

@@ -1,0 +1,41 @@
+"""Errors that say what came and what was expected, each way once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Real
+
+
+def expect(name: str, value: object, holds: bool, expected: str) -> None:
+    """Raise ValueError, with the value and what was expected, unless `holds`."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _inside(value: object, low: float) -> bool:
+    """Whether a value is a finite number above `low`; text and truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and low < value < math.inf
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that is none of `known`, with the closest that is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
+    return f"unknown {kind} {name!r}; the closest is {close!r} of {', '.join(known)}"
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's name and message, shortened, in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.5)
+    return f"; the closest is {found[0]!r}" if found else f": one of {', '.join(sorted(known))}"
