@@ -377,21 +377,21 @@ def test_tasks_of_the_manifest_have_its_digests():
         ("stsb",): ["glue-stsb/train.csv.gz", "glue-stsb/validation.csv.gz"],
         ("vader-tweets",): [VADER],
     }.items():
-        assert text_data.manifest_entries(*names) == {file: known[file].sha256 for file in files}
+        assert text_data.data_digests(*names) == {file: known[file].sha256 for file in files}
 
 
 def test_models_have_the_digests_of_the_files_that_are_read(tmp_path, monkeypatch):
     known = data.load_manifest()
     monkeypatch.delenv("COMPRESSIBLE_MODELS", raising=False)
-    assert text_data.manifest_entries("minilm")["minilm/model.safetensors"] == known["minilm/model.safetensors"].sha256
+    assert text_data.data_digests("minilm")["minilm/model.safetensors"] == known["minilm/model.safetensors"].sha256
     own = save_bert(tmp_path / "models" / "minilm")
     files = {path.name: data.sha256(path) for path in own.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {*files}
-    assert text_data.manifest_entries(str(own)) == {f"{own}/{name}": digest for name, digest in files.items()}
+    assert text_data.data_digests(str(own)) == {f"{own}/{name}": digest for name, digest in files.items()}
     monkeypatch.setenv("COMPRESSIBLE_MODELS", str(tmp_path / "models"))
-    assert text_data.manifest_entries("minilm") == {f"minilm/{name}": digest for name, digest in files.items()}
+    assert text_data.data_digests("minilm") == {f"minilm/{name}": digest for name, digest in files.items()}
     (own / "model.safetensors").write_bytes(b"another checkpoint")
-    assert text_data.manifest_entries("minilm")["minilm/model.safetensors"] != files["model.safetensors"]
+    assert text_data.data_digests("minilm")["minilm/model.safetensors"] != files["model.safetensors"]
 
 
 def test_what_the_hub_holds_has_digests_too(tmp_path, monkeypatch):
@@ -402,10 +402,10 @@ def test_what_the_hub_holds_has_digests_too(tmp_path, monkeypatch):
     hub_cache(tmp_path / "hub", monkeypatch, "models--owner--name", model)
     tables = {f"stsb/{split}-00000-of-00001.parquet": split.encode() for split in text_data.SPLITS}
     hub_cache(tmp_path / "hub", monkeypatch, "datasets--nyu-mll--glue", tables)
-    found = text_data.manifest_entries("owner/name", "stsb")
+    found = text_data.data_digests("owner/name", "stsb")
     expected = {"owner/name/model.safetensors": b"weights", "owner/name/config.json": b"{}"}
     expected |= {f"nyu-mll/glue/stsb/{split}/{split}-00000-of-00001.parquet": split.encode() for split in ("train",)}
     assert found.items() >= {name: hashlib.sha256(content).hexdigest() for name, content in expected.items()}.items()
     assert len(found) == 4
     with pytest.raises(data.DataError, match="owner/other"):
-        text_data.manifest_entries("owner/other")
+        text_data.data_digests("owner/other")

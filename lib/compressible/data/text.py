@@ -117,7 +117,7 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
             raise data.DataError(f"{error}\n{local}") from None
 
 
-def manifest_entries(*names: str) -> dict[str, str]:
+def data_digests(*names: str) -> dict[str, str]:
     """sha256 by "name/file" of all that tasks of SETS and models are read from, to give to a run as its data.
 
     A file of data/manifest.toml has its digest from there; those of other models and of the hub's data sets are read,
