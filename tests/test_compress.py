@@ -75,7 +75,7 @@ def test_transposing_the_problem_transposes_the_start():
 def test_spectral_start(dtype, depth, batch):
     g = torch.Generator().manual_seed(0)
     target = cd.low_rank_target((9, 7), 2, batch, g, dtype)
-    small = cd.compress_spectral(cd.MatrixFactorization(target), rank=4, depth=depth, scale=1e-2)
+    small = cd.compress_spectral(cd.MatrixFactorization(target), width=4, depth=depth, scale=1e-2)
     assert len(small) == depth and all(f.dtype == dtype for f in small)
     assert small[0].shape == (*batch, 4, 7) and small[-1].shape == (*batch, 9, 4)
     left, _, right = torch.linalg.svd(target, full_matrices=False)
@@ -126,11 +126,18 @@ def test_scale_of_rectangular_factors():
         assert orthogonal_scale(factor).item() == pytest.approx(0.25, rel=1e-14)
 
 
-@pytest.mark.parametrize("bad", [{"rank": 8}, {"rank": 0}, {"depth": 1}, {"scale": math.inf}])
+@pytest.mark.parametrize("bad", [{"width": 8}, {"width": 0}, {"depth": 1}, {"scale": math.inf}])
 def test_spectral_arguments_are_checked(bad):
     problem = cd.MatrixFactorization(torch.ones(7, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match=str(next(iter(bad.values())))):
-        cd.compress_spectral(problem, **({"rank": 2} | bad))
+        cd.compress_spectral(problem, **({"width": 2} | bad))
+
+
+@pytest.mark.parametrize("former", [{"rank": 2}, {"width": 2, "rank": 2}, {}])
+def test_the_former_name_of_the_width_is_refused_with_the_new_one(former):
+    problem = cd.MatrixFactorization(torch.ones(7, 9, dtype=torch.float64))
+    with pytest.raises(TypeError, match="expected width alone"):
+        cd.compress_spectral(problem, **former)
 
 
 def test_another_surrogate_can_be_given():

@@ -2,7 +2,7 @@
 
 Both return factors for `descend`. P1's are [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)], outer factors of unit
 scale, so `outer_ratio` is gamma <= 1. P2's are [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], so `outer_ratio`
-is alpha >= 1. Same inner width 2r, different symbols: P2's k counts columns, P1's rank r half of them.
+is alpha >= 1. Same inner width 2r, different symbols: P1 guesses the `rank` r, half of it; P2 the `width` k.
 """
 
 from __future__ import annotations
@@ -54,28 +54,52 @@ def invariant_directions(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
 
 
 def compress_spectral(
-    problem: Problem, rank: int, depth: int = 3, scale: float = 1e-2, surrogate: Tensor | None = None
+    problem: Problem,
+    width: int | None = None,
+    depth: int = 3,
+    scale: float = 1e-2,
+    surrogate: Tensor | None = None,
+    *,
+    rank: None = None,
 ) -> Factors:
-    """Return P2's compressed factors [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], `depth` of them.
+    """Return P2's compressed factors: `depth` of them, on the leading singular vectors of a surrogate.
 
-    U, V are the top k = `rank` singular vectors of `surrogate` (..., m, n), by default the problem's own; k is usually
-    twice the true rank, at most min(m, n); scale is eps > 0, usually 1e-2. Raises ValueError on other values.
+    Args:
+        problem: what is recovered; its `surrogate()` is taken unless another is given.
+        width: k, the inner width; usually twice the true rank, at most min(m, n).
+        depth: L, number of factors, at least 2.
+        scale: eps > 0, usually 1e-2; every factor is eps times a matrix with orthonormal rows or columns.
+        surrogate: (..., m, n) dense or (m, n) sparse CSR, whose top k singular vectors U, V are taken.
+        rank: not taken; before the widths of both starts were told apart, `width` was called so.
+
+    Returns:
+        [eps V^T (..., k, n), eps I (..., k, k), ..., eps U (..., m, k)].
+
+    Raises:
+        TypeError: without a width, or with a rank.
+        ValueError: on a width, depth, scale or shape that is out of range.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> problem = cd.MatrixFactorization(cd.low_rank_target((8, 6), rank=2))
+        >>> [tuple(factor.shape) for factor in cd.compress_spectral(problem, width=4)]
+        [(4, 6), (4, 4), (8, 4)]
+
+    Reference:
+        P2, the algorithm of the compressed deep linear network (C-DLN), whose r-hat is this width.
     """
-    surrogate = problem.surrogate() if surrogate is None else surrogate
-    if not 1 <= rank <= min(problem.shape):
-        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(problem.shape)}")
+    if width is None or rank is not None:
+        raise TypeError(f"compress_spectral got width {width} and rank {rank}, expected width alone: columns of U, V")
+    if not 1 <= width <= min(problem.shape):
+        raise ValueError(f"width is {width}, expected 1 <= width <= min(m, n) = {min(problem.shape)}")
     if depth < 2 or not 0 < scale < float("inf"):
         raise ValueError(f"depth is {depth} and scale {scale}, expected depth >= 2 and a finite scale > 0")
+    surrogate = problem.surrogate() if surrogate is None else surrogate
     if tuple(surrogate.shape[-2:]) != problem.shape:
         raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
-    if surrogate.layout is torch.strided:
-        left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
-        left, right = left[..., :rank], right[..., :rank, :]
-    else:
-        left, _, right = truncated_svd(surrogate, rank)
-        right = right.mT
+    left, right = _leading(surrogate, width)
     eps = torch.full(left.shape[:-2], scale, dtype=left.dtype, device=left.device)
-    inner = [_scaled_identity(rank, eps, left) for _ in range(depth - 2)]
+    inner = [_scaled_identity(width, eps, left) for _ in range(depth - 2)]
     return [scale * right.contiguous(), *inner, scale * left.contiguous()]
 
 
@@ -93,6 +117,15 @@ def orthogonal_scale(factor: Tensor, name: str = "factor") -> Tensor:
             f"expected <= {allowed:.1g} (orthogonal_factors makes such a start)"
         )
     return square.sqrt()
+
+
+def _leading(surrogate: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """U (..., m, k) and V^T (..., k, n) of the top k = `width` singular triplets, dense or sparse."""
+    if surrogate.layout is torch.strided:
+        left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
+        return left[..., :width], right[..., :width, :]
+    left, _, right = truncated_svd(surrogate, width)
+    return left, right.mT
 
 
 def _check_guess(problem: Problem, rank: int) -> None:
