@@ -1,0 +1,98 @@
+"""How a descent learns the singular components of its target: when each is found, and in which order.
+
+S stacked problems, T looks at the product on its way, r components; u_i*, v_i* and s_i are the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressible.experiments.compare import Build
+from compressible.experiments.trajectories import first_passage, pairs_in_order, stretches
+from compressible.recovery.factors import Factors, product, stack_factors
+from compressible.recovery.problems import Problem, stack_problems
+from compressible.recovery.spectra import alignment
+
+Look = Callable[[Factors, Tensor], dict[str, Tensor]]
+
+
+def draw_stack(builds: Sequence[Build], seed: int, seeds: int) -> tuple[Problem, Factors]:
+    """Return the problems of all builds and seeds, one start each, as one stack: the seeds of the first build first."""
+    built = [build(torch.Generator().manual_seed(seed + offset)) for build in builds for offset in range(seeds)]
+    starts = [factors for _, runs in built for factors, _, _ in runs.values()]
+    return stack_problems([problem for problem, _ in built]), stack_factors(starts)
+
+
+def watch(
+    problem: Problem, factors: Factors, look: Look, step_size: float, steps: int, every: int, tolerance: float
+) -> dict[str, np.ndarray]:
+    """Return what `look(factors, loss)` sees at 0 and after each `every` iterations, (S, T, ...).
+
+    "iterations" (T,) say when. A problem whose loss is below `tolerance` stays where it is; the descent ends when all
+    have stopped.
+    """
+    path = [look(state, loss) for _, state, loss in stretches(problem, factors, step_size, steps, every, tolerance)]
+    curves = {name: torch.stack([seen[name] for seen in path], 1).numpy() for name in path[0]}
+    return curves | {"iterations": every * np.arange(len(path))}
+
+
+def leading_alignment(target: Tensor) -> Look:
+    """Return the look at "left" |<u_1(W_L), u_1*>|, "right" |<v_1(W_1), v_1*>| and the training "loss"."""
+    u, v = _leading(target)
+
+    def look(factors: Factors, loss: Tensor) -> dict[str, Tensor]:
+        left, right = _leading(factors[-1])[0], _leading(factors[0])[1]
+        return {"left": alignment(left, u)[..., 0], "right": alignment(right, v)[..., 0], "loss": loss}
+
+    return look
+
+
+def triplets(target: Tensor, rank: int) -> Look:
+    """Return the look at the product's triplets beside the target's.
+
+    "values", its 2r largest; "left" |<u_i, u_i*>| and "right" |<v_i, v_i*>|; "components" u_i*^T X v_i* on the target's
+    own triplets.
+    """
+    left, _, right = torch.linalg.svd(target)
+    u, v = left[..., :rank], right[..., :rank, :].mT
+
+    def look(factors: Factors, _: Tensor) -> dict[str, Tensor]:
+        matrix = product(factors)
+        left, values, right = torch.linalg.svd(matrix)
+        sides = {"left": alignment(left[..., :rank], u), "right": alignment(right[..., :rank, :].mT, v)}
+        return sides | {"values": values[..., : 2 * rank], "components": (u * (matrix @ v)).sum(-2)}
+
+    return look
+
+
+def learning_order(curves: Mapping[str, np.ndarray], target: np.ndarray) -> dict[str, np.ndarray]:
+    """Return, for curves of `triplets` and the target's values (S, r), whether the largest are learned first.
+
+    "first" (S, r), the iteration at which each value passes its half; "ordered", whether they do so one after another;
+    "pairs" and "components", the share of pairs i < j in order, of the values and of the components on the target's own
+    triplets; "aligned", the mean alignment of the i-th vectors when the i-th value has reached 90 %; "extra", the
+    largest sigma_(r+1) ever over s_1.
+    """
+    rank, time = target.shape[1], curves["iterations"]
+    values, extra = curves["values"][..., :rank], curves["values"][..., rank]
+    first = first_passage(values, target / 2, time)
+    risen = (values > 0.9 * target[:, None]).argmax(1)[:, None]
+    aligned = [np.take_along_axis(curves[side], risen, 1)[:, 0] for side in ("left", "right")]
+    return {
+        "first": first,
+        "ordered": (np.diff(first) >= 0).all(1),
+        "pairs": pairs_in_order(first),
+        "components": pairs_in_order(first_passage(curves["components"], target / 2, time)),
+        "aligned": np.mean(aligned, 0).mean(1),
+        "extra": (extra / target[:, :1]).max(1),
+    }
+
+
+def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The top left and right singular vectors (S, d, 1) of matrices (S, d, d)."""
+    left, _, right = torch.linalg.svd(matrix)
+    return left[..., :1], right[..., :1, :].mT
