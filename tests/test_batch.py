@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -15,7 +17,7 @@ import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
 from compressible.__main__ import main
-from compressible.companion import batch
+from compressible.companion import batch, library
 from compressible.companion import code_digest as identity
 from compressible.companion import notebooks as catalogue
 from compressible.companion import provenance as machine
@@ -62,12 +64,12 @@ def test_command_line_values_are_typed(text, default, value):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["-p", "stepsize", "5"], "'stepsize': did you mean 'step_size'?"),
+        (["-p", "stepsize", "5"], "'stepsize'; the closest is 'step_size'"),
         (["-p", "rank", "many"], "rank: got 'many'"),
         (["-p", "rank", "-1"], "rank: got -1"),
         (["-p", "step_size", "nan"], "step_size: got"),
         (["-p", "preset", "mine"], "--label"),
-        (["--preset", "papers"], "did you mean 'paper'?"),
+        (["--preset", "papers"], "the closest is 'paper'"),
         (["-f", "absent.yaml"], "absent.yaml"),
     ],
 )
@@ -81,7 +83,7 @@ def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_no
 
 def test_unknown_notebook_is_refused_with_the_closest(add_notebook):
     add_notebook("01_good")
-    with pytest.raises(catalogue.BatchError, match="did you mean 'kwon2024/01_good'"):
+    with pytest.raises(catalogue.BatchError, match="the closest is 'kwon2024/01_good'"):
         catalogue.plan("kwon2024/01_goood")
 
 
@@ -240,13 +242,26 @@ def test_refresh_that_fails_leaves_the_file(add_notebook, capsys):
 # snakemake
 
 
-def snakemake(*config: str) -> subprocess.CompletedProcess[str]:
+def snakemake(*config: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    options = ["--cores", "3", "--keep-going", "--scheduler", "greedy", "--resources", "gpu=0"]
+    options = ["--cores", "3", "--keep-going", "--scheduler", "greedy", "--resources", "gpu=0", *options]
     return subprocess.run(
         [sys.executable, "-m", "snakemake", *options, "--config", "gpus=0", *config],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
+
+
+def watched(*config: str) -> set[str]:
+    """The library's files that snakemake notes as inputs of what it made."""
+    table = snakemake(*config, options=["--detailed-summary"]).stdout
+    return set(re.findall(r"lib/compressible/[\w/]+\.py", table))
+
+
+def sources(checkout: Path) -> list[Path]:
+    """The files of which the library's digest is made; never none."""
+    found = library.computing_sources(checkout / "lib" / "compressible")
+    assert len(found) > 50
+    return found
 
 
 def test_snakemake_goes_on_after_a_failure_and_repeats_only_that(add_notebook, checkout):
@@ -270,6 +285,7 @@ def test_snakemake_builds_what_has_the_preset_and_refuses_a_preset_that_nothing_
     presets.write_text(presets.read_text().replace("01_small:", "01_small:\n  minilm: {minutes: 1}"))
     assert snakemake("preset=minilm").returncode == 0
     assert [file.stem for file in Path("figures/minilm/kwon2024").glob("*.json")] == [Path(small).name]
+    assert watched("preset=minilm") == {file.relative_to(checkout).as_posix() for file in sources(checkout)}
     result = snakemake("preset=minlm")
     assert result.returncode != 0 and "no notebook has a preset 'minlm'" in result.stderr + result.stdout
 

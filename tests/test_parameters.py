@@ -78,7 +78,7 @@ def test_unknown_names_get_the_closest_known_one() -> None:
         validate({"stepsize": 0.1})
     with pytest.raises(ParameterError, match=r"width: got 3, .*'widths'"):
         validate({"width": 3}, allowed=["rank", "widths"])
-    with pytest.raises(ParameterError, match="qqq: got 1, expected a known name: one of rank, widths"):
+    with pytest.raises(ParameterError, match="qqq: got 1, expected a known name; known are rank, widths"):
         validate({"qqq": 1}, allowed=["rank", "widths"])
     with pytest.raises(ParameterError, match="vocabulary"):
         validate({"qqq": 1}, allowed=["qqq"])

@@ -417,6 +417,13 @@ def test_the_library_digest_sees_every_folder_and_is_never_of_nothing(tmp_path: 
     assert digests[0] != digests[1] == digests[2]
 
 
+def test_every_room_counts_as_computing_except_the_companion() -> None:
+    rooms = {folder.name for folder in library.ROOT.iterdir() if (folder / "__init__.py").exists()}
+    assert {"recovery", "descent", "finetuning"} < rooms
+    counted = {file.relative_to(library.ROOT).parts[0] for file in library.computing_sources()}
+    assert counted == rooms - {"companion"}
+
+
 def git(folder: Path, *words: str) -> None:
     identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
     subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent
-# These draw, judge, check or find; none of them moves a number in a result.
+ROOT = Path(__file__).resolve().parents[1]
+# Whole rooms and single files that draw, judge, check or find; none of them moves a number in a result.
 NOT_COMPUTING = frozenset({
-    "__init__", "__main__", "batch", "catalogue", "claims", "claims_table", "data", "figures", "identity", "library",
-    "machine", "parameters", "paths", "progress", "sources", "statements",
+    "__init__", "__main__", "companion", "data/manifest", "data/sources", "runtime/checks", "runtime/paths",
+    "runtime/progress",
 })  # fmt: skip
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
@@ -23,7 +23,7 @@ _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when
 def computing_sources(root: Path = ROOT) -> list[Path]:
     """The library's files that can move a number, of all its folders, sorted by their place below `root`."""
     files = {file.relative_to(root).with_suffix("").as_posix(): file for file in root.rglob("*.py")}
-    return [files[name] for name in sorted(files) if name.partition("/")[0] not in NOT_COMPUTING]
+    return [files[name] for name in sorted(files) if not {name, name.partition("/")[0]} & NOT_COMPUTING]
 
 
 def library_digest(root: Path = ROOT) -> str:

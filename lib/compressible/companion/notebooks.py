@@ -7,7 +7,6 @@ notebooks in `notebooks/<paper>/presets.yaml`: {name: {preset: {minutes, gpu, ne
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import yaml
 from compressible.companion import code_digest as identity
 from compressible.companion import parameters as vocabulary
 from compressible.companion import provenance as machine
-from compressible.runtime import paths
+from compressible.runtime import checks, paths
 
 
 class BatchError(ValueError):
@@ -68,7 +67,7 @@ def notebook_path(id: str) -> Path:
     """File of a notebook. Raises BatchError, with the closest known id, when there is none."""
     path = paths.repository() / "notebooks" / f"{id}.ipynb"
     if id not in ids():
-        raise BatchError(f"no notebook {id!r}{_closest(id, ids())}")
+        raise BatchError(f"no notebook {id!r}{checks.closest(id, ids())}")
     return path
 
 
@@ -150,21 +149,16 @@ def plan(
 def _chosen(id: str, preset: str) -> Preset:
     available = presets(id)
     if preset not in available:
-        raise BatchError(f"{id} has no preset {preset!r}{_closest(preset, list(available))}")
+        raise BatchError(f"{id} has no preset {preset!r}{checks.closest(preset, available)}")
     return available[preset]
 
 
 def _check_names(id: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     if "preset" in values:
         raise BatchError(f"preset = {values['preset']!r} is not a value to pass: use --preset, or --label")
-    unknown = [f"{name!r}{_closest(name, list(known))}" for name in values if name not in known]
+    unknown = [f"{name!r}{checks.closest(name, known)}" for name in values if name not in known]
     if unknown:
         raise BatchError(f"{id} has no parameter " + ", nor ".join(unknown))
-
-
-def _closest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known) or 'none'}"
 
 
 def record_path(id: str, label: str) -> Path:

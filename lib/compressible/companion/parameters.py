@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compressible.runtime.checks import _closest
+from compressible.runtime.checks import closest
 
 
 class ParameterError(ValueError):
@@ -215,7 +215,7 @@ def _assigned(cells: list[str]) -> set[str]:
 
 def _checked(name: str, value: Any, known: Iterable[str]) -> Any:
     if name not in known:
-        raise ParameterError(f"{name}: got {value!r}, expected a known name{_closest(name, known)}")
+        raise ParameterError(f"{name}: got {value!r}, expected a known name{closest(name, known)}")
     if name not in VOCABULARY:
         raise ParameterError(f"{name}: got {value!r}, expected a name of the vocabulary in parameters.py")
     entry = VOCABULARY[name]

@@ -159,7 +159,7 @@ def _manifest_digest(name: str) -> str:
 
     manifest = data.load_manifest()
     if name not in manifest:
-        known = checks._closest(name, manifest)
+        known = checks.closest(name, manifest)
         raise parameters.ParameterError(f"data: got {name!r}, expected a name in the manifest{known}")
     return manifest[name].sha256
 

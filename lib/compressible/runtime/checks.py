@@ -25,17 +25,19 @@ def _inside(value: object, low: float) -> bool:
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is none of `known`, with the closest that is."""
+    return f"unknown {kind} {name!r}{closest(name, known)}"
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, or all of them where none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind} {name!r}; the closest is {close!r} of {', '.join(known)}"
+    found, listed = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5), ", ".join(known)
+    if not found:
+        return f"; known are {listed or 'none'}"
+    return f"; the closest is {found[0]!r}{f' of {listed}' if len(known) <= 10 else ''}"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An exception's name and message, shortened, in one line."""
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name.lower(), sorted(known), n=1, cutoff=0.5)
-    return f"; the closest is {found[0]!r}" if found else f": one of {', '.join(sorted(known))}"

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     known = _presets()
     if options.preset and options.preset not in known:
-        near = checks._closest(options.preset, known)
+        near = checks.closest(options.preset, known)
         parser.error(f"--preset: got {options.preset!r}, expected {OWN!r} or a preset{near}")
     if options.write_readme:
         readme_block(table(format="markdown", preset=options.preset or OWN))
