@@ -1,0 +1,1 @@
+"""Protocols that several notebooks share: starts compared over seeds, recommenders, trajectories."""

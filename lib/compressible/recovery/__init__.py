@@ -1,0 +1,1 @@
+"""What is recovered and how it starts: problems, factors, compression, spectra, synthetic data, least squares."""

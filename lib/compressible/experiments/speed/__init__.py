@@ -1,0 +1,1 @@
+"""What times engines and their peers, and what the machine allows at most."""

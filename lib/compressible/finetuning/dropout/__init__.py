@@ -1,0 +1,1 @@
+"""Dropout with a random stream of its own for each run of a stack."""

@@ -1,0 +1,1 @@
+"""Closed forms that the papers prove, to hold runs against."""
