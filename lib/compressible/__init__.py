@@ -49,14 +49,11 @@ _HOME = {
     "stack_starts": "experiments.compare",
 }
 _MODULES = {
-    "baselines": "experiments.biased_als",
     "claims": "companion.claims",
-    "compare": "experiments.compare",
     "data": "data",
     "figures": "companion.figures",
     "parameters": "companion.parameters",
     "ratings": "data.ratings",
-    "recommend": "experiments.recommend",
     "runs": "companion.runs",
     "spectra": "recovery.spectra",
     "theory": "recovery.theory.invariants",

@@ -207,17 +207,17 @@ def rmse(
 
 
 def rating_metrics(prediction: np.ndarray | torch.Tensor, ratings: Ratings, index: np.ndarray) -> dict[str, float]:
-    """Errors of a prediction matrix (m, n) on the indexed ratings, with and without clipping to 1..5.
+    """Errors of a prediction matrix (m, n), or of the k indexed values of it, with and without clipping to 1..5.
 
     Keys: rmse, rmse_clipped, user_rmse, user_rmse_clipped and, both unclipped, mae and half_mse (half the
-    mean squared error). Raises ValueError if the shape is not (m, n).
+    mean squared error). Raises ValueError if the shape is neither (m, n) nor (k,).
     """
     matrix = prediction.detach().cpu().numpy() if isinstance(prediction, torch.Tensor) else np.asarray(prediction)
-    if matrix.shape != ratings.shape:
-        raise ValueError(f"prediction has shape {matrix.shape}, expected {ratings.shape}")
     index = _checked(ratings, index)
-    users = ratings.users[index]
-    values, actual = matrix[users, ratings.items[index]], ratings.ratings[index]
+    if matrix.shape not in (ratings.shape, index.shape):
+        raise ValueError(f"prediction has shape {matrix.shape}, expected {ratings.shape} or {index.shape}")
+    users, actual = ratings.users[index], ratings.ratings[index]
+    values = matrix if matrix.shape == index.shape else matrix[users, ratings.items[index]]
     free, clipped = rmse(values, actual, users), rmse(values, actual, users, (LOWEST, HIGHEST))
     limited = {f"{key}_clipped": clipped[key] for key in ("rmse", "user_rmse")}
     return free | limited | {"half_mse": 0.5 * free["rmse"] ** 2}

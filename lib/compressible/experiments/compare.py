@@ -36,7 +36,7 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
     for offset in range(seeds):
         problem, starts = build(torch.Generator().manual_seed(seed + offset))
         for name, (factors, step_size, ratio) in starts.items():
-            run = _descend(problem, factors, step_size, outer_ratio=ratio, **options)
+            run = descend_to_divergence(problem, factors, step_size, outer_ratio=ratio, **options)
             histories.setdefault(name, []).append(run)
             sizes[name] = _size((factors, step_size, ratio))
         del problem, starts  # before the next seed is drawn: the operators of a sensing problem fill a memory
@@ -127,7 +127,10 @@ def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: 
         yield factors
 
 
-def _descend(problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any) -> History:
+def descend_to_divergence(
+    problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any
+) -> History:
+    """Descend, and where a loss stops being finite return the history up to there."""
     try:
         return descend(problem, factors, step_size, **options)
     except DivergenceError as error:
@@ -170,7 +173,7 @@ def _descend_together(problems: Sequence[Problem], runs: Sequence[Sequence[Start
     shape = (len(runs), len(runs[0]))
     factors = [f.unflatten(0, shape) for f in stack_factors([start[0] for starts in runs for start in starts])]
     step, ratio = (torch.tensor([[s[i] for s in starts] for starts in runs], dtype=torch.float64) for i in (1, 2))
-    return _descend(problem, factors, step, outer_ratio=ratio, **options)
+    return descend_to_divergence(problem, factors, step, outer_ratio=ratio, **options)
 
 
 def _unstack(history: History, names: Sequence[str], starts: Mapping[str, Start]) -> dict[str, np.ndarray]:

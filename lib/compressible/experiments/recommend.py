@@ -1,36 +1,105 @@
-"""Deep factorizations as recommenders: ratings as a completion problem, tuned without a look at the test ratings.
+"""Completion methods side by side, each tuned on a validation slice of the entries that it trains on.
 
-m users, n items. P2 completes the raw ratings (no centring) and reports half the mean squared error; beside it
-stand centred ratings and stopping at the iteration that a validation slice prefers.
+Deep factorizations, and alternating least squares (ALS) without and with biases; the test entries are scored along the
+way and never chosen on. Entries are ratings (m users, n items) or drawn from a known matrix.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
+from torch import Tensor
 
-from compressible.data.ratings import Offsets, Ratings, Split, center, rating_metrics, to_matrix, validation_slice
-from compressible.descent.gradient_descent import DivergenceError, descend
-from compressible.experiments.biased_als import biased_matrix_factorisation, tune
-from compressible.recovery.als import Alternation, alternating_minimisation
+from compressible.data.ratings import Ratings, Split, center, rating_metrics, validation_slice
+from compressible.descent.gradient_descent import descend
+from compressible.experiments.compare import descend_to_divergence
+from compressible.recovery.als import Sweeps, alternate
 from compressible.recovery.compression import compress_spectral
 from compressible.recovery.factors import Factors, orthogonal_factors, product
 from compressible.recovery.problems import MatrixCompletion
+from compressible.recovery.sparse import Entries, SparseCompletion
+from compressible.recovery.synthetic import sparse_low_rank
 from compressible.recovery.theory.invariants import stability_limit
-from compressible.runtime.devices import resolve_device
+from compressible.runtime.devices import _now, resolve_device
+
+Completion = SparseCompletion | MatrixCompletion
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """`trial` trains on the fit part and errs over the validation slice, `whole` on both parts and over `test`.
+
+    Of a rating table, `ratings` and `index` (N,) say which ratings the test entries are.
+    """
+
+    trial: Completion
+    whole: Completion
+    test: Entries
+    ratings: Ratings | None = None
+    index: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+
+    def score(self, factors: Sequence[Tensor]) -> dict[str, float]:
+        """Return the errors of [W_1, ..., W_L] on the test entries: "rmse", for ratings all of `rating_metrics`."""
+        residual = self.test.residual(factors[-1], product(factors[:-1]).mT.contiguous()).cpu().numpy()
+        if self.ratings is None:
+            return {"rmse": float(np.sqrt(np.mean(residual**2)))}
+        return rating_metrics(self.ratings.ratings[self.index] + residual, self.ratings, self.index)
+
+
+def rating_task(
+    ratings: Ratings,
+    parts: Split,
+    centring: str = "global",
+    fraction: float = 0.1,
+    device: str = "auto",
+    problem: str = "sparse",
+) -> Task:
+    """Return the task of a rating table (m users, n items); offsets as in `ratings.center`, from what is trained on.
+
+    A "dense" `problem` holds all m n residuals of a step, as P2's loop does, a "sparse" one those of the entries alone.
+    Networks of full width take their steps many times faster on the dense one.
+    """
+    if problem not in ("sparse", "dense"):
+        raise ValueError(f'problem is {problem!r}, expected "sparse" or "dense"')
+    pairs = [validation_slice(parts, fraction), (parts.train, np.sort(parts.test))]
+    trial, whole = (_completion(ratings, *pair, centring, resolve_device(device)) for pair in pairs)
+    made = [_dense(each) if problem == "dense" else each for each in (trial, whole)]
+    return Task(made[0], made[1], _hidden(whole), ratings, pairs[1][1])
+
+
+def drawn_task(
+    shape: tuple[int, int],
+    rank: int,
+    count: int,
+    generator: torch.Generator | None = None,
+    fraction: float = 0.1,
+    device: str = "auto",
+) -> Task:
+    """Return the task of `count` entries of a rank-r matrix (`sparse_low_rank`), the test a tenth as many hidden ones.
+
+    The slice is a random `fraction` of the observed entries. Raises ValueError as `sparse_low_rank`.
+    """
+    observed, hidden = sparse_low_rank(shape, rank, count, generator)
+    order, cut = torch.randperm(count, generator=generator), round(fraction * count)
+    place = resolve_device(device)
+    trial = SparseCompletion(_subset(observed, order[cut:]).to(place), _subset(observed, order[:cut]).to(place))
+    whole = SparseCompletion(observed.to(place), hidden.to(place))
+    return Task(trial, whole, _hidden(whole))
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A method fitted to the training ratings.
+    """A tuned method on the whole task.
 
-    iterations, seconds, error (R,): the test error (half mean square, in stars^2) over iterations or sweeps; final and
-    stopped: `ratings.rating_metrics` on the test ratings at the end, as P2 reports, and at the iteration that the
-    validation slice chose, `stop`; setting: the ridge, or the share of the stability limit, that it chose.
+    iterations, seconds, error (R,): the test error (half mean square) over iterations or sweeps; final and stopped:
+    `Task.score` at the end and at the iteration `stop` that the slice chose; settings: what else it chose;
+    start_seconds: what the start took, of `seconds`.
     """
 
     iterations: np.ndarray
@@ -38,48 +107,76 @@ class Fit:
     error: np.ndarray
     final: dict[str, float]
     stopped: dict[str, float]
-    setting: float
     stop: int
+    settings: dict[str, float]
+    start_seconds: float = 0.0
+
+    @property
+    def setting(self) -> float:
+        """The share of the stability limit, or the ridge."""
+        return self.settings["step_fraction" if "step_fraction" in self.settings else "ridge"]
 
 
-def completion_problem(
-    ratings: Ratings, fit: np.ndarray, held_out: np.ndarray, offsets: Offsets, device: str = "auto"
-) -> MatrixCompletion:
-    """Return the problem (m, n) that trains on the ratings `fit` less `offsets`; its error is over `held_out` only."""
-    target, _ = to_matrix(ratings, np.concatenate([fit, held_out]), offsets=offsets)
-    _, mask = to_matrix(ratings, fit)
-    _, known = to_matrix(ratings, np.concatenate([fit, held_out]))
-    place = resolve_device(device)
-    return MatrixCompletion(target.masked_fill(known == 0, float("nan")).to(place), mask.to(place))
+def fit_descent(
+    task: Task,
+    width: int,
+    depth: int,
+    init_scales: Sequence[float],
+    step_fractions: Sequence[float],
+    outer_ratio: float = 1.0,
+    start: str = "spectral",
+    stop: int | None = None,
+    limit: float | None = None,
+    **options: Any,
+) -> Fit:
+    """Choose scale, step size and stopping iteration on the slice, then descend on all training entries.
 
-
-def network(problem: MatrixCompletion, kind: str, rank: int, depth: int, scale: float, seed: int = 0) -> Factors:
-    """Return the start of P2's "original" network (width min(m, n)) or its "compressed" one (width 2 rank)."""
-    if kind == "compressed":
-        return compress_spectral(problem, 2 * rank, depth, scale)
-    if kind != "original":
-        raise ValueError(f'kind is {kind!r}, expected "original" or "compressed"')
-    generator, width = torch.Generator().manual_seed(seed), min(problem.shape)
-    return orthogonal_factors(problem.shape, depth, width, scale, generator, device=problem.device)
-
-
-def choose_step(
-    problem: MatrixCompletion, factors: Factors, step_sizes: Sequence[float], outer_ratio: float, **options
-) -> tuple[float, int]:
-    """Descend with all `step_sizes` as one stack; return the (step size, iteration) of least held-out error.
-
-    A step size that diverges is out, whatever it reached before. Raises ValueError if all diverge.
+    start: "spectral", P2's of inner width k = `width`, or "orthogonal", of that width; step sizes are `step_fractions`
+    of `limit`, by default of each problem's own `stability_limit`; `options` (steps, record_every) go to `descend`.
+    Seconds include the start. A step size that diverges is out; raises ValueError if all do. With `stop` nothing is
+    chosen: that iteration, the first scale and the first fraction are taken.
     """
-    try:
-        history = descend(problem, factors, torch.tensor(step_sizes), outer_ratio=outer_ratio, **options)
-    except DivergenceError as error:
-        history = error.history
-    usable = torch.isfinite(history.error) & torch.isfinite(history.final("loss"))[:, None]
-    if not bool(usable.any()):
-        raise ValueError(f"step_sizes are {list(step_sizes)}: all diverge, expected at least one that does not")
-    errors = history.error.masked_fill(~usable, torch.inf)
-    row, column = divmod(int(errors.argmin()), errors.shape[1])
-    return float(step_sizes[row]), int(history.iterations[column])
+    scale, fraction = init_scales[0], step_fractions[0]
+    if stop is None:
+        trials = list(itertools.product(init_scales, step_fractions))
+        begun = _begin(task.trial, width, depth, start, limit)
+        scale, fraction, stop = _choose(task.trial, begun, trials, outer_ratio, options)
+    begun = _begin(task.whole, width, depth, start, limit)
+    options |= {"outer_ratio": outer_ratio, "snapshots": (stop,)}
+    history = descend(task.whole, begun.scaled(scale), fraction * begun.limit, **options)
+    curves = (np.asarray(curve) for curve in (history.iterations, history.seconds + begun.seconds, history.error))
+    scores = task.score(history.factors), task.score(history.snapshots[stop])
+    return Fit(*curves, *scores, stop, {"init_scale": scale, "step_fraction": fraction}, begun.seconds)
+
+
+def fit_sweeps(
+    task: Task,
+    rank: int,
+    ridges: Sequence[float],
+    sweeps: int,
+    biases: bool = False,
+    start: str | tuple[Tensor, Tensor] = "spectral",
+    stop: int | None = None,
+) -> Fit:
+    """Alternating least squares (`alternate`), its ridge and stopping sweep chosen on the slice, the task sparse.
+
+    start: as `alternate` knows, or V for the trial and V for the whole. With `stop` the ridge alone is chosen, by the
+    error after that sweep.
+    """
+    starts = (start, start) if isinstance(start, str) else start
+
+    def solve(problem: Completion, ridge: float, start: str | Tensor, snapshots: Sequence[int] = ()) -> Sweeps:
+        if not isinstance(problem, SparseCompletion):
+            raise ValueError(f"task holds {type(problem).__name__}, expected SparseCompletion for least squares")
+        generator = torch.Generator().manual_seed(0)
+        return alternate(problem, rank, ridge, sweeps, generator, biases, start=start, snapshots=snapshots)
+
+    errors = torch.stack([solve(task.trial, ridge, starts[0]).error for ridge in ridges]).nan_to_num(torch.inf)
+    row, stop = divmod(int(errors.argmin()), sweeps + 1) if stop is None else (int(errors[:, stop].argmin()), stop)
+    result = solve(task.whole, ridges[row], starts[1], (stop,))
+    scores = task.score(result.factors), task.score(result.snapshots[stop])
+    return Fit(np.arange(sweeps + 1), result.seconds.numpy(), result.error.numpy(), *scores, stop,
+               {"ridge": ridges[row]}, float(result.seconds[0]))  # fmt: skip
 
 
 def fit_deep(
@@ -95,67 +192,138 @@ def fit_deep(
     validation_fraction: float = 0.1,
     device: str = "auto",
     stop: int | None = None,
-    **options,
+    problem: str = "dense",
+    **options: Any,
 ) -> Fit:
-    """Choose step size and stopping iteration on a validation slice of the training ratings, then fit on all of them.
+    """Fit P2's "original" network (width min(m, n)) or its "compressed" one (width 2 rank) to ratings.
 
-    kind "original" or "compressed"; rank r, the compressed width is 2r; step sizes are `step_fractions` of
-    `theory.stability_limit`; centring as in `ratings.center`; `options` (steps, record_every) go to `descend`. The
-    test ratings are scored, never chosen on. With `stop` nothing is chosen: the first step fraction and that iteration
-    are taken, as another network's fit on the same slice found them.
+    One step size serves slice and whole: a share of the stability limit of the slice's problem. Seconds are those of
+    the descent alone, as P2 counts them, on dense problems: see `rating_task`. The rest is `fit_descent`'s.
     """
-    fit, validation = validation_slice(parts, validation_fraction)
-    trial = completion_problem(ratings, fit, validation, center(ratings, fit, centring), device)
-    limit = float(stability_limit(trial, depth))
-    sizes = [fraction * limit for fraction in step_fractions]
-    step_size = sizes[0]
-    if stop is None:
-        start = network(trial, kind, rank, depth, init_scale)
-        step_size, stop = choose_step(trial, start, sizes, outer_ratio, **options)
-    offsets = center(ratings, parts.train, centring)
-    problem = completion_problem(ratings, parts.train, parts.test, offsets, device)
-    start = network(problem, kind, rank, depth, init_scale)
-    history = descend(problem, start, step_size, outer_ratio=outer_ratio, snapshots=(stop,), **options)
-    score = partial(_score, offsets=offsets, ratings=ratings, parts=parts)
-    final, stopped = score(product(history.factors)), score(product(history.snapshots[stop]))
-    curves = (np.asarray(curve) for curve in (history.iterations, history.seconds, history.error))
-    return Fit(*curves, final, stopped, step_size / limit, stop)
+    if kind not in ("original", "compressed"):
+        raise ValueError(f'kind is {kind!r}, expected "original" or "compressed"')
+    task = rating_task(ratings, parts, centring, validation_fraction, device, problem)
+    width, start = (2 * rank, "spectral") if kind == "compressed" else (min(ratings.shape), "orthogonal")
+    limit = float(stability_limit(task.trial, depth))
+    fit = fit_descent(task, width, depth, (init_scale,), step_fractions, outer_ratio, start, stop, limit, **options)
+    return replace(fit, seconds=fit.seconds - fit.start_seconds)
 
 
 def fit_alternating(
     ratings: Ratings, parts: Split, rank: int, ridges: Sequence[float], sweeps: int, validation_fraction: float = 0.1
 ) -> Fit:
     """Alternating minimisation on the raw ratings, its ridge and stopping sweep chosen on the validation slice."""
-    fit, validation = validation_slice(parts, validation_fraction)
-    errors = [_alternate(ratings, fit, validation, rank, ridge, sweeps)[0].error for ridge in ridges]
-    row, stop = divmod(int(torch.stack(errors).argmin()), sweeps + 1)
-    whole, none = _alternate(ratings, parts.train, parts.test, rank, ridges[row], sweeps)
-    early, _ = _alternate(ratings, parts.train, parts.test, rank, ridges[row], max(stop, 1))
-    scores = [_score(result.matrix(), none, ratings, parts) for result in (whole, early)]
-    return Fit(np.arange(sweeps + 1), whole.seconds.numpy(), whole.error.numpy(), *scores, ridges[row], stop)
+    task = rating_task(ratings, parts, "none", validation_fraction, "cpu")
+    return fit_sweeps(task, rank, ridges, sweeps, start="random")
 
 
 def fit_biased(
     ratings: Ratings, parts: Split, rank: int, ridges: Sequence[float], sweeps: int, validation_fraction: float = 0.1
 ) -> Fit:
-    """Biased matrix factorisation (`baselines`), its ridge chosen on the validation slice."""
-    chosen = tune(ratings, *validation_slice(parts, validation_fraction), (rank,), ridges, sweeps)
-    generator = torch.Generator().manual_seed(0)
-    model = biased_matrix_factorisation(ratings, parts.train, rank, chosen.ridge, sweeps, generator)
-    scores = rating_metrics(model.matrix(), ratings, parts.test)
-    last = np.array([sweeps]), np.array([model.seconds]), np.array([scores["half_mse"]])
-    return Fit(*last, scores, scores, chosen.ridge, sweeps)
+    """Biased matrix factorisation to the last sweep, from centred means, its ridge chosen on the validation slice."""
+    task = rating_task(ratings, parts, "global", validation_fraction, "cpu")
+    draw = 0.1 * torch.randn(ratings.shape[1], rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = [center(ratings, index).item for index in (validation_slice(parts, validation_fraction)[0], parts.train)]
+    first, second = (torch.cat([draw, torch.from_numpy(mean)[:, None]], 1) for mean in means)
+    return fit_sweeps(task, rank, ridges, sweeps, True, (first, second), sweeps)
 
 
-def _alternate(
-    ratings: Ratings, fit: np.ndarray, held_out: np.ndarray, rank: int, ridge: float, sweeps: int
-) -> tuple[Alternation, Offsets]:
-    target, mask = to_matrix(ratings, fit)
-    test = to_matrix(ratings, held_out)
-    generator = torch.Generator().manual_seed(0)
-    result = alternating_minimisation(target, mask, rank, ridge, sweeps, generator, test, start="random")
-    return result, center(ratings, fit, "none")
+def gather(name: str, runs: Sequence[dict[str, Fit]]) -> dict[str, np.ndarray | list[str]]:
+    """Return a run's output from S repetitions of {method: fit}, keys "<name>/<method>/<what>", and "<name>/methods".
+
+    Curves are those of the first repetition; final and stopped ("rmse"), stop and the settings are (S,).
+    """
+    out: dict = {f"{name}/methods": list(runs[0])}
+    for method, first in runs[0].items():
+        rows = [{"final": fit.final["rmse"], "stopped": fit.stopped["rmse"], "stop": fit.stop, **fit.settings}
+                for fit in (run[method] for run in runs)]  # fmt: skip
+        values = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+        values |= {"iterations": first.iterations, "seconds": first.seconds, "rmse": np.sqrt(2 * first.error)}
+        out |= {f"{name}/{method}/{key}": value for key, value in values.items()}
+    return out
 
 
-def _score(matrix: torch.Tensor, offsets: Offsets, ratings: Ratings, parts: Split) -> dict[str, float]:
-    return rating_metrics(matrix.cpu().numpy() + offsets.matrix(), ratings, parts.test)
+def rms(problem: SparseCompletion) -> float:
+    """Return the root mean square of the hidden entries."""
+    return float(_hidden(problem).rows.values.square().mean().sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """Factors at eps = 1, which every scale shares, the seconds that they took, and the limit of the step."""
+
+    factors: Factors
+    seconds: float
+    limit: float
+
+    def scaled(self, scale: float) -> Factors:
+        return [scale * factor for factor in self.factors]
+
+
+def _begin(problem: Completion, width: int, depth: int, start: str, limit: float | None) -> _Start:
+    clock = torch.empty(0, device=problem.device)
+    began = _now(clock)
+    if start == "spectral":
+        factors = compress_spectral(problem, width, depth, 1.0)
+    elif start == "orthogonal":
+        generator = torch.Generator().manual_seed(0)
+        factors = orthogonal_factors(problem.shape, depth, width, 1.0, generator, device=problem.device)
+    else:
+        raise ValueError(f'start is {start!r}, expected "spectral" or "orthogonal"')
+    seconds = _now(clock) - began
+    return _Start(factors, seconds, float(stability_limit(problem, depth)) if limit is None else limit)
+
+
+def _choose(
+    problem: Completion, start: _Start, trials: list[tuple[float, float]], outer_ratio: float, options: dict[str, Any]
+) -> tuple[float, float, int]:
+    """The (scale, fraction, iteration) of least held-out error; the trials of a dense problem are one stack."""
+    found: list[tuple[float, float, float, int]] = []
+    for group in [trials] if isinstance(problem, MatrixCompletion) else [[trial] for trial in trials]:
+        scaled = [start.scaled(scale) for scale, _ in group]
+        sizes = torch.tensor([fraction * start.limit for _, fraction in group], dtype=torch.float64)
+        stack = isinstance(problem, MatrixCompletion)
+        factors = [torch.stack(layer) for layer in zip(*scaled, strict=True)] if stack else scaled[0]
+        size = sizes if stack else float(sizes)
+        history = descend_to_divergence(problem, factors, size, outer_ratio=outer_ratio, **options)
+        usable = torch.isfinite(history.error) & torch.isfinite(history.final("loss"))[..., None]
+        errors = history.error.masked_fill(~usable, torch.inf).reshape(len(group), -1)
+        best = errors.argmin(1).tolist()
+        found += [(float(row[at]), *trial, int(history.iterations[at]))
+                  for trial, row, at in zip(group, errors, best, strict=True)]  # fmt: skip
+    error, scale, fraction, stop = min(found)
+    if error == float("inf"):
+        raise ValueError(f"step_fractions are {[f for _, f in trials]}: all diverge, expected one that does not")
+    return scale, fraction, stop
+
+
+def _completion(
+    ratings: Ratings, train: np.ndarray, held_out: np.ndarray, centring: str, device: str
+) -> SparseCompletion:
+    offsets = center(ratings, train, centring)
+
+    def entries(index: np.ndarray) -> scipy.sparse.coo_array:
+        users, items = ratings.users[index], ratings.items[index]
+        values = ratings.ratings[index] - offsets.at(users, items)
+        return scipy.sparse.coo_array((values, (users, items)), shape=ratings.shape)
+
+    return SparseCompletion(entries(train), entries(held_out), device=device)
+
+
+def _dense(problem: SparseCompletion) -> MatrixCompletion:
+    target = torch.full(problem.shape, torch.nan, dtype=problem.dtype, device=problem.device)
+    for entries in (_hidden(problem), problem.seen):
+        target[entries.rows.lines(), entries.rows.indices.long()] = entries.rows.values
+    mask = problem.seen.matrix(torch.ones_like(problem.seen.rows.values)).to_dense()
+    return MatrixCompletion(target, mask)
+
+
+def _hidden(problem: SparseCompletion) -> Entries:
+    if problem.unseen is None:
+        raise ValueError("the problem hides no entry, expected some to err over")
+    return problem.unseen
+
+
+def _subset(entries: Tensor, index: Tensor) -> Tensor:
+    indices, values = entries.indices()[:, index], entries.values()[index]
+    return torch.sparse_coo_tensor(indices, values, entries.shape, check_invariants=False)

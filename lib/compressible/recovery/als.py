@@ -1,133 +1,145 @@
-"""alternating least squares, dense"""
+"""Alternating least squares (ALS) on the observed entries alone, without and with biases; no m x n array is made.
+
+Both Gram matrices of a sweep are sparse products: with M the (m, n) pattern of the observed entries and Z (n, k^2) the
+outer products of the features, M Z holds every row's normal equations. m rows, n columns, r rank, N entries. float64 is
+advised: the normal equations square the condition number.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compressible.recovery.sparse import SparseCompletion, truncated_svd
 from compressible.runtime.devices import _now
+
+BATCH = 2**14  # rows solved at a time: batched solvers on CUDA have limits of 2^15 and 2^16
 
 
 @dataclass(frozen=True, eq=False)
-class Alternation:
-    """Factors after the last sweep and curves over sweeps 0 (the start) to `sweeps`, each (sweeps + 1,)."""
+class Sweeps:
+    """Factors [V^T (k, n), U (m, k)] after the last sweep, biases among them, and curves over sweeps 0 to `sweeps`."""
 
-    left: Tensor  # U (m, r)
-    right: Tensor  # V (n, r)
-    objective: Tensor  # sum over the observed of squared residuals + ridge (|U|^2 + |V|^2)
+    factors: list[Tensor]
     loss: Tensor  # half the mean squared residual over the observed
-    error: Tensor | None  # half the mean squared error over the test entries
+    error: Tensor  # the same over the hidden entries, NaN without
     seconds: Tensor  # solving time so far, the start included, these records not
-
-    def matrix(self) -> Tensor:
-        """The recovered matrix U V^T, (m, n)."""
-        return self.left @ self.right.mT
+    snapshots: dict[int, list[Tensor]]  # factors after the sweeps that were asked for
 
 
-def alternating_minimisation(
-    target: Tensor,
-    mask: Tensor,
+def alternate(
+    problem: SparseCompletion,
     rank: int,
     ridge: float = 0.0,
-    iterations: int = 100,
+    sweeps: int = 20,
     generator: torch.Generator | None = None,
-    test: tuple[Tensor, Tensor] | None = None,
-    start: str = "spectral",
-) -> Alternation:
-    """Minimise sum over mask of (U V^T - target)^2 + ridge (|U|^2 + |V|^2), U and V taking turns.
+    biases: bool = False,
+    bias_ridge: float = 5.0,
+    start: str | Tensor = "spectral",
+    snapshots: Iterable[int] = (),
+) -> Sweeps:
+    """Minimise sum over the observed of (U V^T - t)^2 + ridge (|U|^2 + |V|^2), U and V taking turns.
 
-    target, mask: (m, n), mask in {0, 1}; test: such a pair for the error curve. start: "spectral" (rank-r SVD
-    of mask * target / p) or "random" (Gaussian V from `generator`, U = 0). With ridge 0 a row with fewer
-    observations than r gets the solution of least norm, eigenvalues under r * machine epsilon of the largest
-    being taken for zero; a row without observations is 0. Raises ValueError for impossible input.
+    With `biases` each row and column has a bias too, under bias_ridge * bias^2; entries should then have mean 0. start:
+    "spectral", V from the rank-r SVD of Omega * Phi / p, or "random", a Gaussian V (n, r), times 0.1 with biases, drawn
+    on the CPU, or V itself, (n, r) or with biases (n, r + 1), the columns' biases last; U = 0 in each case. With ridge
+    0 a row with fewer observations than r gets the solution of least norm. Raises ValueError for a rank outside 1 to
+    min(m, n), a negative ridge (0 with biases), sweeps < 1 or another start.
     """
-    _check(target, mask, rank, ridge, iterations, start)
-    if test is not None:
-        _check(*test, rank, ridge, iterations, start)
-    began = _now(target)
-    left, right = _spectral(target, mask, rank) if start == "spectral" else _random(target, rank, generator)
-    rows = [_record(target, mask, test, left, right, ridge)]
-    seconds = [_now(target) - began]
-    for _ in range(iterations):
-        began = _now(target)
-        left = solve_rows(target, mask, right, ridge)
-        right = solve_rows(target.mT, mask.mT, left, ridge)
-        seconds.append(seconds[-1] + _now(target) - began)
-        rows.append(_record(target, mask, test, left, right, ridge))
-    objective, loss, error = torch.tensor(rows, dtype=torch.float64).T
-    return Alternation(left, right, objective, loss, error if test else None, torch.tensor(seconds))
+    _check(problem, rank, ridge, sweeps, start, biases)
+    began, wanted = _now(problem.seen.rows.values), set(snapshots)
+    ones = torch.ones_like(problem.seen.rows.values)
+    patterns = problem.seen.matrix(ones), problem.seen.matrix(ones, transposed=True)
+    right = _start(problem, rank, start, generator, biases)
+    left = torch.zeros(problem.shape[0], right.shape[1], dtype=problem.dtype, device=problem.device)
+    penalty = torch.tensor([ridge] * rank + [bias_ridge] * biases, dtype=problem.dtype, device=problem.device)
+    seconds, records, kept = [_now(right) - began], [problem.evaluate_factors([right.mT, left])], {}
+    for sweep in range(sweeps + 1):
+        if sweep:
+            began = _now(right)
+            left = _half(problem, patterns[0], right, penalty, rank, transposed=False)
+            right = _half(problem, patterns[1], left, penalty, rank, transposed=True)
+            seconds.append(seconds[-1] + _now(right) - began)
+            records.append(problem.evaluate_factors([right.mT, left]))
+        if sweep in wanted:
+            kept[sweep] = [right.mT, left]
+    loss, error = torch.tensor([[float(value) for value in record] for record in records], dtype=torch.float64).T
+    return Sweeps([right.mT, left], loss, error, torch.tensor(seconds, dtype=torch.float64), kept)
 
 
-def solve_rows(target: Tensor, mask: Tensor, features: Tensor, ridge: float | Tensor) -> Tensor:
-    """Rows x_i (m, r) that minimise |mask_i * (features x_i - target_i)|^2 + sum_k ridge_k x_ik^2.
+def _start(
+    problem: SparseCompletion, rank: int, start: str | Tensor, generator: torch.Generator | None, biases: bool
+) -> Tensor:
+    if isinstance(start, Tensor):
+        right = start.to(problem.device, problem.dtype)
+    elif start == "spectral":
+        _, values, right = truncated_svd(problem.surrogate(), rank)
+        right = right * values.sqrt()
+    else:
+        draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype)
+        right = (0.1 if biases else 1.0) * draw.to(problem.device)
+    if not biases:
+        return right
+    bias = right[:, rank] if right.shape[1] > rank else torch.zeros_like(right[:, 0])
+    return _with_bias(right[:, :rank], bias, by_rows=False)
 
-    target, mask: (m, n); features: (n, r); ridge: one number or (r,). Where the ridge is 0, of least norm.
-    """
+
+def _half(
+    problem: SparseCompletion, pattern: Tensor, partner: Tensor, penalty: Tensor, rank: int, transposed: bool
+) -> Tensor:
+    """Solve one side's rows, (lines, k), given the other's; with biases k = rank + 2, else rank."""
+    entries, biases = problem.seen, partner.shape[1] > rank
+    side = entries.columns if transposed else entries.rows
+    values, features = side.values, partner
+    if biases:  # rows are [factors, bias, 1], columns [factors, 1, bias]
+        one, bias = (rank + 1, rank) if transposed else (rank, rank + 1)
+        values = values - partner[:, bias][side.indices.long()]
+        features = torch.cat([partner[:, :rank], partner[:, one, None]], 1)
+    places = pattern.crow_indices(), pattern.col_indices()
+    known = torch.sparse_csr_tensor(*places, values, pattern.shape, check_invariants=False)
+    solved = _solve(pattern, known, features, penalty)
+    return _with_bias(solved[:, :rank], solved[:, rank], by_rows=not transposed) if biases else solved
+
+
+def _with_bias(factors: Tensor, bias: Tensor, by_rows: bool) -> Tensor:
+    one = torch.ones_like(bias)
+    return torch.cat([factors, torch.stack([bias, one] if by_rows else [one, bias], 1)], 1)
+
+
+def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) -> Tensor:
     rank = features.shape[1]
     products = (features[:, :, None] * features[:, None, :]).reshape(-1, rank * rank)
-    normal = (mask @ products).reshape(-1, rank, rank)
-    right_side = (mask * target) @ features
-    penalty = torch.as_tensor(ridge, dtype=features.dtype, device=features.device).expand(rank)
-    if (penalty > 0).all():
-        factor = torch.linalg.cholesky(normal + torch.diag(penalty))
+    normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag(penalty)
+    right_side = known @ features
+    parts = zip(normal.split(BATCH), right_side.split(BATCH), strict=True)
+    return torch.cat([_solve_each(*part, bool((penalty > 0).all())) for part in parts])
+
+
+def _solve_each(normal: Tensor, right_side: Tensor, definite: bool) -> Tensor:
+    factor, broken = torch.linalg.cholesky_ex(normal)  # round-off breaks it where factors are far above the ridge
+    if definite and not bool(broken.any()):
         return torch.cholesky_solve(right_side[:, :, None], factor)[:, :, 0]
-    return _least_norm(normal + torch.diag(penalty), right_side)
-
-
-def _least_norm(normal: Tensor, right_side: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(normal)
-    floor = values[:, -1:] * normal.shape[-1] * torch.finfo(normal.dtype).eps
+    floor = values[:, -1:] * normal.shape[-1] * torch.finfo(normal.dtype).eps  # below it an eigenvalue counts as zero
     inverse = torch.where(values > floor, 1.0 / values, torch.zeros_like(values))
     inside = torch.einsum("mki,mk->mi", vectors, right_side) * inverse
     return torch.einsum("mki,mi->mk", vectors, inside)
 
 
-def _spectral(target: Tensor, mask: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(mask * target / mask.mean(), full_matrices=False)
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, right[:rank].mT * root
-
-
-def _random(target: Tensor, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    # Drawn on the CPU, so that a seed means the same start on every device.
-    right = torch.randn(target.shape[1], rank, generator=generator, dtype=target.dtype).to(target.device)
-    return target.new_zeros(target.shape[0], rank), right
-
-
-def _record(
-    target: Tensor,
-    mask: Tensor,
-    test: tuple[Tensor, Tensor] | None,
-    left: Tensor,
-    right: Tensor,
-    ridge: float,
-) -> tuple[float, float, float]:
-    product = left @ right.mT
-    squares = (mask * (product - target)).square().sum()
-    penalty = ridge * (left.square().sum() + right.square().sum())
-    error = math.nan
-    if test is not None:
-        error = float(0.5 * (test[1] * (product - test[0])).square().sum() / test[1].sum())
-    return float(squares + penalty), float(0.5 * squares / mask.sum()), error
-
-
-def _check(target: Tensor, mask: Tensor, rank: int, ridge: float, iterations: int, start: str) -> None:
-    if target.ndim != 2 or target.shape != mask.shape or target.dtype != mask.dtype:
-        got = f"{tuple(target.shape)} {target.dtype} and {tuple(mask.shape)} {mask.dtype}"
-        raise ValueError(f"target and mask are {got}, expected the same (m, n) and floating type")
-    bad = int((~torch.isfinite(target)).sum())
-    if bad or not target.dtype.is_floating_point:
-        raise ValueError(f"target is {target.dtype} with {bad} non-finite values, expected finite floats")
-    if not ((mask == 0) | (mask == 1)).all() or not mask.any():
-        raise ValueError("mask has values other than 0 and 1, or no 1, expected 1 where an entry is observed")
-    if not isinstance(rank, int) or not 1 <= rank <= min(target.shape):
-        raise ValueError(f"rank is {rank!r}, expected an integer from 1 to {min(target.shape)}")
-    if not 0 <= ridge < math.inf:
-        raise ValueError(f"ridge is {ridge!r}, expected a finite number >= 0")
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations is {iterations!r}, expected an integer >= 1")
-    if start not in ("spectral", "random"):
-        raise ValueError(f"start is {start!r}, expected spectral or random")
+def _check(problem: SparseCompletion, rank: int, ridge: float, sweeps: int, start: str | Tensor, biases: bool) -> None:
+    if not isinstance(rank, int) or not 1 <= rank <= min(problem.shape):
+        raise ValueError(f"rank is {rank!r}, expected an integer from 1 to {min(problem.shape)}")
+    if not 0 <= ridge < math.inf or (biases and ridge == 0):
+        raise ValueError(f"ridge is {ridge!r}, expected a finite number >= 0, > 0 with biases")
+    if not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"sweeps is {sweeps!r}, expected an integer >= 1")
+    if isinstance(start, Tensor):
+        expected = (problem.shape[1], rank + biases)
+        if tuple(start.shape) != expected:
+            raise ValueError(f"start has shape {tuple(start.shape)}, expected (n, k) = {expected}")
+    elif start not in ("spectral", "random"):
+        raise ValueError(f"start is {start!r}, expected spectral, random or a tensor")

@@ -10,7 +10,7 @@ import compressible as cd
 from compressible.descent.engines.reference import Reference
 from compressible.experiments.speed import engines as measure
 from compressible.experiments.speed import roofline as floors
-from compressible.experiments.speed import workloads
+from compressible.experiments.speed import scaling, workloads
 from compressible.experiments.speed.peers import Autograd, JaxLoop
 from compressible.runtime import devices
 
@@ -201,3 +201,29 @@ def test_peak_inside_keeps_the_peak_of_the_whole():
         inside = peak()
     assert devices.peak_memory(device) >= whole > 0
     assert inside < whole if device == "cuda" else inside >= whole
+
+
+def test_held_bytes_count_every_array_once():
+    problem = cd.SparseCompletion(cd.sparse_low_rank((40, 30), 2, 600, torch.Generator().manual_seed(0), hidden=1)[0])
+    factors = cd.orthogonal_factors((40, 30), 3, 4)
+    own = 600 * (4 + 8) * 2 + 600 * 8 + 4 * (41 + 31)
+    assert scaling.held_bytes(problem, factors) == own + 2 * 8 * (40 * 4 + 16 + 30 * 4)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+    ],
+)
+def test_curves_have_a_value_for_each_count_and_trial(device):
+    seconds, size = scaling.curve([200, 400], 10, 4, 3, device)
+    assert seconds.shape == (3, 2) and (seconds > 0).all() and size.shape == (2,) and (size > 0).all()
+
+
+def test_slopes_of_powers_are_their_exponents():
+    x = np.array([1.0, 10.0, 300.0])
+    np.testing.assert_allclose(scaling.log_slope(x, np.stack([3 * x, x**2])), [1, 2])
+    with pytest.raises(ValueError, match="at least two"):
+        scaling.log_slope([1.0], np.ones(1))
