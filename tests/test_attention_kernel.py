@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from compressible.finetuning.dropout.per_run import RunStreams
+from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.runtime.devices import interpreted, matmul_precision
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
@@ -31,8 +31,8 @@ def tf32():
         yield
 
 
-def streams(seeds=(3, 9), room=ROOM) -> RunStreams:
-    found = RunStreams(seeds, torch.tensor(5, device=DEVICE))
+def streams(seeds=(3, 9), room=ROOM) -> PerRunDropout:
+    found = PerRunDropout(seeds, torch.tensor(5, device=DEVICE))
     found.room = room
     return found
 

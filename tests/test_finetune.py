@@ -22,15 +22,16 @@ from transformers import (
 import compressible as cd
 from compressible.adapters.layer import adapters
 from compressible.adapters.merge import merge_and_unload
-from compressible.finetuning import trainer as ft
+from compressible.finetuning import stacked_pass
 from compressible.finetuning.batches import PassRows
 from compressible.finetuning.dropout.hash import AXES
-from compressible.finetuning.dropout.per_run import RunStreams
+from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses
 from compressible.finetuning.reference import reference_fine_tune
 from compressible.finetuning.run import TuningDivergenceError, data_order
 from compressible.finetuning.stacked.adamw import StackedAdamW
-from compressible.finetuning.stacked.layers import StackedLinear, stacked_adapters
+from compressible.finetuning.stacked.layers import StackedAdapter, StackedLinear, stacked_adapters
+from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.update_spectra import watch_spectra
 from compressible.runtime.devices import interpreted, matmul_precision, tensor_float_32
 
@@ -162,7 +163,7 @@ def test_dropout_before_the_adapters_goes_as_in_the_plain_run_alone(runs):
 
 
 def test_scores_of_generation_do_not_depend_on_how_many_share_the_pass(monkeypatch):
-    monkeypatch.setattr(ft, "EVALUATION_ROWS", 12)
+    monkeypatch.setattr(stacked_pass, "EVALUATION_ROWS", 12)
     runs = [cd.FineTuningRun(config(task_type="SEQ_2_SEQ_LM", modules_to_save=None), 1e-3, seed) for seed in range(3)]
     data = task("generation")
     together = cd.fine_tune(t5(), runs, data, 2, 4, evaluate_at=(2,))
@@ -217,18 +218,15 @@ def test_processes_of_their_own_runs_do_not_share_gradients(monkeypatch):
 
 
 def test_a_pass_leaves_nothing_behind_for_the_next(monkeypatch):
-    import weakref
-
     seen, alive = [], []
-    build = ft.Tuning._stack
+    start = StackedPass.start
 
     def watched(self):
         alive.append(sum(model() is not None for model in seen))
-        model = build(self)
-        seen.append(weakref.ref(model))
-        return model
+        seen.append(weakref.ref(self.model))
+        start(self)
 
-    monkeypatch.setattr(ft.Tuning, "_stack", watched)
+    monkeypatch.setattr(StackedPass, "start", watched)
     cd.fine_tune(bert(), mixed(), task(), 2, 4, max_stack=1)
     assert alive == [0] * len(mixed())
 
@@ -323,8 +321,8 @@ def test_a_run_that_the_last_update_spoils_has_diverged(marks, variant, kind, tm
 
 
 def test_logits_that_overflow_with_finite_updates_have_diverged(monkeypatch):
-    logits, scale = ft.Tuning._validation_logits, np.array([1, np.inf])[:, None, None]
-    monkeypatch.setattr(ft.Tuning, "_validation_logits", lambda self: logits(self) * scale)
+    logits, scale = StackedPass.validation_logits, np.array([1, np.inf])[:, None, None]
+    monkeypatch.setattr(StackedPass, "validation_logits", lambda self: logits(self) * scale)
     runs = [cd.FineTuningRun(config(), 1e-3, seed) for seed in (0, 1)]
     good, bad = cd.fine_tune(bert(), runs, task(), 2, 4, evaluate_at=(2,))
     assert good.divergence is None and bad.divergence == 2 and np.isnan(bad.scores[2])
@@ -369,14 +367,14 @@ def test_histories_may_go_without_factors():
 
 def test_a_pass_is_gone_before_the_next_begins(monkeypatch):
     passes, alive = [], []
-    build = ft.Tuning.__init__
+    build = StackedPass.__init__
 
-    def noted(tuning, *values, **named):
+    def noted(stacked, *values, **named):
         alive.append(sum(other() is not None for other in passes))
-        passes.append(weakref.ref(tuning))
-        build(tuning, *values, **named)
+        passes.append(weakref.ref(stacked))
+        build(stacked, *values, **named)
 
-    monkeypatch.setattr(ft.Tuning, "__init__", noted)
+    monkeypatch.setattr(StackedPass, "__init__", noted)
     gc.disable()
     try:
         cd.fine_tune(bert(layers=1), mixed()[1:3], task(), 2, 4, evaluate_at=(2,), max_stack=1)
@@ -399,7 +397,7 @@ def test_snapshots_are_in_full_precision_whatever_the_runs():
             allowed.append(torch.backends.cuda.matmul.allow_tf32)
         return [None]
 
-    original = ft.StackedAdapter.updates
+    original = StackedAdapter.updates
     inside = []
 
     def spy(adapter):
@@ -407,7 +405,7 @@ def test_snapshots_are_in_full_precision_whatever_the_runs():
         return original(adapter)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ft.StackedAdapter, "updates", spy)
+        patch.setattr(StackedAdapter, "updates", spy)
         cd.fine_tune(bert(), mixed()[1:2], task(), 1, 4, watch_at=(1,), watch=watch, precision="tf32")
     assert inside and not any(inside) and all(allowed)
 
@@ -444,7 +442,7 @@ def test_compiled_steps_equal_eager_ones(compiler, monkeypatch):
 
 def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_padding():
     step = torch.zeros((), dtype=torch.int64)
-    streams = RunStreams([0, 1], step)
+    streams = PerRunDropout([0, 1], step)
     one = torch.ones(2 * 32, 40, 64, dtype=torch.float64)
 
     def draw(x, streams=streams):
@@ -461,7 +459,7 @@ def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_pa
     neighbours = (first[:, :, 1:] == 0).double() * (first[:, :, :-1] == 0).double()
     assert neighbours.mean().item() == pytest.approx(0.09, abs=0.01)
     step -= 1
-    alone = draw(one[:32, :20], RunStreams([1], step))[0]
+    alone = draw(one[:32, :20], PerRunDropout([1], step))[0]
     torch.testing.assert_close(alone, first[32:, :20])
 
 
@@ -474,7 +472,7 @@ def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreted():
         pytest.skip("needs a CUDA device or Triton's interpreter")
-    streams = RunStreams([3, 9], torch.tensor(5, device=device))
+    streams = PerRunDropout([3, 9], torch.tensor(5, device=device))
     streams.place = 4
     x = torch.randn(shape, dtype=kind, device=device, requires_grad=True)
     expected = streams._plain(x, round(0.3 * 2**31))
@@ -525,7 +523,7 @@ def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_ex
     means = []
     step = torch.zeros((), dtype=torch.int64)
     for _ in range(400):
-        with RunStreams([0, 1], step):
+        with PerRunDropout([0, 1], step):
             torch.testing.assert_close(attention(query, key, value, mask), expected)
             means.append(attention(query, key, value, mask, dropout_p=0.2))
         step += 1
@@ -614,7 +612,7 @@ def test_padding_before_the_tokens_is_refused():
 
 def test_what_draws_from_one_stream_for_all_runs_is_refused():
     attention, x = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True), torch.randn(4, 3, 8)
-    with RunStreams([0, 1], torch.zeros((), dtype=torch.int64)):
+    with PerRunDropout([0, 1], torch.zeros((), dtype=torch.int64)):
         with pytest.raises(ValueError, match="multi_head_attention_forward"):
             attention(x, x, x)
         attention.eval()(x, x, x)
@@ -739,15 +737,16 @@ def test_graphed_steps_on_a_gpu_equal_eager_ones(compiled):
 
 
 def test_chains_of_one_shape_are_one_tensor_and_contract_as_layer_by_layer():
-    tuning = ft.Tuning(bert(layers=3), mixed()[:4], task(), 2, 4)
-    layers = stacked_adapters(tuning.model)
+    stacked = StackedPass(bert(layers=3), mixed()[:4], task(), 2, 4)
+    stacked.start()
+    layers = stacked_adapters(stacked.model)
     shapes = {adapter.shape for adapter in layers.values()}
-    assert len(layers) == 19 and len(tuning.chains.groups) == len(shapes) == 3  # 16 -> 16, 16 -> 40 and 40 -> 16
+    assert len(layers) == 19 and len(stacked.chains.groups) == len(shapes) == 3  # 16 -> 16, 16 -> 40 and 40 -> 16
     apart = {name: adapter.contracted() for name, adapter in layers.items()}
-    tuning.chains.contract()
+    stacked.chains.contract()
     for name, adapter in layers.items():
         torch.testing.assert_close(adapter.contracted(), apart[name], rtol=1e-12, atol=1e-14)
-    tuning.chains.release()
+    stacked.chains.release()
     assert all(adapter.held is None for adapter in layers.values())
 
 
@@ -758,13 +757,13 @@ def test_attention_in_one_kernel_learns_the_same_within_the_precisions_noise(pre
     runs, model, data = mixed()[:3], bert().float().cuda(), task()
     options = {"steps": 6, "batch_size": 4, "precision": precision, "compiled": compiled}
     found = cd.fine_tune(model, runs, data, **options)
-    monkeypatch.setattr(RunStreams, "_attendable", lambda *_: False)
+    monkeypatch.setattr(PerRunDropout, "_attendable", lambda *_: False)
     torch._dynamo.reset()
     for one, other in zip(found, cd.fine_tune(model, runs, data, **options), strict=True):
         np.testing.assert_allclose(one.losses, other.losses, rtol=0.02)
 
 
 def test_stacked_adapters_name_the_layers_that_a_plain_model_adapts():
-    tuning = ft.Tuning(bert(), [mixed()[0]], task(), 2, 4)
+    stacked = StackedPass(bert(), [mixed()[0]], task(), 2, 4)
     plain = cd.get_deep_lora_model(bert(), config())
-    assert set(stacked_adapters(tuning.model)) == set(adapters(plain))
+    assert set(stacked_adapters(stacked.model)) == set(adapters(plain))

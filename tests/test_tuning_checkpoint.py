@@ -14,7 +14,7 @@ from test_finetune import assert_equal, bert, mixed, task
 from torch import nn
 
 import compressible as cd
-from compressible.finetuning import trainer as ft
+from compressible.finetuning.trainer import Trainer
 from compressible.finetuning.update_spectra import Spectra, watch_spectra
 
 
@@ -175,7 +175,7 @@ def test_what_watch_gave_comes_back_as_it_was(tmp_path):
     (dataclasses.make_dataclass("Own", [])(), "a Own"),
 ])  # fmt: skip
 def test_what_a_checkpoint_cannot_hold_is_refused_at_once(tmp_path, monkeypatch, value, named):
-    monkeypatch.setattr(ft.Tuning, "advance", lambda *_: pytest.fail("took a step"))
+    monkeypatch.setattr(Trainer, "advance", lambda *_: pytest.fail("took a step"))
     given = {"runs": mixed()[1:2], "task": task(), "steps": 2, "batch_size": 4, "watch_at": (0, 2)}
     with pytest.raises(ValueError, match=f"watch gave {named}"):
         cd.fine_tune(bert(), watch=lambda _: [value], checkpoint=tmp_path / "state", **given)

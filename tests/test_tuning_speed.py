@@ -65,12 +65,12 @@ def test_claims_come_first_and_no_case_twice():
 
 
 def test_an_endless_pass_starts_its_data_again():
-    tuning = speed.Tuning(tiny(), speed._runs("thin", 2), speed.random_task(50, 8, LENGTH), 3, BATCH)
-    tuning.accelerate(graphed=False)
-    step = speed._Turning(tuning)
+    stacked = speed.StackedPass(tiny(), speed._runs("thin", 2), speed.random_task(50, 8, LENGTH), 3, BATCH)
+    trainer = speed.Trainer(stacked)
+    step = speed._Endless(trainer)
     for _ in range(5):
         step()
-    assert int(tuning.step) == 2 and torch.isfinite(tuning.losses).all()
+    assert int(stacked.step) == 2 and torch.isfinite(trainer.losses).all()
 
 
 def test_operations_are_those_of_the_products():

@@ -7,10 +7,10 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.update_spectra import Spectra
 from compressible.runtime.paths import atomic_path
-
-if TYPE_CHECKING:
-    from compressible.finetuning.trainer import Tuning
-
 
 MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config: where it came from
 
@@ -47,14 +44,17 @@ class Kept:
 
 
 class Checkpoint:
-    """The state of one pass in the file `path`, bound to the model, the runs and the settings that made it.
+    """The state of one pass in the file `path`, bound by `key` to the model, the runs and the settings that made it.
 
-    After the last step it holds the factors only if they are kept, as nothing else would read them.
+    state holds the live tensors by name, all on one device; after the last of `steps` the file has "losses" alone, and
+    "value", the factors, if they are kept, as nothing else would be read.
     """
 
-    def __init__(self, path: Path, tuning: Tuning, keep_factors: bool = True) -> None:
-        self.path, self.tuning, self.keep_factors = Path(path), tuning, keep_factors
-        self.key = _digest(tuning, keep_factors)
+    def __init__(
+        self, path: Path, key: str, state: Mapping[str, Tensor], steps: int, keep_factors: bool = True
+    ) -> None:
+        self.path, self.key, self.state, self.steps = Path(path), key, state, steps
+        self.last = ("losses", "value") if keep_factors else ("losses",)
 
     def resume(self, evaluate_at: Sequence[int] = (), watch_at: Sequence[int] = ()) -> tuple[int, Kept]:
         """Load the state, if there is one, and return the step to go on from and what it holds.
@@ -63,12 +63,9 @@ class Checkpoint:
         """
         if not self.path.exists():
             return 0, Kept()
-        tuning = self.tuning
         meta, tensors = self._read()
-        for name in self._names(meta["step"]):
-            getattr(tuning.adam, name).copy_(tensors[name])
-        tuning.losses.copy_(tensors["losses"])
-        tuning.step.fill_(meta["step"])
+        for name, live in self._live(meta["step"]).items():
+            live.copy_(tensors[name])
         scores = {int(step): values for step, values in meta["scores"].items()}
         watched = {int(step): [restored(v, tensors) for v in values] for step, values in meta["watched"].items()}
         for name, marks, held in (("evaluate_at", evaluate_at, scores), ("watch_at", watch_at, watched)):
@@ -76,10 +73,10 @@ class Checkpoint:
             self._expect_marks(name, lacking, meta["step"])
         return meta["step"], Kept(scores, watched, time.perf_counter() - meta["seconds"], meta["lost"])
 
-    def _read(self) -> tuple[dict, dict[str, torch.Tensor]]:
+    def _read(self) -> tuple[dict, dict[str, Tensor]]:
         """The metadata and the tensors, on the pass's device."""
         try:
-            with safe_open(self.path, "pt", device=str(self.tuning.device)) as file:
+            with safe_open(self.path, "pt", device=str(self.state["losses"].device)) as file:
                 meta = json.loads(file.metadata()["state"])
                 key = meta["key"]
                 names = file.keys() if key == self.key else ()
@@ -97,40 +94,34 @@ class Checkpoint:
             past = f"{self.path} is at step {step} and holds nothing of steps {lacking}"
             raise ValueError(f"{past}, which {name} asks for: leave them out, delete it, or name another")
 
-    def _names(self, step: int) -> tuple[str, ...]:
-        """The optimiser's tensors that count at a step."""
-        return _NAMES if step < self.tuning.steps else _NAMES[: self.keep_factors]
+    def _live(self, step: int) -> dict[str, Tensor]:
+        """The tensors that count at a step."""
+        return {name: live for name, live in self.state.items() if step < self.steps or name in self.last}
 
     def save(self, step: int, kept: Kept) -> None:
         """Write the state after `step` steps."""
-        tuning, tensors = self.tuning, {}
+        tensors: dict[str, Tensor] = {}
         watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
         meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
         meta |= {"seconds": kept.seconds, "lost": kept.lost}
-        tensors |= {name: getattr(tuning.adam, name) for name in self._names(step)} | {"losses": tuning.losses}
         with atomic_path(self.path) as temporary:
-            save_file(tensors, temporary, {"state": json.dumps(meta)})
+            save_file(tensors | self._live(step), temporary, {"state": json.dumps(meta)})
 
 
-_NAMES = ("value", "mean", "square", "count")
-
-
-def _digest(tuning: Tuning, keep_factors: bool) -> str:
-    """What must be equal for a state to be of use."""
+def digest(stacked: StackedPass, settings: list) -> str:
+    """Return what must be equal for a state to be of use: of runs, data and model of a pass, and further `settings`."""
     runs = [
         {**asdict(run), "config": asdict(run.config),
          "subset": None if run.subset is None else torch.as_tensor(run.subset).tolist()}
-        for run in tuning.runs
+        for run in stacked.runs
     ]  # fmt: skip
-    model, parts = tuning.source, (tuning.task.train, tuning.task.validation)
-    rows = [_bytes(tensor) for part in parts for tensor in (part.labels, *part.tokens.values())]
+    model, task = stacked.source, stacked.task
+    rows = [_bytes(tensor) for part in (task.train, task.validation) for tensor in (part.labels, *part.tokens.values())]
     weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
-    settings = [tuning.steps, tuning.size, tuning.decay_ratio, tuning.precision, tuning.dropout, tuning.task.kind]
     structure = {name: config[name] for name in config if name not in MOVES_NOTHING}, repr(model)
-    settings += [keep_factors, rows, weights, structure]
-    settings.append([list(shape) for shape in tuning.adam.shapes])  # the order of what the state's vectors hold
-    text = json.dumps([runs, settings], sort_keys=True, default=_plain)
+    order = list(stacked.order.shape), stacked.precision, stacked.dropout, task.kind
+    text = json.dumps([runs, settings, order, rows, weights, structure], sort_keys=True, default=_plain)
     return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
 
 
@@ -139,7 +130,7 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _bytes(tensor: torch.Tensor) -> str:
+def _bytes(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous().flatten()
     return f"{tensor.dtype} {hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()}"
 

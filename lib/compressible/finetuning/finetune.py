@@ -19,8 +19,8 @@ from compressible.adapters.targets import matching, saved_modules
 from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.checks import check_model, check_runs, check_settings, check_task, checked_marks
 from compressible.finetuning.run import FineTuningRun, RunHistory
-from compressible.finetuning.stacked_pass import Snapshot
-from compressible.finetuning.trainer import Tuning
+from compressible.finetuning.stacked_pass import Snapshot, StackedPass
+from compressible.finetuning.trainer import Trainer
 from compressible.runtime.checks import expect
 
 
@@ -68,15 +68,16 @@ def fine_tune(
     found: dict[int, RunHistory] = {}
     for number, members in enumerate(groups):
         place = None if checkpoint is None else Path(f"{checkpoint}.{number}" if len(groups) > 1 else checkpoint)
-        tuning = Tuning(model, [runs[i] for i in members], task, steps, batch_size, decay_ratio, precision, dropout)
+        stacked = StackedPass(model, [runs[i] for i in members], task, steps, batch_size, precision, dropout)
+        trainer = Trainer(stacked, decay_ratio)
         try:
-            tuning.accelerate(compiled, graphed)
+            trainer.accelerate(compiled, graphed)
             marks = (evaluate_at, watch_at, watch)
-            histories = tuning.train(*marks, place, checkpoint_every, show_progress, keep_factors)
+            histories = trainer.train(*marks, place, checkpoint_every, show_progress, keep_factors)
             found.update(zip(members, histories, strict=True))
         finally:
-            tuning.release()
-        del tuning
+            trainer.release()
+        del stacked, trainer
     return [found[i] for i in range(len(runs))]
 
 

@@ -16,7 +16,7 @@ from compressible.adapters.merge import first_output
 from compressible.adapters.param_groups import param_groups
 from compressible.adapters.targets import saved_modules
 from compressible.finetuning.batches import LENGTHS, DeviceRows, TaskLike
-from compressible.finetuning.dropout.per_run import RunStreams
+from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses, token_losses
 from compressible.finetuning.run import FineTuningRun, RunHistory, data_order, fresh_head, run_generator
 from compressible.finetuning.trainer import BETAS, EPS
@@ -36,7 +36,7 @@ def _one(
 ) -> RunHistory:  # fmt: skip
     device = next(source.parameters()).device
     counter = torch.zeros((), dtype=torch.int64, device=device)
-    streams = RunStreams([run.seed], counter)
+    streams = PerRunDropout([run.seed], counter)
     rows, order = DeviceRows(task.train, device), data_order(run, len(task.train.labels), steps, batch_size)
     model = get_deep_lora_model(copy.deepcopy(source), run.config, run_generator(run, "factors"))
     for name, module in saved_modules(model, run.config):

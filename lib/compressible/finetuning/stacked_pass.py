@@ -1,17 +1,26 @@
-"""forward, losses, scores of S runs"""
+"""One pass: S runs over one copy of the model's structure, what a batch of them gives and how well they do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from compressible.finetuning.run import FineTuningRun
+from compressible.adapters.merge import first_output
+from compressible.finetuning.batches import LENGTHS, DeviceRows, PassRows, TaskLike
+from compressible.finetuning.dropout.per_run import PerRunDropout
+from compressible.finetuning.losses import run_losses, token_losses
+from compressible.finetuning.run import FineTuningRun, data_order
+from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.layers import stacked_adapters
+from compressible.finetuning.stacked.model import stacked_model, starting_chains
 from compressible.runtime.devices import matmul_precision
 
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
+RECOMPILATIONS = 64
 
 
 @dataclass(frozen=True)
@@ -28,3 +37,109 @@ class Snapshot:
             with matmul_precision("float32"):
                 updates = adapter.updates()
             yield name, updates
+
+
+class StackedPass:
+    """S runs whose stacked adapters fit one copy of the model's structure; they have no factors before `start`.
+
+    step () int64 on the device is the number of the step, which dropout depends on; order (steps, S, B) the runs' rows.
+    """
+
+    def __init__(
+        self, model: nn.Module, runs: list[FineTuningRun], task: TaskLike, steps: int, batch_size: int = 16,
+        precision: str = "float32", dropout: bool = True,
+    ) -> None:  # fmt: skip
+        self.device = next(model.parameters()).device
+        self.source, self.runs, self.task, self.precision, self.dropout = model, runs, task, precision, dropout
+        self.step = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.rows = PassRows(len(runs))
+        self.per_run = PerRunDropout([run.seed for run in runs], self.step, self.rows)
+        self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
+        self.train_rows = DeviceRows(task.train, self.device)
+        self.validation_rows = DeviceRows(task.validation, self.device)
+        self.call, self.chains = self._losses, ChainGroups()
+        self.model = stacked_model(model, runs, self.rows, precision == "bfloat16")
+
+    def start(self) -> None:
+        """Give the adapters the factors that their runs start from."""
+        adapters = stacked_adapters(self.model)
+        starts = starting_chains(adapters, self.runs, lambda: self.losses(*self.batch(0)).sum())
+        self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
+
+    def compile(self, compiled: bool) -> None:
+        """Take losses from a compiled pass over the model, or from the plain one."""
+        self.call = torch.compile(self._losses, dynamic=False) if compiled else self._losses
+        if compiled:  # one compilation a padded length and a pass; beyond the limit PyTorch goes on uncompiled
+            from torch._dynamo import config as limits
+
+            limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
+
+    def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tokens (S * B, T) and labels (S * B, ...) of a step, run by run."""
+        return self.train_rows.batch(self.order[step].reshape(-1), LENGTHS[self.device.type])
+
+    def forward(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Return what the model makes of rows of all runs; for generation it gets the labels, too."""
+        if self.task.kind == "generation":
+            tokens = tokens | {"labels": labels}
+        return first_output(self.model(**tokens))
+
+    def losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Return the losses (S,) of one training batch."""
+        self.model.train(self.dropout)
+        self.per_run.begin()  # outside of what may be compiled
+        self.rows.rows = len(labels)
+        try:
+            return self.call(tokens, labels)
+        except BaseException:
+            self.chains.release()
+            raise
+
+    def _losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        self.chains.contract()
+        with self.per_run:
+            logits = self.forward(tokens, labels)
+        self.chains.release()
+        return run_losses(self.task.kind, logits, labels, len(self.runs))
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[list[float], list[int]]:
+        """Return the score of every run on the validation set, and the runs, with NaN, whose logits are not finite."""
+        self.model.eval()
+        self.chains.contract()
+        try:
+            logits = self.validation_logits()
+        finally:
+            self.chains.release()
+        finite = [bool(np.isfinite(run).all()) for run in logits]
+        lost = [at for at, good in enumerate(finite) if not good]
+        if self.task.kind == "generation":
+            return [float(value) for value in logits], lost
+        labels = self.task.validation.labels.cpu().numpy()
+        pairs = zip(logits, finite, strict=True)
+        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs], lost
+
+    def validation_logits(self) -> np.ndarray:
+        """Return logits (S, N, outputs), in the order of the rows; for generation the mean losses (S,)."""
+        runs, count = len(self.runs), len(self.task.validation.labels)
+        lengths = self.validation_rows.lengths
+        by_length = torch.arange(count) if lengths is None else lengths.argsort()
+        parts = []
+        for rows in by_length.split(max(1, EVALUATION_ROWS // runs)):
+            tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
+            self.rows.rows = len(labels)
+            logits = self.forward(tokens, labels)
+            if self.task.kind == "generation":
+                parts.append(torch.stack(token_losses(logits, labels, runs)))
+            else:
+                parts.append(logits.float().view(runs, len(rows), -1).cpu())
+        if self.task.kind == "generation":
+            total, number = torch.stack(parts).sum(0).cpu()  # not a mean of means: passes differ in their parts
+            return (total / number).numpy()
+        stacked = torch.cat(parts, 1)
+        return stacked[:, by_length.argsort()].numpy()
+
+    def release(self) -> None:
+        """Let go of model and factors: bound methods make cycles, which wait for the collector otherwise."""
+        for name in ("call", "model", "chains"):
+            delattr(self, name)

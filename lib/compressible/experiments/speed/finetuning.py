@@ -25,7 +25,8 @@ from compressible.experiments.speed.engines import Timing, failed
 from compressible.experiments.speed.roofline import LARGE, count_operations, gemm_rate, time_calls
 from compressible.finetuning.losses import run_losses
 from compressible.finetuning.run import FineTuningRun
-from compressible.finetuning.trainer import Tuning
+from compressible.finetuning.stacked_pass import StackedPass
+from compressible.finetuning.trainer import Trainer
 from compressible.runtime import devices
 from compressible.runtime.devices import matmul_precision
 
@@ -172,9 +173,8 @@ def time_case(
 def count_step(model: nn.Module, batch_size: int, length: int) -> int:
     """Return the operations of the matrix products in one step of one run, adapters of rank 8 included."""
     task = random_task(model.config.vocab_size, batch_size, length)
-    tuning = Tuning(model, _runs("thin", 1), task, STEPS, batch_size)
-    tuning.accelerate(graphed=False)
-    return count_operations(lambda: tuning.advance(0))
+    trainer = Trainer(StackedPass(model, _runs("thin", 1), task, STEPS, batch_size))
+    return count_operations(lambda: trainer.advance(0))
 
 
 def rate(out: dict, name: str, modes: Sequence[str] = MODES) -> tuple[str, np.ndarray]:
@@ -216,19 +216,19 @@ def _stacked(
     wait = lambda: devices.synchronize(device)  # noqa: E731
     began = time.perf_counter()
     runs = _runs(case.method, case.runs, case.real)
-    tuning = Tuning(model, runs, task, STEPS, batch_size, precision=case.precision)
+    trainer = Trainer(StackedPass(model, runs, task, STEPS, batch_size, case.precision))
     wait()
     setup = time.perf_counter() - began if case.real or case.method != "compressed" else float("nan")
     for mode in modes:
-        tuning.graphs = None
+        trainer.graphs = None
         _let_go()
         try:
-            tuning.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
-            yield mode, _steady(_Turning(tuning), wait, device, case.precision, setup, mode, seconds, trials)
+            trainer.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
+            yield mode, _steady(_Endless(trainer), wait, device, case.precision, setup, mode, seconds, trials)
         except Exception as failure:
             yield mode, Timing(skipped=failed(failure))
         if mode == "compiled":
-            tuning.accelerate(graphed=False)
+            trainer.accelerate(graphed=False)
             torch.compiler.reset()  # which lets go of the code of this shape, and of its count of recompilations
 
 
@@ -274,17 +274,17 @@ def _steady(
         return Timing(setup, compilation, steps, peak() if device != "cpu" else 0, mode)
 
 
-class _Turning:
+class _Endless:
     """Steps of a pass without end: its data and its losses start again."""
 
-    def __init__(self, tuning: Tuning) -> None:
-        self.tuning, self.at = tuning, int(tuning.step)
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.at = trainer, int(trainer.stacked.step)
 
     def __call__(self) -> None:
-        if self.at >= self.tuning.steps:
-            self.tuning.step.zero_()
+        if self.at >= self.trainer.steps:
+            self.trainer.stacked.step.zero_()
             self.at = 0
-        self.tuning.advance(self.at)
+        self.trainer.advance(self.at)
         self.at += 1
 
 

@@ -28,7 +28,7 @@ STREAMLESS = (
 LARGEST = 128  # queries, keys and head size up to which one program of the kernel holds a head
 
 
-class RunStreams(TorchFunctionMode):
+class PerRunDropout(TorchFunctionMode):
     """While entered, dropout (in attention, too) of batches (S * B, ...) draws from one stream a run.
 
     seeds (S,) one a run; step () int64 tensor, the step's number, which may live in a CUDA graph. Places are counted
@@ -51,7 +51,7 @@ class RunStreams(TorchFunctionMode):
         """Start at the first place and ask for what no compiler can read; called before a compiled pass enters."""
         self.place, self.rounded = 0, tensor_float_32()
 
-    def __enter__(self) -> RunStreams:
+    def __enter__(self) -> PerRunDropout:
         self.place = 0
         if not torch.compiler.is_compiling():
             self.begin()
