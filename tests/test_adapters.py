@@ -12,7 +12,7 @@ from torch import nn
 import compressible as cd
 from compressible.adapters.compressed_init import compressed_frames, span_and_image
 from compressible.adapters.layer import Adapter, adapters
-from compressible.recovery.problems import Problem
+from compressible.recovery.problems import DenseProblem
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -191,7 +191,7 @@ def _literal(m, n, depth, rank, seed):
     )
     factors = cd.orthogonal_factors((m, n), depth, None, 1e-2, g)
 
-    class Linear(Problem):
+    class Linear(DenseProblem):
         def gradient(self, product, out=None):
             return gradient
 

@@ -8,14 +8,31 @@ import torch
 import compressible as cd
 from compressible.recovery import spectra
 from compressible.recovery.compression import invariant_directions, orthogonal_scale
-from compressible.recovery.factors import layer_gradients
-from compressible.recovery.theory import invariants as theory
 
 
 def _completion(shape=(24, 24), rank=3, observed=0.4, seed=0, batch=()):
     g = torch.Generator().manual_seed(seed)
     target = cd.low_rank_target(shape, rank, batch, g)
     return cd.MatrixCompletion(target, cd.random_mask(shape, observed, batch, g), mean_over="all"), g
+
+
+def directions_by_intersection(gradient, first, rank):
+    """Return V (d, 2 rank) by the literal construction: the complement of an intersection of null spaces.
+
+    gradient g = dLoss/dW_1 (d, d), first W_1 / eps (d, d) orthogonal. Costs full SVDs of (d, d) and (d, 2d) matrices.
+    """
+    left, _, right = torch.linalg.svd(gradient)
+    through, still = first.mT @ left[:, rank:], right.mT[:, rank:]
+    null = torch.linalg.svd(torch.cat([through, -still], 1)).Vh.mT[:, gradient.shape[-1] :]
+    resting = through @ null[: through.shape[1]]
+    basis = torch.linalg.svd(resting).U
+    return basis.flip(-1)[:, : 2 * rank]
+
+
+def directions_by_stacking(gradient, first, rank):
+    """Return V (d, 2 rank), another reference: the top right singular vectors of the stack [g; g^T W_1 / eps]."""
+    stacked = torch.cat([gradient, gradient.mT @ first], 0)
+    return torch.linalg.svd(stacked, full_matrices=False).Vh.mT[:, : 2 * rank]
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
@@ -25,9 +42,9 @@ def test_three_constructions_span_one_subspace(scale, depth):
     g = torch.Generator().manual_seed(1)
     problem = cd.MatrixFactorization(cd.low_rank_target((20, 20), 2, generator=g))
     factors = cd.orthogonal_factors((20, 20), depth=depth, scale=scale, generator=g)
-    gradient, first = layer_gradients(factors, problem)[0], factors[0] / scale
+    gradient, first = problem.factor_gradients(factors)[0], factors[0] / scale
     chosen = invariant_directions(gradient, first, 2)
-    for other in (theory.directions_by_intersection, theory.directions_by_stacking):
+    for other in (directions_by_intersection, directions_by_stacking):
         angles = spectra.principal_angles(chosen, other(gradient, first, 2))
         assert angles.max() < 1e-8, other.__name__
 
@@ -36,7 +53,7 @@ def test_three_constructions_span_one_subspace(scale, depth):
 def test_literal_second_svd_gives_the_same_span(scale):
     problem, g = _completion()
     factors = cd.orthogonal_factors((24, 24), scale=scale, generator=g)
-    gradient = layer_gradients(factors, problem)[0]
+    gradient = problem.factor_gradients(factors)[0]
     top = torch.linalg.svd(gradient).Vh[:3].mT
     second = torch.linalg.svd(gradient.mT @ factors[0]).Vh[:3].mT
     literal = torch.linalg.qr(torch.cat([top, second], 1)).Q

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.descent.engines.base import Stepping
-from compressible.descent.engines.cuda_graphs import Graphed
+from compressible.descent.engines.base import Engine
+from compressible.descent.engines.cuda_graphs import GraphedFused
 from compressible.descent.engines.reference import Reference
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
-from compressible.descent.engines import triton_dense as narrow
+from compressible.descent.engines.triton_dense import TritonPersistent, TritonTiled
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -26,8 +26,8 @@ CASES = [
 ]
 
 
-class Tiles(narrow.Tiled):
-    """`Tiled` launched step by step, as the interpreter needs it."""
+class Tiles(TritonTiled):
+    """`TritonTiled` launched step by step, as the interpreter needs it."""
 
     def prepare(self, steps):
         self._step(self.owed[0].clone(), self.owed[1].clone())
@@ -74,7 +74,7 @@ def _rates(depth, batch, g, dtype):
     return [3 * inner, *[inner] * (depth - 2), 3 * inner]
 
 
-@pytest.mark.parametrize("engine", [narrow.Persistent, narrow.Tiled if CUDA else Tiles])
+@pytest.mark.parametrize("engine", [TritonPersistent, TritonTiled if CUDA else Tiles])
 @pytest.mark.parametrize(("shape", "depth", "batch", "dtype", "decay", "kind"), [
     (shape, *case) for shape in SHAPES for case in CASES if CUDA or shape == SMALL or case[0] == 4
 ])  # fmt: skip
@@ -86,7 +86,7 @@ def test_kernels_take_the_reference_steps(engine, shape, depth, batch, dtype, de
 
 @pytest.mark.parametrize("seed", range(12 if CUDA else 4))
 @pytest.mark.parametrize("engine", [
-    narrow.Persistent, narrow.Tiled if CUDA else Tiles, pytest.param(Graphed, marks=ON_CUDA),
+    TritonPersistent, TritonTiled if CUDA else Tiles, pytest.param(GraphedFused, marks=ON_CUDA),
 ])  # fmt: skip
 def test_random_problems_take_the_reference_steps(engine, seed):
     _compare(engine, *_drawn(seed))
@@ -106,7 +106,7 @@ def _compare(engine, problem, factors, rates, decay):
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in matmul")  # the third problem diverges, in numpy where interpreted
-@pytest.mark.parametrize("engine", [narrow.Persistent, narrow.Tiled if CUDA else Tiles])
+@pytest.mark.parametrize("engine", [TritonPersistent, TritonTiled if CUDA else Tiles])
 def test_each_problem_stops_at_its_own_record_and_stays_there(engine):
     problem, factors, _ = _case(SMALL, 3, (), torch.float64, 0)
     problem = problem.select(torch.zeros(3, dtype=torch.int64), ())
@@ -120,11 +120,11 @@ def test_each_problem_stops_at_its_own_record_and_stays_there(engine):
         slow.advance(2)
         expected.append(slow.evaluate().clone())
     level = expected[2][0, 0].item() * 1.0001
-    values, taken = fast.walk([0, 2, 2, 2, 2, 2], level)
+    values, taken = fast.run([0, 2, 2, 2, 2, 2], level)
     assert taken[0] == 3 and taken[1] == 6 and taken[2] < 6
     assert not torch.isfinite(values[taken[2] - 1, 2, 0])
     torch.testing.assert_close(values[:3, 0], torch.stack(expected)[:3, 0].cpu())
-    again, more = fast.walk([2], 0.0)
+    again, more = fast.run([2], 0.0)
     assert more.tolist() == [0, 1, 0]
     slow.advance(2)
     torch.testing.assert_close(again[0, 1], slow.evaluate()[1].cpu())
@@ -161,4 +161,4 @@ def test_what_the_kernels_cannot_do_is_refused():
 
 
 def test_the_contract_is_the_one_of_all_engines():
-    assert issubclass(narrow.Persistent, Stepping) and narrow.Persistent.freezes and narrow.Tiled.ahead > 1
+    assert issubclass(TritonPersistent, Engine) and TritonPersistent.freezes and TritonTiled.ahead > 1

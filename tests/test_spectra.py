@@ -70,15 +70,6 @@ def test_principal_coordinates_of_the_same_path_agree_and_keep_its_distances():
         spectra.principal_coordinates(path, components=4)
 
 
-def test_ranks():
-    values = torch.tensor([4.0, 2.0, 1e-3, 0.0], dtype=torch.float64)
-    matrix = _subspace(6, 4, 0) @ torch.diag(values) @ _subspace(5, 4, 1).mT
-    assert spectra.numerical_rank(matrix) == 3 and spectra.numerical_rank(matrix, relative=0.01) == 2
-    assert spectra.stable_rank(matrix).item() == pytest.approx((16 + 4 + 1e-6) / 16)
-    identity = torch.eye(7, dtype=torch.float64)
-    assert spectra.effective_rank(identity).item() == pytest.approx(7)
-
-
 def test_alignment_ignores_signs():
     a = _subspace(6, 3, 0)
     torch.testing.assert_close(spectra.alignment(a, -a), torch.ones(3, dtype=torch.float64))

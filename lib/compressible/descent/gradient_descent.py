@@ -1,7 +1,6 @@
 """Gradient descent on a deep factorization, with an outer-factor step ratio (P1 gamma, P2 alpha).
 
-`descend` goes from snapshot to snapshot; a `Walk` (walk.py) takes the records in between and lets an engine
-(engines.py) take the steps.
+`descend` goes from snapshot to snapshot; a `Solver` takes the records in between and lets an engine take the steps.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from compressible.descent.engines.choose import few_threads
 from compressible.descent.history import DivergenceError, History
-from compressible.descent.solver import Walk
+from compressible.descent.solver import Solver
 from compressible.recovery.factors import check_factors
 from compressible.recovery.problems import Problem
 from compressible.runtime.progress import progress
@@ -36,46 +35,75 @@ def descend(
     engine: str = "auto",
     show_progress: bool | None = None,
 ) -> History:
-    """Run gradient descent from `factors` and return its `History`; inputs are never modified.
+    """Run gradient descent from `factors`; inputs are never modified.
 
-    Inner factors take steps of `step_size` (> 0), the first and last of outer_ratio * step_size (>= 0; P1's gamma,
-    usually .01, or P2's alpha, 1 to 10); both may be tensors of the batch shape, one value per problem. Losses are
-    recorded at 0, every `record_every` iterations and at the end; a problem stops at the first record whose training
-    loss is below `tolerance`. `snapshots` are iterations whose factors are kept. Raises ValueError on impossible
-    arguments and DivergenceError where a loss stops being finite; in a stack the neighbours go on to their end first.
+    Args:
+        problem: what is recovered, (m, n), a leading batch shape (...) being a stack of problems.
+        factors: [W_1 (..., w, n), ..., W_L (..., m, w)] to start from, of the problem's type and device.
+        step_size: eta > 0 of the inner factors; here and in outer_ratio a tensor (...) is a value for each problem.
+        steps: iterations at most.
+        outer_ratio: the first and last factor take steps of outer_ratio * step_size, >= 0: P1's gamma, usually 0.01,
+            or P2's alpha, 1 to 10.
+        weight_decay: lambda >= 0 of lambda/2 sum ||W_l||_F^2; the recorded loss is without it.
+        record_every: iterations between records; there are records at 0 and at the end, too.
+        tolerance: a problem stops at the first record whose training loss is below it.
+        snapshots: iterations whose factors are kept.
+        engine: "auto" picks; "reference", "fused", "compiled" (CPU), "graphed", "tiled" or "persistent" (CUDA).
+        show_progress: whether there is a bar; by default in a terminal or notebook, after a second.
+
+    Returns:
+        The `History`: curves, last factors, snapshots.
+
+    Raises:
+        ValueError: on impossible arguments.
+        DivergenceError: where a loss stops being finite; in a stack the neighbours go on to their end first.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> problem = cd.MatrixFactorization(cd.low_rank_target((20, 20), rank=2, generator=generator))
+        >>> small = cd.compress_spectral(problem, width=4, scale=0.1)
+        >>> history = cd.descend(problem, small, step_size=10.0, steps=2000, outer_ratio=2.0, tolerance=1e-12)
+        >>> bool(history.final("error") < 1e-12), bool(history.stopped < 2000)
+        (True, True)
+
+    Reference:
+        P1, Theorem 2.1 (gradient descent with weight decay) and P1's gamma; P2's alpha.
     """
     began = time.perf_counter()
-    wanted = _check(problem, factors, step_size, steps, outer_ratio, weight_decay, record_every, tolerance, snapshots)
-    run = Walk(problem, factors, step_size, outer_ratio, weight_decay, engine)
-    run.start(record_every, time.perf_counter() - began)
+    _check_start(problem, factors)
+    _check_number("step_size", step_size, exclusive=True)
+    for name, value in (("outer_ratio", outer_ratio), ("weight_decay", weight_decay), ("tolerance", tolerance)):
+        _check_number(name, value)
+    _check_count("steps", steps, 0)
+    _check_count("record_every", record_every, 1)
+    wanted = {int(iteration) for iteration in snapshots}
+    if any(not 0 <= iteration <= steps for iteration in wanted):
+        raise ValueError(f"snapshots are {sorted(wanted)}, expected iterations from 0 to steps = {steps}")
+    solver = Solver(problem, factors, step_size, outer_ratio, weight_decay, engine)
+    solver.start(record_every, time.perf_counter() - began)
     records = sorted({*range(0, steps + 1, record_every), steps})
     bar = progress(steps, "descent", enabled=show_progress)
-    with bar, torch.inference_mode(), few_threads(problem, run.size):  # entered once: each costs microseconds
+    with bar, torch.inference_mode(), few_threads(problem, solver.size):  # entered once: each costs microseconds
         for mark in sorted({*wanted, steps}):
             before = bisect_right(records, mark)
-            run.walk(records[:before], mark, tolerance, bar)
+            solver.run(records[:before], mark, tolerance, bar)
             del records[:before]
             if mark in wanted:
-                run.snapshot(mark)
-    return run.finish()
+                solver.snapshot(mark)
+    return solver.finish()
 
 
-def _check(problem, factors, step_size, steps, outer_ratio, weight_decay, record_every, tolerance, snapshots):
+def _check_start(problem: Problem, factors: Sequence[Tensor]) -> None:
     check_factors(factors, problem.shape)
     kind = (factors[0].dtype, factors[0].device)
     if kind != (problem.dtype, problem.device):
         raise ValueError(f"factors are {kind}, expected the problem's {(problem.dtype, problem.device)}")
-    _check_number("step_size", step_size, exclusive=True)
-    _check_number("outer_ratio", outer_ratio)
-    _check_number("weight_decay", weight_decay)
-    _check_number("tolerance", tolerance)
-    for name, value, least in (("steps", steps, 0), ("record_every", record_every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
-    wanted = {int(iteration) for iteration in snapshots}
-    if any(not 0 <= iteration <= steps for iteration in wanted):
-        raise ValueError(f"snapshots are {sorted(wanted)}, expected iterations from 0 to steps = {steps}")
-    return wanted
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
 
 
 def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,12 +13,25 @@ from compressible.recovery.factors import Factors
 
 @dataclass
 class History:
-    """What a descent left behind; R records, batch shape (...) of the stack (empty for one problem).
+    """What a descent left behind; R records, batch shape (...) of the stack, empty for one problem.
 
-    iterations (R,) int; loss and error (..., R) on the CPU, NaN after a problem of a stack has stopped;
-    seconds (R,) wall time since the first step, without set-up; stopped (...) the iteration at which each problem
-    ended; factors [W_1, ..., W_L] at that iteration; snapshots {iteration: factors},
-    NaN for problems that had stopped before; setup_seconds; engine, its name.
+    Args:
+        iterations: (R,) at which the records were taken, the start, 0, among them.
+        loss: training losses (..., R), NaN after a problem of a stack has stopped.
+        error: recovery errors (..., R), likewise.
+        seconds: (R,) wall time since the first step, without set-up.
+        stopped: (...) the iteration at which each problem ended.
+        factors: [W_1, ..., W_L] at that iteration.
+        snapshots: {iteration: factors}, NaN for problems that had stopped before.
+        setup_seconds: of copies, compilation and the first look.
+        engine: the name of the engine that took the steps.
+
+    Example:
+        >>> import compressible as cd
+        >>> problem = cd.MatrixFactorization(cd.low_rank_target((8, 6), rank=2))
+        >>> history = cd.descend(problem, cd.orthogonal_factors((8, 6), scale=0.5), step_size=1.0, steps=100)
+        >>> history.iterations.tolist(), history.loss.shape, bool(history.final("error") < history.error[0])
+        ([0, 50, 100], torch.Size([3]), True)
     """
 
     iterations: Tensor
@@ -42,14 +55,26 @@ class History:
         last = (self.iterations == self.stopped[..., None]).int().argmax(-1, keepdim=True)
         return getattr(self, curve).gather(-1, last)[..., 0]
 
-    def as_arrays(self, prefix: str = "") -> dict[str, np.ndarray]:
-        """Return the curves as numpy arrays, keys "<prefix>iterations", "<prefix>loss", ..., for a run's result."""
-        names = ("iterations", "loss", "error", "seconds", "stopped")
-        return {f"{prefix}{name}": np.atleast_1d(getattr(self, name).numpy()) for name in names}
-
 
 class DivergenceError(RuntimeError):
-    """A loss that stopped being finite; `history` holds everything up to there."""
+    """A loss that stopped being finite.
+
+    Args:
+        iteration: of the record that shows it.
+        step_size: of that problem.
+        last_loss: the last finite one, NaN if there was none.
+        where: which problem of a stack, for the message.
+        history: everything up to there; the neighbours in a stack have gone on to their end.
+
+    Example:
+        >>> import compressible as cd
+        >>> problem = cd.MatrixFactorization(cd.low_rank_target((8, 6), rank=2))
+        >>> try:
+        ...     cd.descend(problem, cd.orthogonal_factors((8, 6), scale=0.5), step_size=1e3, steps=500)
+        ... except cd.DivergenceError as error:
+        ...     print(error.step_size, error.last_loss > 0)
+        1000.0 True
+    """
 
     def __init__(self, iteration: int, step_size: float, last_loss: float, where: str, history: History) -> None:
         super().__init__(
@@ -57,3 +82,16 @@ class DivergenceError(RuntimeError):
             f"(last finite loss {last_loss:.6g}); expected a finite loss: lower step_size or outer_ratio"
         )
         self.iteration, self.step_size, self.last_loss, self.history = iteration, step_size, last_loss, history
+
+
+def raise_if_diverged(history: History, step_size: float | Tensor) -> None:
+    """Raise `DivergenceError` for the first problem to diverge: one whose last record is not finite."""
+    batch_shape, losses = history.stopped.shape, history.loss.reshape(-1, len(history.iterations))
+    stopped, bad = history.stopped.reshape(-1), ~torch.isfinite(history.final("loss")).reshape(-1)
+    if not bool(bad.any()):
+        return
+    first = int(torch.where(bad, stopped, stopped.max() + 1).argmin())
+    finite = losses[first][torch.isfinite(losses[first])]
+    where = f" of problem {first} in the stack of {len(losses)}" if batch_shape else ""
+    step = torch.as_tensor(step_size, dtype=torch.float64).expand(batch_shape).reshape(-1)[first].item()
+    raise DivergenceError(int(stopped[first]), step, finite[-1].item() if len(finite) else math.nan, where, history)

@@ -4,56 +4,69 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import accumulate, pairwise
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from compressible.descent.engines.base import goes_on
+from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.descent.engines.choose import choose
-from compressible.descent.history import DivergenceError, History
+from compressible.descent.history import History, raise_if_diverged
+from compressible.descent.records import Records
 from compressible.recovery.factors import Factors
-from compressible.recovery.problems import Problem
+from compressible.recovery.problems import DenseProblem, Problem
 
 
-class Walk:
+class Solver:
     """One call of `descend`: the engine over the problems still active, and what has been recorded."""
 
-    def __init__(self, problem, factors, step_size, outer_ratio, decay, engine) -> None:
-        shapes = [problem.batch_shape, *(f.shape[:-2] for f in factors), batch_of(step_size), batch_of(outer_ratio)]
+    def __init__(
+        self,
+        problem: Problem,
+        factors: Sequence[Tensor],
+        step_size: float | Tensor,
+        outer_ratio: float | Tensor,
+        decay: float,
+        engine: str,
+    ) -> None:
+        shapes = [problem.batch_shape, *(f.shape[:-2] for f in factors), _batch_of(step_size), _batch_of(outer_ratio)]
         self.batch_shape = tuple(torch.broadcast_shapes(*shapes))
         self.size = math.prod(self.batch_shape)
         self.active = torch.arange(self.size)  # whom the engine carries
         self.alive = torch.ones(self.size, dtype=torch.bool)  # and who of them has not stopped
-        self.problem = problem.select(self.active, self.batch_shape) if self.batch_shape else problem
+        self.problem = _selected(problem, self.active, self.batch_shape) if self.batch_shape else problem
         flat = [_flatten(factor, self.batch_shape) for factor in factors]
-        self.rates, self.decay, self.kind = self._rates(step_size, outer_ratio, len(flat)), decay, engine
-        self.engine = self._build(self.problem, flat, self.rates)
+        outer = step_size * outer_ratio
+        steps = [outer, *[step_size] * (len(flat) - 2), outer]
+        self.rates = [_rate(step, self.problem, self.batch_shape) for step in steps]
+        self.decay, self.kind, self.step_size = decay, engine, step_size
+        self.engine = self._build(flat)
         self.ends = [factor.clone() for factor in self.engine.factors]
-        self.records: list[tuple[int, Tensor, Tensor]] = []  # iteration, (active, 2) loss and error, whose
-        self.times: list[float] = []
+        self.records = Records()
         self.stopped = torch.full((self.size,), -1)
         self.iteration = 0
         self.snapshots: dict[int, Factors] = {}
-        self.step_size = step_size
 
     def start(self, stretch: int, setup_seconds: float) -> None:
+        """Compile what has to be compiled for stretches of `stretch` steps, and then start the clock."""
         self.stretch = stretch
         began = time.perf_counter()
-        self.engine.prepare(stretch)  # compiles what has to be compiled, outside the clock
+        self.engine.prepare(stretch)
         self.setup_seconds = setup_seconds + time.perf_counter() - began
-        self._began = time.perf_counter()
+        self.records.begin()
 
-    def walk(self, records: list[int], until: int, tolerance: float, bar: tqdm) -> None:
+    def run(self, records: list[int], until: int, tolerance: float, bar: tqdm) -> None:
         """Go on to iteration `until` with a record at each of the iterations `records`, retiring what stops."""
         while records and len(self.active):
             ahead = records[: self.engine.ahead]
             lengths = [later - sooner for sooner, later in pairwise([self.iteration, *ahead])]
-            values, taken = self.engine.walk(lengths, tolerance)
+            values, taken = self.engine.run(lengths, tolerance)
             done = len(values) if taken is None else int(taken.max())
-            going = self._note(ahead[:done], values, taken, tolerance)
-            self._clock(lengths[:done])
+            last = self.records.add(ahead[:done], values, taken, self.active)
+            going = [goes_on(loss, tolerance) for loss, _ in last.tolist()]
+            self.records.clock(lengths[:done])
             bar.update(ahead[done - 1] - self.iteration)
             self.iteration, records = ahead[done - 1], records[done:]
             if not all(going):
@@ -65,6 +78,7 @@ class Walk:
 
     @torch.inference_mode(False)  # what the caller keeps must be able to take part in gradients
     def snapshot(self, iteration: int) -> None:
+        """Keep the factors as they are, under `iteration`; NaN for the problems that had stopped before."""
         whole = [torch.full_like(end, math.nan) for end in self.ends]
         self._write(whole, self.alive)
         here = self.stopped == iteration
@@ -76,58 +90,28 @@ class Walk:
             self.snapshots[iteration] = [self._shaped(factor) for factor in whole]
 
     def finish(self) -> History:
+        """Return what is left behind; raises DivergenceError where a loss stopped being finite."""
         if len(self.active):
             self._write(self.ends, self.alive)
-            self.stopped[self.active[self.alive]] = self.records[-1][0]
-        curves = torch.full((2, self.size, len(self.records)), math.nan, dtype=torch.float64)
-        for column, (_, values, members) in enumerate(self.records):
-            curves[:, members, column] = values.mT.to("cpu", torch.float64)
+            self.stopped[self.active[self.alive]] = self.records.iterations[-1]
+        curves = self.records.curves(self.size)
         loss, error = curves.unflatten(1, self.batch_shape) if self.batch_shape else curves[:, 0]
         history = History(
-            iterations=torch.tensor([record[0] for record in self.records]),
+            iterations=torch.tensor(self.records.iterations),
             loss=loss,
             error=error,
-            seconds=torch.tensor(self.times, dtype=torch.float64),
+            seconds=torch.tensor(self.records.seconds, dtype=torch.float64),
             stopped=self.stopped.reshape(self.batch_shape),
             factors=[self._shaped(factor) for factor in self.ends],
             snapshots=self.snapshots,
             setup_seconds=self.setup_seconds,
-            engine=type(self.engine).__name__.lower(),
+            engine=self.engine.name,
         )
-        self._raise_if_diverged(history, curves[0])
+        raise_if_diverged(history, self.step_size)
         return history
 
-    def _build(self, problem: Problem, factors: list[Tensor], rates: list):
-        return choose(self.kind, problem, factors)(problem, factors, rates, self.decay)
-
-    def _rates(self, step_size, outer_ratio, depth: int) -> list:
-        """Step sizes of the layers: floats where one serves the whole stack, else (S, 1, 1) tensors."""
-        inner, outer = step_size, step_size * outer_ratio
-        ends = [outer, *[inner] * (depth - 2), outer]
-        return [self._rate(value) for value in ends]
-
-    def _rate(self, value: float | Tensor) -> float | Tensor:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return float(value)
-        like = {"dtype": self.problem.dtype, "device": self.problem.device}
-        return value.to(**like).expand(self.batch_shape).reshape(-1, 1, 1)
-
-    def _note(self, iterations: list[int], values: Tensor, taken: Tensor | None, tolerance: float) -> list[bool]:
-        """Keep the records (R, S, 2) that were taken, and tell which problems go on after their last."""
-        for row, iteration in enumerate(iterations):
-            if taken is None:
-                self.records.append((iteration, values[row], self.active))
-            else:
-                self.records.append((iteration, values[row][taken > row], self.active[taken > row]))
-        last = values[-1] if taken is None else values[taken - 1, torch.arange(len(taken))]
-        return [goes_on(loss, tolerance) for loss, _ in last.tolist()]
-
-    def _clock(self, lengths: list[int]) -> None:
-        """Seconds of the records just taken; where one call took several, time went evenly over their steps."""
-        now, total = time.perf_counter() - self._began, sum(lengths)
-        before = self.times[-1] if self.times else 0.0
-        shares = [now - before] if not total else [(now - before) * length / total for length in lengths]
-        self.times.extend(before + share for share in accumulate(shares))
+    def _build(self, factors: Sequence[Tensor]) -> Engine:
+        return choose(self.kind, self.problem, factors)(self.problem, factors, self.rates, self.decay)
 
     def _retire(self, going: Tensor, iterations: Tensor) -> None:
         """Keep the end of the problems that stop, at `iterations`, and go on with the others in a smaller stack.
@@ -143,10 +127,10 @@ class Walk:
             return
         if len(keep) and self.batch_shape:
             where = keep.to(self.problem.device)
-            rates = [rate[where] if isinstance(rate, Tensor) else rate for rate in self.rates]
+            self.rates = [rate[where] if isinstance(rate, Tensor) else rate for rate in self.rates]
             factors = [factor[where] for factor in self.engine.factors]
-            self.problem, self.rates = self.problem.select(keep, (len(going),)), rates
-            self.engine = self._build(self.problem, factors, rates)
+            self.problem = _selected(self.problem, keep, (len(going),))
+            self.engine = self._build(factors)
             self.engine.prepare(self.stretch)
         self.active, self.alive = self.active[keep], self.alive[keep]
 
@@ -160,21 +144,21 @@ class Walk:
     def _shaped(self, factor: Tensor) -> Tensor:
         return factor.unflatten(0, self.batch_shape) if self.batch_shape else factor
 
-    def _raise_if_diverged(self, history: History, losses: Tensor) -> None:
-        """Losses (S, R) with NaN after the stop: a problem diverged if its last record is not finite."""
-        last = (history.iterations == self.stopped[:, None]).int().argmax(-1)
-        bad = ~torch.isfinite(losses[torch.arange(self.size), last])
-        if not bool(bad.any()):
-            return
-        first = int(torch.where(bad, self.stopped, self.stopped.max() + 1).argmin())
-        finite = losses[first][torch.isfinite(losses[first])]
-        where = f" of problem {first} in the stack of {self.size}" if self.batch_shape else ""
-        step = torch.as_tensor(self.step_size, dtype=torch.float64).expand(self.batch_shape).reshape(-1)[first].item()
-        reached = finite[-1].item() if len(finite) else math.nan
-        raise DivergenceError(int(self.stopped[first]), step, reached, where, history)
+
+def _selected(problem: Problem, index: Tensor, batch_shape: tuple[int, ...]) -> DenseProblem:
+    if not isinstance(problem, DenseProblem):
+        raise ValueError(f"{type(problem).__name__} takes no stack, got starts or steps of batch shape {batch_shape}")
+    return problem.select(index, batch_shape)
 
 
-def batch_of(value: float | Tensor) -> tuple[int, ...]:
+def _rate(step: float | Tensor, problem: Problem, batch_shape: tuple[int, ...]) -> Rate:
+    """A float where one step size serves the whole stack, else (S, 1, 1) of them."""
+    if not isinstance(step, Tensor) or step.ndim == 0:
+        return float(step)
+    return step.to(dtype=problem.dtype, device=problem.device).expand(batch_shape).reshape(-1, 1, 1)
+
+
+def _batch_of(value: float | Tensor) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 

@@ -15,10 +15,10 @@ import torch
 
 from compressible.descent.gradient_descent import DivergenceError, History, descend
 from compressible.recovery.factors import Factors, stack_factors
-from compressible.recovery.problems import Problem, stack_problems
+from compressible.recovery.problems import DenseProblem, stack_problems
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
-Build = Callable[[torch.Generator], tuple[Problem, Mapping[str, Start]]]
+Build = Callable[[torch.Generator], tuple[DenseProblem, Mapping[str, Start]]]
 
 PADDING = 4  # widths share a stack up to this ratio: padding costs work in proportion to the largest
 
@@ -110,7 +110,7 @@ def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.nanmax(lower[:, :common] / upper[:, :common], -1)
 
 
-def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
+def factors_at(problem: DenseProblem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
     """Yield the factors of one start at the iterations `marks`, each as the descent gets there, and keep none of them.
 
     `descend`'s snapshots hold all of them at once: gigabytes, where the factors are of full width. `options` go to
@@ -128,7 +128,7 @@ def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: 
 
 
 def descend_to_divergence(
-    problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any
+    problem: DenseProblem, factors: Factors, step_size: float | torch.Tensor, **options: Any
 ) -> History:
     """Descend, and where a loss stops being finite return the history up to there."""
     try:
@@ -166,7 +166,7 @@ def _width(start: Start) -> int:
     return max(factor.shape[-2] for factor in start[0][:-1])
 
 
-def _descend_together(problems: Sequence[Problem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
+def _descend_together(problems: Sequence[DenseProblem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
     """One stack (seeds, starts): runs[i][j] is start j on problems[i]."""
     first = torch.zeros(1, dtype=torch.int64)
     problem = stack_problems([problem.select(first, ()) for problem in problems])  # (seeds, 1), broadcast over starts

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressible.descent.gradient_descent import DivergenceError, descend
 from compressible.experiments.compare import first_below
-from compressible.recovery.factors import Factors, product
+from compressible.recovery.factors import Factors
 from compressible.recovery.problems import Problem
 from compressible.runtime.progress import progress
 
@@ -36,7 +36,7 @@ def stretches(
         raise ValueError(f"every is {every}, expected a divisor of steps = {steps}")
     options |= {"record_every": every, "tolerance": tolerance, "show_progress": False}
     with torch.no_grad():
-        loss = problem.loss(product(factors))
+        loss = problem.evaluate_factors(factors)[0]
     yield 0, list(factors), loss
     with progress(steps, "descent", enabled=show_progress) as bar:
         for done in range(every, steps + 1, every):

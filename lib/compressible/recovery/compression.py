@@ -12,27 +12,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.recovery.factors import Factors, check_factors, layer_gradients, product
-from compressible.recovery.problems import Problem
+from compressible.recovery.factors import Factors, check_factors, product
+from compressible.recovery.problem_base import Problem
 from compressible.recovery.sparse import truncated_svd
 
 
 def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
-    """Return P1's compressed factors [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)] of `factors` [W_1, ..., W_L].
+    """Return P1's compressed factors: `factors` restricted to the 2r directions in which they move.
 
-    The columns of V span the 2r directions in which W_1 moves under gradient descent (P1, Theorem 2.1): the top r right
-    singular vectors of g = dLoss/dW_1 and of g^T W_1, orthonormalised; U = W_L...W_1 V / eps^L. Only one thin SVD of
-    g is taken: where W_1 / eps is orthogonal, the right singular vectors of g^T W_1 are W_1^T P / eps with P the left
-    ones of g. `rank` is the guessed rank (the papers' r-hat), 2 rank <= min(m, n). For m > n the same is done to the
-    transposed product, whose first factor is square. Raises ValueError unless every factor is a multiple of a
-    (semi-)orthogonal matrix and the width is max(m, n).
+    The columns of V span the directions in which W_1 moves under gradient descent: the top r right singular vectors of
+    g = dLoss/dW_1 and of g^T W_1, orthonormalised; U = W_L...W_1 V / eps^L. Only one thin SVD of g is taken: where
+    W_1 / eps is orthogonal, the right singular vectors of g^T W_1 are W_1^T P / eps with P the left ones of g. For
+    m > n the same is done to the transposed product, whose first factor is square.
+
+    Args:
+        problem: what is recovered, dense or sparse.
+        factors: [W_1, ..., W_L] of width max(m, n), each eps_l times a (semi-)orthogonal matrix.
+        rank: r, the guessed rank (the papers' r-hat), 2 rank <= min(m, n); the inner width is 2 rank.
+
+    Returns:
+        [V^T (..., 2r, n), eps_1 I (..., 2r, 2r), ..., eps_L I, U (..., m, 2r)]: L + 2 factors, for `descend` with
+        outer_ratio = gamma < 1, since the outer ones are of unit scale.
+
+    Raises:
+        ValueError: on another rank, width or start.
+
+    Example:
+        >>> import compressible as cd
+        >>> problem = cd.MatrixFactorization(cd.low_rank_target((8, 6), rank=1))
+        >>> small = cd.compress_from_gradient(problem, cd.orthogonal_factors((8, 6), depth=3), rank=2)
+        >>> [tuple(factor.shape) for factor in small]
+        [(4, 6), (4, 4), (4, 4), (4, 4), (8, 4)]
+
+    Reference:
+        P1, Theorem 2.1 and its corollary on compression.
     """
     check_factors(factors, problem.shape)
     _check_guess(problem, rank)
     scales = [orthogonal_scale(factor, f"W_{layer}") for layer, factor in enumerate(factors, 1)]
     if factors[0].shape[-2] != max(problem.shape):
         raise ValueError(f"width is {factors[0].shape[-2]}, expected max(m, n) = {max(problem.shape)}")
-    gradients, end_to_end = layer_gradients(factors, problem), product(factors)
+    gradients, end_to_end = problem.factor_gradients(factors), product(factors)
     wide = problem.shape[0] > problem.shape[1]
     if wide:  # transpose the chain: W_L^T is its square first factor
         first, gradient, scale = factors[-1].mT, gradients[-1].mT, scales[-1]

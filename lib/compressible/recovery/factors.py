@@ -12,22 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressible.recovery.problems import Problem
-
-
-def layer_gradients(factors: Sequence[Tensor], problem: Problem) -> list[Tensor]:
-    """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors, in closed form."""
-    prefixes = [factors[0]]
-    for factor in factors[1:]:
-        prefixes.append(factor @ prefixes[-1])
-    back = problem.gradient(prefixes[-1])
-    gradients = []
-    for factor, below in zip(reversed(factors[1:]), reversed(prefixes[:-1]), strict=True):
-        gradients.append(back @ below.mT)
-        back = factor.mT @ back
-    return [back, *reversed(gradients)]
-
-
 Factors = list[Tensor]
 
 
@@ -41,10 +25,31 @@ def orthogonal_factors(
     device: torch.device | str | None = None,
     batch_shape: tuple[int, ...] = (),
 ) -> Factors:
-    """Return [W_1 (w, n), W_2 (w, w), ..., W_L (m, w)], each `scale` times a random (semi-)orthogonal matrix.
+    """Return factors that are `scale` times random (semi-)orthogonal matrices, uniform by Haar's measure.
 
-    shape (m, n); depth L >= 2; width w defaults to max(m, n); scale is the papers' eps, usually 1e-3 to 1.
-    Drawn on the CPU, so that a seed means the same start on every device. Raises ValueError on other values.
+    Args:
+        shape: (m, n) of the product.
+        depth: L, number of factors, at least 2.
+        width: w, inner width; max(m, n) unless given.
+        scale: the papers' eps > 0, usually 1e-3 to 1.
+        generator: of the draw, which is made on the CPU, so that a seed means the same start on every device.
+        dtype: of the factors.
+        device: of the factors.
+        batch_shape: leading dimensions, a start for each problem of a stack.
+
+    Returns:
+        [W_1 (..., w, n), W_2 (..., w, w), ..., W_L (..., m, w)].
+
+    Raises:
+        ValueError: on a depth, width, shape or scale that is out of range.
+
+    Example:
+        >>> import compressible as cd
+        >>> [tuple(factor.shape) for factor in cd.orthogonal_factors((8, 6), depth=3, width=4)]
+        [(4, 6), (4, 4), (8, 4)]
+
+    Reference:
+        P1, Theorem 2.1, whose start this is where m = n = w; P2's original networks start so, too.
     """
     m, n = shape
     width = max(m, n) if width is None else width
@@ -58,7 +63,19 @@ def orthogonal_factors(
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:
-    """Return the end-to-end product W_L ... W_1, (..., m, n), of factors [W_1, ..., W_L]."""
+    """Return the end-to-end product W_L ... W_1.
+
+    Args:
+        factors: [W_1 (..., w, n), ..., W_L (..., m, w)], the factor that acts first coming first.
+
+    Returns:
+        X (..., m, n).
+
+    Example:
+        >>> import compressible as cd
+        >>> cd.product(cd.orthogonal_factors((8, 6), depth=3)).shape
+        torch.Size([8, 6])
+    """
     result = factors[0]
     for factor in factors[1:]:
         result = factor @ result
@@ -66,10 +83,24 @@ def product(factors: Sequence[Tensor]) -> Tensor:
 
 
 def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
-    """Stack S factorizations of one depth and shape into factors (S, ...), padded with zeros to the largest width.
+    """Stack factorizations of one depth and shape, padded with zeros to the largest width.
 
     The padding is exact: zero rows and columns receive zero gradients, so each run goes as it would alone.
-    Raises ValueError where depths or outer shapes differ.
+
+    Args:
+        runs: S lists [W_1, ..., W_L] of one depth, widths as they like.
+
+    Returns:
+        [W_1 (S, ..., w, n), ..., W_L (S, ..., m, w)] with w the largest width.
+
+    Raises:
+        ValueError: where depths or outer shapes differ.
+
+    Example:
+        >>> import compressible as cd
+        >>> narrow, wide = (cd.orthogonal_factors((8, 6), width=width) for width in (2, 5))
+        >>> cd.stack_factors([narrow, wide])[0].shape
+        torch.Size([2, 5, 6])
     """
     depths = {len(run) for run in runs}
     ends = {(run[-1].shape[-2], run[0].shape[-1]) for run in runs}

@@ -2,80 +2,55 @@
 
 Symbols of the papers: target Phi or X* (m, n), mask Omega, operators A_i, measurements y_i. Every problem is a
 function of the end-to-end product X = W_L ... W_1 alone: loss, its gradient dLoss/dX, recovery error and the
-surrogate whose singular vectors start a compressed network (P2: Phi, Omega*Phi/p,
-mean of y_i A_i). Any leading batch dimensions; float32 and float64; CPU and CUDA.
+surrogate whose singular vectors start a compressed network (P2: Phi, Omega*Phi/p, mean of y_i A_i). Any leading
+batch dimensions; float32 and float64; CPU and CUDA.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from compressible.recovery.problem_base import DenseProblem, Problem, pick, stack_problems
 
-class Problem:
-    """Base of the three problems; `shape` is (m, n), `batch_shape` the leading dimensions."""
-
-    shape: tuple[int, int]
-    batch_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return dLoss/dX (..., m, n) at X = `product` (..., m, n)."""
-        raise NotImplementedError
-
-    def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the training loss and the recovery error, each (...), at X = `product` (..., m, n)."""
-        raise NotImplementedError
-
-    def watch(self, product: Tensor, scratch: Tensor) -> Callable[[], Tensor]:
-        """Return a function that gives loss and error as (..., 2) at what the buffer `product` holds by then.
-
-        `scratch` (..., m, n) may be overwritten. Views and weights are made once: at every record they would cost more
-        than the arithmetic.
-        """
-        return lambda: torch.stack(self.evaluate(product), -1)
-
-    def surrogate(self) -> Tensor:
-        """Return the (..., m, n) matrix whose leading singular vectors start a compressed network (P2)."""
-        raise NotImplementedError
-
-    def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> Problem:
-        """Return the problem of the flat positions `index` of a stack of shape `batch_shape`."""
-        raise NotImplementedError
-
-    def stacked(self, problems: Sequence[Problem]) -> Problem:
-        """Return `problems`, all like this one, as one stack; call `stack_problems`, which checks them."""
-        raise NotImplementedError
-
-    def loss(self, product: Tensor) -> Tensor:
-        """Return the training loss (...) at X = `product` (..., m, n)."""
-        return self.evaluate(product)[0]
-
-    def error(self, product: Tensor) -> Tensor:
-        """Return the recovery error (...) at X = `product` (..., m, n)."""
-        return self.evaluate(product)[1]
-
-    def _adopt(self, matrix: Tensor, name: str) -> None:
-        _check_matrix(matrix, name)
-        self.shape = (matrix.shape[-2], matrix.shape[-1])
-        self.batch_shape = tuple(matrix.shape[:-2])
-        self.dtype, self.device = matrix.dtype, matrix.device
+__all__ = ["DenseProblem", "MatrixCompletion", "MatrixFactorization", "MatrixSensing", "Problem", "stack_problems"]
 
 
-class MatrixCompletion(Problem):
+class MatrixCompletion(DenseProblem):
     """Recover a matrix from some of its entries: loss 1/2 sum(Omega * (X - Phi)^2) / N.
 
-    target (..., m, n) floating point, mask (..., m, n) of zeros and ones (bool or number), broadcast against each
-    other. mean_over="observed" takes N = |Omega| (P2), "all" takes N = m n (P1): a step size that suits one must be
-    scaled by the observed fraction p for the other. The recovery error is the same mean over the unobserved entries
-    whose target is known: mark the others NaN (ratings that nobody gave). Where all is observed it is the loss, where
-    nothing more is known NaN. Raises ValueError on a mask with other values, an empty mask, or a target that is not
-    finite on the observed entries.
+    The recovery error is the same mean over the unobserved entries whose target is known: mark the others NaN
+    (ratings that nobody gave). Where all is observed it is the loss, where nothing more is known NaN.
+
+    Args:
+        target: Phi (..., m, n), floating point; leading dimensions are a stack of problems.
+        mask: Omega (..., m, n) of zeros and ones, bool or number; it and the target broadcast against each other.
+        mean_over: "observed" takes N = |Omega| (P2), "all" takes N = m n (P1): a step size that suits one must be
+            scaled by the observed fraction p for the other.
+
+    Raises:
+        ValueError: on another mask or mean, an empty mask, or a target that is not finite where it is observed.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> target, mask = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1, 0], [1, 0]])
+        >>> problem = cd.MatrixCompletion(target, mask)
+        >>> problem.loss(torch.zeros(2, 2)).item(), problem.error(torch.zeros(2, 2)).item()
+        (2.5, 5.0)
+
+    Reference:
+        P1, figures 1, 4 and 5 (mean over all); P2's matrix completion (mean over the observed).
     """
+
+    mask: Tensor
+    target: Tensor
+    weights: Tensor
+    offset: Tensor
 
     def __init__(self, target: Tensor, mask: Tensor, mean_over: str = "observed") -> None:
         if mean_over not in ("observed", "all"):
@@ -124,28 +99,40 @@ class MatrixCompletion(Problem):
         return self.mask * self.target / fraction
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixCompletion:
-        part = MatrixCompletion.__new__(MatrixCompletion)
-        part.shape, part.dtype, part.device = self.shape, self.dtype, self.device
-        part.batch_shape, part.mean_over = (len(index),), self.mean_over
-        for name in ("target", "mask", "offset"):
-            setattr(part, name, _pick(getattr(self, name), index, batch_shape))
-        part.weights = _pick(self.weights, index, batch_shape, trailing=3)
+        part = copy.copy(self)
+        part.batch_shape = (len(index),)
+        for name, trailing in (("target", 2), ("mask", 2), ("offset", 2), ("weights", 3)):
+            setattr(part, name, pick(getattr(self, name), index, batch_shape, trailing))
         return part
 
-    def stacked(self, problems: Sequence[MatrixCompletion]) -> MatrixCompletion:
+    def stacked(self, problems: Sequence[Self]) -> MatrixCompletion:
         means = {problem.mean_over for problem in problems}
         if len(means) != 1:
             raise ValueError(f"cannot stack problems with mean_over {sorted(means)}, expected one")
-        whole = MatrixCompletion.__new__(MatrixCompletion)
-        whole.shape, whole.dtype, whole.device, whole.mean_over = self.shape, self.dtype, self.device, self.mean_over
+        whole = copy.copy(self)
         whole.batch_shape = (len(problems), *self.batch_shape)
         for name in ("target", "mask", "offset", "weights"):
             setattr(whole, name, torch.stack([getattr(problem, name) for problem in problems]))
         return whole
 
 
-class MatrixFactorization(Problem):
-    """Factor a matrix that is seen whole: loss 1/2 mean((X - Phi)^2); target (..., m, n); error equals loss."""
+class MatrixFactorization(DenseProblem):
+    """Factor a matrix that is seen whole: loss 1/2 mean((X - Phi)^2), which is the recovery error, too.
+
+    Args:
+        target: Phi (..., m, n), floating point and finite; leading dimensions are a stack of problems.
+
+    Raises:
+        ValueError: on a target that is not finite or no floating-point matrix.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> cd.MatrixFactorization(torch.ones(3, 2)).loss(torch.zeros(3, 2)).item()
+        0.5
+
+    Reference:
+        P1, figure 3 and Theorem 2.1 (there the sum: its step size is this one over m n); P2's deep factorization.
+    """
 
     def __init__(self, target: Tensor) -> None:
         self._adopt(target, "target")
@@ -166,18 +153,32 @@ class MatrixFactorization(Problem):
         return self.target
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixFactorization:
-        return MatrixFactorization(_pick(self.target, index, batch_shape))
+        return MatrixFactorization(pick(self.target, index, batch_shape))
 
-    def stacked(self, problems: Sequence[MatrixFactorization]) -> MatrixFactorization:
+    def stacked(self, problems: Sequence[Self]) -> MatrixFactorization:
         return MatrixFactorization(torch.stack([problem.target for problem in problems]))
 
 
-class MatrixSensing(Problem):
+class MatrixSensing(DenseProblem):
     """Recover a matrix from linear measurements y_i = <A_i, X*>: loss 1/2 sum_i (<A_i, X> - y_i)^2.
 
-    operators (k, m, n) are shared by all problems of a stack and kept once, as given; measurements (..., k);
-    target (..., m, n) is used for the error ||X - X*||_F / ||X*||_F only, without it the error is NaN.
-    Raises ValueError where the shapes disagree.
+    Args:
+        operators: A (k, m, n), shared by all problems of a stack and kept once, as given.
+        measurements: y (..., k); leading dimensions are a stack of problems.
+        target: X* (..., m, n), for the recovery error ||X - X*||_F / ||X*||_F alone; without it the error is NaN.
+
+    Raises:
+        ValueError: where the shapes disagree.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> operators, target = torch.ones(5, 3, 2), torch.ones(3, 2)
+        >>> problem = cd.MatrixSensing(operators, torch.einsum("kmn,mn->k", operators, target), target)
+        >>> problem.loss(torch.zeros(3, 2)).item(), problem.error(torch.zeros(3, 2)).item()
+        (90.0, 1.0)
+
+    Reference:
+        P2's matrix sensing, with the operators of `gaussian_operators`.
     """
 
     def __init__(self, operators: Tensor, measurements: Tensor, target: Tensor | None = None) -> None:
@@ -185,9 +186,8 @@ class MatrixSensing(Problem):
             raise ValueError(f"operators have shape {tuple(operators.shape)}, expected (k, m, n)")
         self._adopt(operators, "operators")
         if measurements.shape[-1:] != operators.shape[:1]:
-            raise ValueError(
-                f"measurements have shape {tuple(measurements.shape)}, expected (..., {operators.shape[0]})"
-            )
+            expected = f"(..., {operators.shape[0]})"
+            raise ValueError(f"measurements have shape {tuple(measurements.shape)}, expected {expected}")
         if target is not None and tuple(target.shape[-2:]) != self.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}, expected (..., m, n) with {self.shape}")
         self.operators, self.measurements, self.target = operators, measurements, target
@@ -213,36 +213,16 @@ class MatrixSensing(Problem):
         return (self.measurements @ self._rows).unflatten(-1, self.shape) / self._rows.shape[0]
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixSensing:
-        measurements = _pick(self.measurements, index, batch_shape, trailing=1)
-        target = None if self.target is None else _pick(self.target, index, batch_shape)
+        measurements = pick(self.measurements, index, batch_shape, trailing=1)
+        target = None if self.target is None else pick(self.target, index, batch_shape)
         return MatrixSensing(self.operators, measurements, target)
 
-    def stacked(self, problems: Sequence[MatrixSensing]) -> MatrixSensing:
+    def stacked(self, problems: Sequence[Self]) -> MatrixSensing:
         if any(problem.operators is not self.operators for problem in problems):
             raise ValueError("cannot stack sensing problems with different operators: they would be held many times")
-        targets = [problem.target for problem in problems]
-        target = None if any(t is None for t in targets) else torch.stack(targets)
+        targets = [problem.target for problem in problems if problem.target is not None]
+        target = torch.stack(targets) if len(targets) == len(problems) else None
         return MatrixSensing(self.operators, torch.stack([problem.measurements for problem in problems]), target)
-
-
-def stack_problems(problems: Sequence[Problem]) -> Problem:
-    """Return one problem whose leading dimension (S, ...) runs over `problems` of one kind, shape and batch shape.
-
-    Raises ValueError where they differ; sensing problems must share their operators, which are kept once.
-    """
-    kinds = {(type(problem), problem.shape, problem.batch_shape) for problem in problems}
-    if len(kinds) != 1:
-        found = sorted(f"{kind.__name__} {shape} {batch}" for kind, shape, batch in kinds)
-        raise ValueError(f"cannot stack {found}, expected one kind, shape and batch shape")
-    return problems[0].stacked(problems)
-
-
-def _check_matrix(matrix: Tensor, name: str) -> None:
-    if matrix.ndim < 2 or not matrix.is_floating_point() or matrix.numel() == 0:
-        raise ValueError(
-            f"{name} has shape {tuple(matrix.shape)} and dtype {matrix.dtype}, expected a non-empty floating-point "
-            "(..., m, n)"
-        )
 
 
 def _as_mask(mask: Tensor, target: Tensor) -> Tensor:
@@ -255,11 +235,3 @@ def _as_mask(mask: Tensor, target: Tensor) -> Tensor:
     if not bool(torch.isfinite(torch.where(mask > 0, target, torch.zeros_like(target))).all()):
         raise ValueError("target is not finite on some observed entries")
     return mask
-
-
-def _pick(tensor: Tensor, index: Tensor, batch_shape: tuple[int, ...], trailing: int = 2) -> Tensor:
-    """Rows `index` of the flattened batch after broadcasting to `batch_shape`; one row where all share one."""
-    inner = tensor.shape[tensor.ndim - trailing :]
-    if math.prod(tensor.shape[: tensor.ndim - trailing]) == 1:
-        return tensor.reshape(1, *inner).expand(len(index), *inner)
-    return tensor.expand(*batch_shape, *inner).reshape(-1, *inner)[index.to(tensor.device)]

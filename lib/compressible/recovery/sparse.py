@@ -2,7 +2,7 @@
 
 One step needs the residuals e_ij = (<row i of W_L, column j of P> - t_ij) / N at the observed entries, with
 P = W_{L-1} ... W_1, and the two sparse products E P^T (m, k) and W_L^T E (k, n). Entries are kept by rows and by
-columns; sampled.py has the engines.
+columns; the engines sparse_numba and sparse_cuda never store the residual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from compressible.recovery.problems import Problem
+from compressible.recovery.factors import product
 
 CHUNK = 2**20  # entries whose gathered factors are alive at a time in plain PyTorch
 
@@ -73,14 +73,32 @@ class Entries:
             return torch.sparse_csr_tensor(side.pointers, side.indices, values, shape, check_invariants=False)
 
 
-class SparseCompletion(Problem):
-    """Recover an (m, n) matrix from sparse observed entries: loss 1/2 mean over them of (X_ij - t_ij)^2 (P2).
+class SparseCompletion:
+    """Recover an (m, n) matrix from sparse observed entries: loss 1/2 mean over them of (X_ij - t_ij)^2.
 
-    observed and hidden are torch sparse tensors (COO or CSR) or anything scipy.sparse knows, of one shape; stored zeros
-    count as observed. The recovery error is the same mean over the entries of `hidden`, NaN without. dtype is that of
-    the values unless given, device that of the tensors unless given. Raises ValueError on shapes that differ, entries
-    given twice, values that are not finite, or nothing observed.
+    It keeps the `Problem` protocol; having no (m, n) array it has no `gradient` in X, and it does not stack.
+
+    Args:
+        observed: torch sparse COO or CSR tensor or anything scipy.sparse knows, (m, n); stored zeros count as observed.
+        hidden: such a matrix of other entries, whose mean is the recovery error; without it the error is NaN.
+        dtype: float32 or float64; that of the values unless given.
+        device: that of the tensors unless given.
+
+    Raises:
+        ValueError: on shapes that differ, entries given twice, values that are not finite, or nothing observed.
+
+    Example:
+        >>> import scipy.sparse, torch, compressible as cd
+        >>> problem = cd.SparseCompletion(scipy.sparse.eye_array(3))
+        >>> zeros = [torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2, dtype=torch.float64)]
+        >>> problem.evaluate_factors(zeros)[0].item()
+        0.5
+
+    Reference:
+        P2's matrix completion, the loss of `MatrixCompletion` with mean_over="observed".
     """
+
+    batch_shape: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -95,14 +113,12 @@ class SparseCompletion(Problem):
             raise ValueError(f"hidden has shape {self.unseen.shape}, expected that of observed, {self.seen.shape}")
         if not len(self.seen):
             raise ValueError("observed holds no entry at all, expected at least one")
-        self.shape, self.batch_shape = self.seen.shape, ()
+        self.shape = self.seen.shape
         self.dtype, self.device = self.seen.rows.values.dtype, self.seen.rows.values.device
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the training loss and the recovery error () of [W_1 (k, n), ..., W_L (m, k)]."""
-        right = factors[0]
-        for factor in factors[1:-1]:
-            right = factor @ right
+        right = product(factors[:-1])
         means = [
             torch.tensor(torch.nan, dtype=self.dtype, device=self.device)
             if entries is None
@@ -111,21 +127,22 @@ class SparseCompletion(Problem):
         ]
         return means[0], means[1]
 
+    def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
+        """Return [dLoss/dW_1, ..., dLoss/dW_L]: the residual at the entries, two products with sparse CSR tensors."""
+        prefixes, last = [factors[0]], factors[-1]
+        for factor in factors[1:-1]:
+            prefixes.append(factor @ prefixes[-1])
+        residual = self.seen.residual(last, prefixes[-1].mT.contiguous()) / len(self.seen)
+        gradients = [self.seen.matrix(residual) @ prefixes[-1].mT]
+        back = (self.seen.matrix(residual, transposed=True) @ last).mT
+        for factor, below in zip(reversed(factors[1:-1]), reversed(prefixes[:-1]), strict=True):
+            gradients.append(back @ below.mT)
+            back = factor.mT @ back
+        return [back, *reversed(gradients)]
+
     def surrogate(self) -> Tensor:
         """Return Omega * Phi / p as a sparse CSR (m, n) tensor; p is the observed fraction."""
         return self.seen.matrix(self.seen.rows.values * (self.shape[0] * self.shape[1] / len(self.seen)))
-
-    def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> SparseCompletion:
-        """Refuse: sparse problems are not stacked."""
-        raise ValueError(f"SparseCompletion takes no stack, got starts or steps of batch shape {batch_shape}")
-
-    def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:
-        """Refuse: there is no (m, n) array here."""
-        raise TypeError("SparseCompletion makes no (m, n) array; for a dense gradient take MatrixCompletion")
-
-    def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Refuse: there is no (m, n) array here."""
-        raise TypeError("SparseCompletion makes no (m, n) array; call evaluate_factors")
 
 
 def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Entries:
@@ -155,17 +172,17 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as the spectrum's gap.
     """
     if matrix.device.type == "cpu":
-        arrays = (part.numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
-        csr = scipy.sparse.csr_array(tuple(arrays), shape=tuple(matrix.shape))
+        arrays = tuple(part.numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
+        csr = scipy.sparse.csr_array(arrays, shape=tuple(matrix.shape))
         start = np.random.default_rng(seed).standard_normal(min(csr.shape))
         left, values, right = scipy.sparse.linalg.svds(csr, k=rank, v0=start)
         down = np.argsort(-values)
-        parts = (left[:, down], values[down], right[down].T)
-        return tuple(torch.from_numpy(np.ascontiguousarray(part)).to(matrix.dtype) for part in parts)
+        parts = (torch.from_numpy(np.ascontiguousarray(x)) for x in (left[:, down], values[down], right[down].T))
+        left, values, right = (part.to(matrix.dtype) for part in parts)
+        return left, values, right
     generator = torch.Generator(matrix.device).manual_seed(seed)
     width = min(rank + 10, *matrix.shape)
-    like = {"dtype": matrix.dtype, "device": matrix.device}
-    basis = torch.randn(matrix.shape[1], width, generator=generator, **like)
+    basis = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype, device=matrix.device)
     transposed = matrix.to_sparse_coo().t().to_sparse_csr()
     for _ in range(8):
         basis = torch.linalg.qr(transposed @ torch.linalg.qr(matrix @ basis).Q).Q
@@ -178,11 +195,11 @@ def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int
     if isinstance(matrix, Tensor) and matrix.layout in (torch.sparse_coo, torch.sparse_csr) and matrix.ndim == 2:
         coo = matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse_coo()
         indices = coo._indices()
-        return indices[0], indices[1], coo._values(), tuple(matrix.shape)
+        return indices[0], indices[1], coo._values(), (matrix.shape[0], matrix.shape[1])
     if scipy.sparse.issparse(matrix) and matrix.ndim == 2:
         coo = matrix.tocoo()
-        parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (coo.row, coo.col, coo.data))
-        return *parts, tuple(int(side) for side in matrix.shape)
+        rows, columns, values = (torch.from_numpy(np.ascontiguousarray(x)) for x in (coo.row, coo.col, coo.data))
+        return rows, columns, values, (int(matrix.shape[0]), int(matrix.shape[1]))
     kind = f"{type(matrix).__name__} {getattr(matrix, 'layout', '')}".strip()
     raise ValueError(f"{name} is {kind}, expected a two-dimensional sparse COO or CSR tensor or scipy.sparse matrix")
 

@@ -28,7 +28,8 @@ def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     signs = other.R.diagonal(dim1=-2, dim2=-1).sign()
     large = other.Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
     left, right = (large, small) if tall else (small, large)
-    return tuple(torch.where(finite, side, torch.nan).to(kind) for side in (left, right))
+    left, right = (torch.where(finite, side, torch.nan).to(kind) for side in (left, right))
+    return left, right
 
 
 @dataclass
@@ -135,24 +136,3 @@ def _farthest_sign(columns: Tensor) -> Tensor:
 def alignment(first: Tensor, second: Tensor) -> Tensor:
     """Return |<u_i, v_i>| (..., k) of matching columns: 1 where the directions agree, about 1/sqrt(d) by chance."""
     return (first * second).sum(-2).abs()
-
-
-def numerical_rank(matrix: Tensor, relative: float | None = None) -> Tensor:
-    """Return how many singular values (...) exceed `relative` times the largest (default max(m, n) * machine eps)."""
-    if relative is None:
-        relative = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
-    values = torch.linalg.svdvals(matrix)
-    return (values > relative * values[..., :1]).sum(-1)
-
-
-def effective_rank(matrix: Tensor) -> Tensor:
-    """Return exp of the entropy of the normalised singular values (...), between 1 and min(m, n) (Roy, Vetterli)."""
-    values = torch.linalg.svdvals(matrix)
-    weights = values / values.sum(-1, keepdim=True)
-    return torch.special.entr(weights).sum(-1).exp()
-
-
-def stable_rank(matrix: Tensor) -> Tensor:
-    """Return ||X||_F^2 / ||X||_2^2 (...), between 1 and the rank."""
-    values = torch.linalg.svdvals(matrix)
-    return values.square().sum(-1) / values[..., 0].square()

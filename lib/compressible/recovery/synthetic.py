@@ -1,4 +1,4 @@
-"""What recovery problems are drawn from: low-rank targets, masks and measurement operators.
+"""Synthetic data: what recovery problems are drawn from, low-rank targets, masks and measurement operators.
 
 All on the CPU, so that a seed means the same problem on every device; moved to `device` afterwards.
 """
@@ -6,6 +6,7 @@ All on the CPU, so that a seed means the same problem on every device; moved to 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +20,29 @@ def low_rank_target(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return a Gaussian matrix (..., m, n) cut to its `rank` largest singular triplets, values kept (about 2 sqrt d).
+    """Return a Gaussian matrix cut to its largest singular triplets, values kept (about 2 sqrt(d) for d x d).
 
-    Drawn on the CPU, so that a seed means the same matrix on every device. Raises ValueError if rank > min(m, n).
+    Args:
+        shape: (m, n).
+        rank: r, from 1 to min(m, n).
+        batch_shape: leading dimensions, a target for each problem of a stack.
+        generator: of the draw.
+        dtype: of the target; it is drawn and cut in float64.
+        device: of the target.
+
+    Returns:
+        Phi (..., m, n) of exact rank r.
+
+    Raises:
+        ValueError: if the rank is out of range.
+
+    Example:
+        >>> import torch, compressible as cd
+        >>> torch.linalg.matrix_rank(cd.low_rank_target((8, 6), rank=2)).item()
+        2
+
+    Reference:
+        The target of all synthetic figures of P1 and P2.
     """
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
@@ -40,11 +61,28 @@ def random_mask(
     device: torch.device | str | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Return a mask (..., m, n) with exactly floor(observed m n) ones, drawn without replacement on the CPU.
+    """Return a mask with exactly floor(observed m n) ones, drawn without replacement.
 
-    `weights` (m, n) > 0 make some entries likelier than others: they are drawn one after another in proportion to
-    their weight (Efraimidis and Spirakis); without them all are equally likely. Raises ValueError if `observed` is
-    outside (0, 1] or leaves no entry, or if a weight is not finite and positive.
+    Args:
+        shape: (m, n).
+        observed: p, the observed fraction in (0, 1]; the papers take 0.2 or 0.3.
+        batch_shape: leading dimensions, a mask for each problem of a stack.
+        generator: of the draw.
+        dtype: of the mask.
+        device: of the mask.
+        weights: (m, n) > 0; entries are drawn one after another in proportion to their weight (Efraimidis and
+            Spirakis). Without weights all are equally likely.
+
+    Returns:
+        Omega (..., m, n) of zeros and ones.
+
+    Raises:
+        ValueError: if `observed` is out of range or leaves no entry, or a weight is not finite and positive.
+
+    Example:
+        >>> import compressible as cd
+        >>> cd.random_mask((10, 10), observed=0.3).sum().item()
+        30.0
     """
     size = math.prod(shape)
     count = math.floor(observed * size + 1e-9) if math.isfinite(observed) else 0  # 0.3 * 100 is 29.999...
@@ -66,11 +104,30 @@ def sparse_low_rank(
     hidden: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """Return (observed, hidden): `count` and `hidden` entries of one random matrix of exact rank r, never the matrix.
+    """Return observed and hidden entries of one random matrix of exact rank, never the matrix itself.
 
-    Sparse COO tensors (m, n) on the CPU, from A B^T / sqrt(r) with Gaussian A (m, r) and B (n, r): entries of variance
-    1, singular values about sqrt(m n / r). All entries are drawn uniformly without replacement, so that none is in
-    both; hidden is count / 10 unless given. Raises ValueError if rank > min(m, n) or if there are not so many entries.
+    The matrix is A B^T / sqrt(r) with Gaussian A (m, r) and B (n, r): entries of variance 1, singular values about
+    sqrt(m n / r). All entries are drawn uniformly without replacement, so that none is both observed and hidden.
+
+    Args:
+        shape: (m, n).
+        rank: r, from 1 to min(m, n).
+        count: number of observed entries.
+        generator: of the draw.
+        hidden: number of hidden entries, for the recovery error; count / 10 unless given.
+        dtype: of the entries.
+
+    Returns:
+        Two sparse COO tensors (m, n) on the CPU, for `SparseCompletion`.
+
+    Raises:
+        ValueError: if the rank is out of range or if there are not so many entries.
+
+    Example:
+        >>> import compressible as cd
+        >>> observed, hidden = cd.sparse_low_rank((1000, 1000), rank=2, count=5000)
+        >>> observed._nnz(), hidden._nnz()
+        (5000, 500)
     """
     hidden = max(count // 10, 1) if hidden is None else hidden
     size = math.prod(shape)
@@ -82,7 +139,8 @@ def sparse_low_rank(
     left /= math.sqrt(rank)
     places = _distinct(size, count + hidden, generator)
     parts = (places[:count], places[count:])
-    return tuple(_entries_at(part.sort().values, left, right, shape, dtype) for part in parts)
+    observed, unobserved = (_entries_at(part.sort().values, left, right, shape, dtype) for part in parts)
+    return observed, unobserved
 
 
 def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
@@ -93,7 +151,7 @@ def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
     """
     if not 0 < observed < 1:
         raise ValueError(f"observed is {observed}, expected a fraction in (0, 1)")
-    rates = _check_weights(weights, tuple(weights.shape))
+    rates = _check_weights(weights, weights.shape)
     low, high = torch.tensor(0.0, dtype=torch.float64), 1 / rates.min() * -math.log1p(-observed)
     for _ in range(200):  # bisection: the least weight alone bounds t from above
         middle = (low + high) / 2
@@ -109,9 +167,28 @@ def gaussian_operators(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return `count` = k measurement matrices (k, m, n) with entries N(0, 1/k^2), as in P2: sum of A_i A_i^T is I/k.
+    """Return measurement matrices with entries N(0, 1/k^2): the sum of vec(A_i) vec(A_i)^T is about I / k.
 
-    P2's 4000 x 200 x 200 take 1.3 GB in float64. Raises ValueError if k < 1.
+    Args:
+        count: k, number of measurements, at least 1.
+        shape: (m, n).
+        generator: of the draw.
+        dtype: of the operators; P2's 4000 x 200 x 200 take 1.3 GB in float64.
+        device: of the operators.
+
+    Returns:
+        A (k, m, n), for `MatrixSensing`.
+
+    Raises:
+        ValueError: if k < 1.
+
+    Example:
+        >>> import compressible as cd
+        >>> cd.gaussian_operators(50, (8, 6)).shape
+        torch.Size([50, 8, 6])
+
+    Reference:
+        P2's matrix sensing.
     """
     if count < 1:
         raise ValueError(f"count is {count}, expected at least one measurement")
@@ -139,7 +216,7 @@ def _entries_at(places: Tensor, left: Tensor, right: Tensor, shape: tuple[int, i
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
 
 
-def _check_weights(weights: Tensor, shape: tuple[int, int]) -> Tensor:
+def _check_weights(weights: Tensor, shape: Sequence[int]) -> Tensor:
     if tuple(weights.shape) != tuple(shape) or not bool((torch.isfinite(weights) & (weights > 0)).all()):
         least = weights.min().item() if weights.numel() else math.nan
         raise ValueError(f"weights have shape {tuple(weights.shape)} and minimum {least}, expected {shape} and > 0")

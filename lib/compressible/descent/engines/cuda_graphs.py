@@ -1,8 +1,8 @@
-"""CUDA graphs of whole stretches, and which CUDA engine serves which problem.
+"""Whole stretches of descent replayed as CUDA graphs: no launch is paid for but that of the graph.
 
-`Kept` looks at a record only after the next stretch is under way, so that the device does not wait, and keeps the state
-of the record before for when the run should have ended there. `Graphed` replays what `Fused` does; narrow.py has the
-engines for narrow factors, sampled.py those for sparse observations.
+`CapturedEngine` captures and replays, `RewindingEngine` looks at records without making the device wait, and
+`GraphedFused` replays what `Fused` does. Narrow factors have engines in triton_dense.py, sparse entries in
+sparse_cuda.py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from compressible.descent.engines.base import Rate, Stepping, goes_on
+from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.descent.engines.fused import Fused
-from compressible.recovery.problems import Problem
+from compressible.recovery.problems import DenseProblem
 
 LONGEST = 128  # steps in one graph: longer ones save nothing more and take longer to capture
 
 
-class Captured(Stepping):
+class CapturedEngine(Engine):
     """Stretches replayed as CUDA graphs, each captured once; a subclass takes the steps in place."""
 
     ahead = 32
@@ -35,7 +35,6 @@ class Captured(Stepping):
             self._stretch(length)
 
     def advance(self, steps: int) -> None:
-        """Take `steps` gradient steps."""
         while steps:
             length = min(steps, LONGEST)
             self._stretch(length).replay()
@@ -54,8 +53,8 @@ class Captured(Stepping):
         return self._graphs[kind, number]
 
 
-class Kept(Captured):
-    """Captured stretches whose records are looked at one behind, the state of the record before kept meanwhile."""
+class RewindingEngine(CapturedEngine):
+    """Looks at a record only after the next stretch is under way, and goes back to it where the run ended there."""
 
     state: list[Tensor]  # all that a step changes
 
@@ -67,7 +66,7 @@ class Kept(Captured):
         for turn in range(2):
             self._record(turn)
 
-    def walk(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, None]:
+    def run(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, None]:
         """Stretch after stretch, up to the first record at which a problem stops."""
         values = torch.empty(len(lengths), *self._seen.shape, dtype=self._seen.dtype, pin_memory=True)
         events = []
@@ -95,19 +94,17 @@ class Kept(Captured):
         return not all(goes_on(loss, tolerance) for loss in record.reshape(-1, 2)[:, 0].tolist())
 
 
-class Graphed(Kept, Fused):
-    """`Fused` in CUDA graphs: any problem, any width; its arithmetic is cuBLAS."""
+class GraphedFused(RewindingEngine, Fused):
+    """`Fused` in CUDA graphs: any dense problem, any width; its arithmetic is cuBLAS."""
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+    name = "graphed"
+
+    def __init__(self, problem: DenseProblem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         Fused.__init__(self, problem, factors, rates, decay)
         self.device, self.state = problem.device, self.factors
         start = [factor.clone() for factor in self.factors]
         Fused.advance(self, 1)  # cuBLAS makes its workspaces before they would be captured
         torch._foreach_copy_(self.factors, start)
-
-    def evaluate(self) -> Tensor:
-        """Return loss and error as (..., 2) at the current iterate."""
-        return Fused.evaluate(self)
 
     def _take(self, steps: int) -> None:
         Fused.advance(self, steps)

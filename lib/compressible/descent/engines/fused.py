@@ -1,20 +1,23 @@
-"""in place, gemm with beta"""
+"""PyTorch in place: the updates are folded into the matrix products, which add to what is there (gemm with beta)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressible.descent.engines.base import Rate, Stepping
-from compressible.recovery.problems import Problem
+from compressible.descent.engines.base import Engine, Rate
+from compressible.recovery.problems import DenseProblem
 
 
-class Fused(Stepping):
-    """The same steps in place: preallocated buffers, updates folded into the products (gemm with beta), no autograd."""
+class Fused(Engine):
+    """Preallocated buffers, calls bound once, no autograd; any dense problem on any device."""
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+    name = "fused"
+
+    def __init__(self, problem: DenseProblem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         self.problem = problem
         self.factors = [factor.clone(memory_format=torch.contiguous_format) for factor in factors]
         # prefixes[l] = W_{l+1} ... W_1, so that prefixes[0] is W_1 itself and prefixes[-1] is X.
@@ -28,7 +31,6 @@ class Fused(Stepping):
         self._backward = self._plan_backward(rates, decay)
 
     def advance(self, steps: int) -> None:
-        """Take `steps` gradient steps."""
         gradient, last, back = self.problem.gradient, self.prefixes[-1], self.backs[-1]
         forward, backward = self._forward, self._backward
         for _ in range(steps):
@@ -39,7 +41,6 @@ class Fused(Stepping):
                 call()
 
     def evaluate(self) -> Tensor:
-        """Return loss and error as (..., 2) at the current iterate."""
         for multiply, left, right, out in self._forward:
             multiply(left, right, out=out)
         return self._look()
@@ -61,7 +62,7 @@ class Fused(Stepping):
         return plan
 
 
-def _bind(function, *args, **kwargs):
+def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
     return lambda: function(*args, **kwargs)
 
 

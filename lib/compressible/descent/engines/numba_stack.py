@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +20,25 @@ from numba import njit
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from compressible.descent.engines.base import Rate, Stepping
-from compressible.recovery.problems import MatrixCompletion, Problem
+from compressible.descent.engines.base import Engine, Entrywise, Rate
+from compressible.recovery.problems import MatrixCompletion
 
 # Sums may be reordered (they are vectorised), NaN and infinities must survive: divergence is told by them.
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "reassoc", "nsz"},
+}
+Arrays = tuple[np.ndarray, ...]  # one a layer
 
 
-class Compiled(Stepping):
+class NumbaStack(Engine):
     """Gradient descent on entrywise problems on the CPU, problems of a stack spread over the cores."""
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+    name = "compiled"
+
+    def __init__(self, problem: Entrywise, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         self.single = factors[0].ndim == 2
         stacked = [factor[None] if self.single else factor for factor in factors]
         self._stack = [factor.clone(memory_format=torch.contiguous_format) for factor in stacked]
@@ -37,29 +46,25 @@ class Compiled(Stepping):
         entries, self._scales = _entries(problem, size)
         # 1/N is folded into the rates, so that a mask is stored as exact float32 zeros and ones: half the bytes.
         steps = np.stack([_per_problem(rate, size) for rate in rates], 1)  # (S, L)
-        rates, shrinks = (x.astype(entries[0].dtype) for x in (steps * self._scales[:, :1], 1 - steps * decay))
-        factors = [tuple(factor[i].numpy() for factor in self._stack) for i in range(size)]
-        self._walks = [(factors[i], *(entry[i] for entry in entries[:2]), rates[i], shrinks[i]) for i in range(size)]
-        self._looks = [(factors[i], *(entry[i] for entry in entries)) for i in range(size)]
+        scaled, shrinks = (x.astype(entries[0].dtype) for x in (steps * self._scales[:, :1], 1 - steps * decay))
+        arrays = [tuple(factor[i].numpy() for factor in self._stack) for i in range(size)]
+        self._runs = [(arrays[i], *(entry[i] for entry in entries[:2]), scaled[i], shrinks[i]) for i in range(size)]
+        self._looks = [(arrays[i], *(entry[i] for entry in entries)) for i in range(size)]
         self._sums = np.empty((size, 2))
         self._scratch = [_scratch(self._stack) for _ in range(min(size, cores()))]
 
     @property
-    def factors(self) -> list[Tensor]:
+    def factors(self) -> list[Tensor]:  # type: ignore[override]  # computed
         """The current factors, views of the engine's own memory."""
         return [factor[0] for factor in self._stack] if self.single else self._stack
 
     def advance(self, steps: int) -> None:
-        """Take `steps` gradient steps."""
-
         def work(index: int, scratch: tuple) -> None:
-            _descend(*self._walks[index], *scratch, steps)
+            _descend(*self._runs[index], *scratch, steps)
 
         self._spread(work)
 
     def evaluate(self) -> Tensor:
-        """Return loss and error as (..., 2) at the current iterate."""
-
         def work(index: int, scratch: tuple) -> None:
             self._sums[index] = _squares(*self._looks[index], scratch[0])
 
@@ -69,7 +74,7 @@ class Compiled(Stepping):
 
     def _spread(self, work: Callable[[int, tuple], None]) -> None:
         """Do `work` for every problem; a core that is done takes the next one, since cores need not be equally fast."""
-        waiting = iter(range(len(self._walks)))  # next() on it is atomic
+        waiting = iter(range(len(self._runs)))  # next() on it is atomic
 
         def drain(scratch: tuple) -> None:
             for index in waiting:
@@ -83,7 +88,17 @@ class Compiled(Stepping):
 
 
 @njit(**OPTIONS)
-def _descend(factors, target, mask, rates, shrinks, prefixes, backs, gradients, steps):
+def _descend(
+    factors: Arrays,
+    target: np.ndarray,
+    mask: np.ndarray,
+    rates: np.ndarray,
+    shrinks: np.ndarray,
+    prefixes: Arrays,
+    backs: Arrays,
+    gradients: Arrays,
+    steps: int,
+) -> None:
     """`steps` steps of one problem; prefixes[l] = W_{l+1}...W_1, backs[l] = (W_L...W_{l+2})^T E.
 
     E overwrites X: prefixes[-1] and backs[-1] are one buffer, which keeps the working set in the cache.
@@ -101,28 +116,30 @@ def _descend(factors, target, mask, rates, shrinks, prefixes, backs, gradients, 
 
 
 @njit(**OPTIONS)
-def _forward(factors, prefixes):
+def _forward(factors: Arrays, prefixes: Arrays) -> None:
     for layer in range(1, len(factors)):
         below = prefixes[layer - 1] if layer > 1 else factors[0]
         np.dot(factors[layer], below, prefixes[layer])
 
 
 @njit(**OPTIONS)
-def _residual(values, target, mask):
+def _residual(values: np.ndarray, target: np.ndarray, mask: np.ndarray) -> None:
     flat, wanted, seen = values.reshape(-1), target.reshape(-1), mask.reshape(-1)
     for i in range(flat.size):
         flat[i] = (flat[i] - wanted[i]) * seen[i]
 
 
 @njit(**OPTIONS)
-def _update(factor, gradient, rate, shrink):
+def _update(factor: np.ndarray, gradient: np.ndarray, rate: float, shrink: float) -> None:
     flat, slope = factor.reshape(-1), gradient.reshape(-1)
     for i in range(flat.size):
         flat[i] = shrink * flat[i] - rate * slope[i]
 
 
 @njit(**OPTIONS)
-def _squares(factors, target, mask, hidden, prefixes):
+def _squares(
+    factors: Arrays, target: np.ndarray, mask: np.ndarray, hidden: np.ndarray, prefixes: Arrays
+) -> tuple[float, float]:
     """Sums of squared residuals over the observed and over the hidden entries, in float64."""
     _forward(factors, prefixes)
     flat, wanted = prefixes[len(factors) - 1].reshape(-1), target.reshape(-1)
@@ -135,7 +152,7 @@ def _squares(factors, target, mask, hidden, prefixes):
     return inside, outside
 
 
-def _entries(problem: Problem, size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+def _entries(problem: Entrywise, size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """(target, mask, hidden), each (S, m, n), shared ones as views that repeat nothing; 1/N of both means (S, 2)."""
     if isinstance(problem, MatrixCompletion):
         shown = problem.weights > 0

@@ -1,8 +1,8 @@
-"""The Triton engines for entrywise problems whose factors are narrow (kernels.py).
+"""The Triton engines for entrywise problems whose factors are narrow; the kernels are in triton_dense_kernels.py.
 
-`Persistent` carries a stack of small problems through whole stretches in one launch, one program a problem, records and
-stopping test on the device. `Tiled` takes two launches a step, replayed as CUDA graphs, and never writes X or the
-residual to memory.
+`TritonPersistent` carries a stack of small problems through whole stretches in one launch, one program a problem,
+records and stopping test on the device. `TritonTiled` takes two launches a step, replayed as CUDA graphs, and never
+writes X or the residual to memory.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.descent.engines.base import Rate, Stepping
-from compressible.descent.engines.cuda_graphs import Captured
+from compressible.descent.engines.base import Engine, Entrywise, Rate
+from compressible.descent.engines.cuda_graphs import CapturedEngine
 from compressible.descent.engines.triton_dense_kernels import residual_tiles, stretch, take_record, update_tiles
-from compressible.recovery.problems import MatrixCompletion, Problem
+from compressible.recovery.problems import MatrixCompletion
 
 
-class _Narrow:
+class _PackedEngine(Engine):
     """The state that both Triton engines share: packed factors, target, role of each entry, rates over N."""
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+    def __init__(self, problem: Entrywise, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         self.single = factors[0].ndim == 2
         stacked = [factor[None] if self.single else factor for factor in factors]
         self.first, self.last = (stacked[i].clone(memory_format=torch.contiguous_format) for i in (0, -1))
         size, (m, n), k = len(self.first), problem.shape, self.first.shape[-2]
-        like = {"dtype": problem.dtype, "device": problem.device}
-        inner = torch.stack(list(stacked[1:-1]), 1) if len(stacked) > 2 else torch.empty(size, 0, k, k, **like)
+        inner = torch.stack(stacked[1:-1], 1) if len(stacked) > 2 else self.first.new_empty(size, 0, k, k)
         self.inner = inner.contiguous()
         self.size, self.depth, self.sizes = size, len(stacked), (m, n, k)
         self.seen, self.unseen, scales = _entries(problem, size)
         self.stride = 0 if len(self.seen) == 1 else m * n
-        steps = torch.stack([torch.as_tensor(rate, **like).reshape(-1).expand(size) for rate in rates], 1)
+        each = [torch.as_tensor(rate, dtype=problem.dtype, device=problem.device) for rate in rates]
+        steps = torch.stack([rate.reshape(-1).expand(size) for rate in each], 1)
         self.shrinks = 1 - steps * decay
         self.rates = steps * scales[:, :1].to(steps.dtype)
         self.scales = scales.contiguous()
@@ -40,33 +40,32 @@ class _Narrow:
         self.tile = {"DEPTH": self.depth, "BK": max(16, _power(k)), "PRECISION": "ieee"}
 
     @property
-    def factors(self) -> list[Tensor]:
+    def factors(self) -> list[Tensor]:  # type: ignore[override]  # computed
         """The current factors, views of the engine's own memory."""
         parts = [self.first, *self.inner.unbind(1), self.last]
         return [part[0] for part in parts] if self.single else parts
 
 
-class Persistent(_Narrow, Stepping):
+class TritonPersistent(_PackedEngine):
     """Whole stretches in one launch, one program a problem; each problem stops at its own record."""
 
+    name = "persistent"
     ahead = 256
     freezes = True
     blocks = {"BM": 64, "BN": 32, "num_warps": 4}  # noqa: RUF012
 
     def prepare(self, steps: int) -> None:
-        """Compile the kernel: a walk of no steps."""
+        """Compile the kernel: a run of no steps."""
         self.evaluate()
 
     def advance(self, steps: int) -> None:
-        """Take `steps` gradient steps."""
         self._launch([steps], 0.0, self.alive.clone())
 
     def evaluate(self) -> Tensor:
-        """Return loss and error as (..., 2) at the current iterate."""
         values, _ = self._launch([0], 0.0, torch.ones_like(self.alive))
         return values[0, 0] if self.single else values[:, 0]
 
-    def walk(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, Tensor]:
+    def run(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, Tensor]:
         """Stretch after stretch, every problem until it stops."""
         values, taken = self._launch(lengths, tolerance, self.alive)
         return values.movedim(1, 0).cpu(), taken.cpu().long()
@@ -85,30 +84,30 @@ class Persistent(_Narrow, Stepping):
         return curves, taken
 
 
-class Tiled(_Narrow, Captured):
+class TritonTiled(_PackedEngine, CapturedEngine):
     """Two launches a step over tiles of X, replayed as a graph; partial products are summed in a fixed order."""
 
+    name = "tiled"
     freezes = True
 
-    def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
-        _Narrow.__init__(self, problem, factors, rates, decay)
+    def __init__(self, problem: Entrywise, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
+        _PackedEngine.__init__(self, problem, factors, rates, decay)
         self.device = problem.device
-        (m, n, k), size, like = self.sizes, self.size, {"dtype": self.first.dtype, "device": self.device}
+        (m, n, k), size, zeros = self.sizes, self.size, self.first.new_zeros
         self.blocks = self._blocks()
         self.grid = (-(-m // self.blocks["BM"]), -(-n // self.blocks["BN"]), size)
         self.settled = torch.empty_like(self.inner)
-        self.inner_parts = torch.zeros(size, self.depth - 2, self.grid[1], k, k, **like)
-        self.back_parts = torch.zeros(size, self.grid[0], k, n, **like)
-        self.last_parts = torch.zeros(size, self.grid[1], m, k, **like)
-        self.sums = torch.zeros(size, self.grid[0] * self.grid[1], 2, dtype=torch.float64, device=self.device)
+        self.inner_parts = zeros(size, self.depth - 2, self.grid[1], k, k)
+        self.back_parts = zeros(size, self.grid[0], k, n)
+        self.last_parts = zeros(size, self.grid[1], m, k)
+        self.sums = zeros(size, self.grid[0] * self.grid[1], 2, dtype=torch.float64)
         self.curves = torch.empty(self.ahead, size, 2, dtype=torch.float64, device=self.device)
-        self.taken = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self.tolerance = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.taken, self.tolerance = zeros(size, dtype=torch.int32), zeros((), dtype=torch.float64)
         # The step that the inner factors are owed when a launch begins: none so far.
         self.owed = [torch.zeros_like(self.rates), torch.ones_like(self.shrinks)]
 
     @property
-    def factors(self) -> list[Tensor]:
+    def factors(self) -> list[Tensor]:  # type: ignore[override]  # computed
         """The current factors; the inner ones with the step that they are owed."""
         rate, shrink = (owed[:, 1:-1, None, None] for owed in self.owed)
         inner = shrink * self.inner - rate * self.inner_parts.sum(2)
@@ -123,7 +122,6 @@ class Tiled(_Narrow, Captured):
         self._record()
 
     def evaluate(self) -> Tensor:
-        """Return loss and error as (..., 2) at the current iterate."""
         alive, self.alive = self.alive, torch.ones_like(self.alive)
         self.taken.zero_()
         self._take_record()
@@ -131,7 +129,7 @@ class Tiled(_Narrow, Captured):
         values = self.curves[0].clone()
         return values[0] if self.single else values
 
-    def walk(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, Tensor]:
+    def run(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, Tensor]:
         """Stretch after stretch, every problem until it stops."""
         self.tolerance.fill_(tolerance)
         self.taken.zero_()
@@ -175,18 +173,19 @@ class Tiled(_Narrow, Captured):
         )
 
 
-def _entries(problem: Problem, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _entries(problem: Entrywise, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Targets that count for the loss and for the error (S or 1, m, n), NaN elsewhere; 1/N of both means (S, 2)."""
     if not isinstance(problem, MatrixCompletion):
-        target = _stack(problem.target, size)
+        target = _stack(problem.target)
         scales = torch.full((size, 2), 1 / (target.shape[-1] * target.shape[-2]), dtype=torch.float64)
         return target, target, scales.to(target.device)
     shown = [torch.where(weight > 0, problem.target, torch.nan) for weight in problem.weights.unbind(-3)]
     scales = problem.weights.amax((-2, -1)).to(torch.float64).expand(size, 2)
-    return *(_stack(part, size) for part in shown), scales
+    seen, unseen = (_stack(part) for part in shown)
+    return seen, unseen, scales
 
 
-def _stack(matrix: Tensor, size: int) -> Tensor:
+def _stack(matrix: Tensor) -> Tensor:
     """(S, m, n), or (1, m, n) where all problems share one."""
     shared = matrix.ndim == 2 or matrix.stride(0) == 0
     return (matrix if not shared else matrix.reshape(-1, *matrix.shape[-2:])[:1]).contiguous()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
-from compressible.descent.engines.base import Stepping
+from compressible.descent.engines.base import Engine
 from compressible.descent.engines.choose import NAMES, choose, few_threads
 from compressible.descent.gradient_descent import descend
 from compressible.experiments.speed.peers import Autograd, JaxLoop, Loop
@@ -96,7 +96,7 @@ def _time(name: str, workload: Workload, every: int, seconds: float, trials: int
         compiled = time.perf_counter()
         step = _steady(engine, wait, every, seconds, trials)
         memory = peak() if device != "cpu" else 0
-        return Timing(ready - began, compiled - ready, step, memory, type(engine).__name__.lower())
+        return Timing(ready - began, compiled - ready, step, memory, engine.name)
 
 
 def survey(
@@ -193,16 +193,16 @@ def recording_share(
     return np.array([often / never - 1 for often, never in pairs])
 
 
-def _build(name: str, workload: Workload) -> Stepping:
+def _build(name: str, workload: Workload) -> Engine:
     kind = LOOPS[name] if name in LOOPS else choose(name, workload.problem, workload.factors)
     return kind(workload.problem, workload.factors, workload.rates, 0.0)
 
 
-def _waiting(engine: Stepping | None, device: str) -> Callable[[], None]:
+def _waiting(engine: Engine | None, device: str) -> Callable[[], None]:
     return engine.wait if isinstance(engine, Loop) else lambda: devices.synchronize(device)
 
 
-def _steady(engine: Stepping, wait: Callable[[], None], every: int, seconds: float, trials: int) -> np.ndarray:
+def _steady(engine: Engine, wait: Callable[[], None], every: int, seconds: float, trials: int) -> np.ndarray:
     """Seconds a step in each trial; stretches are shorter than `every` where a single step is long."""
     plain = isinstance(engine, Autograd)
     with nullcontext() if plain else torch.inference_mode():

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.descent.engines.base import Rate, Stepping, goes_on
+from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.recovery.factors import product
 from compressible.recovery.problems import MatrixCompletion, MatrixSensing, Problem
 from compressible.recovery.sparse import SparseCompletion
 from compressible.runtime import devices
 
 
-class Loop(Stepping):
+class Loop(Engine):
     """An engine outside `descend`: it can be waited for and run to a tolerance by itself."""
 
     device: torch.device
@@ -47,6 +47,8 @@ class Loop(Stepping):
 class Autograd(Loop):
     """Plain PyTorch: leaves that require gradients, a loss, `backward`, `SGD` with a group a factor."""
 
+    name = "autograd"
+
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         if isinstance(problem, MatrixSensing) or any(isinstance(rate, Tensor) for rate in rates):
             raise ValueError("the autograd loop takes entrywise problems and one step size a factor")
@@ -67,9 +69,7 @@ class Autograd(Loop):
     @torch.no_grad()
     def evaluate(self) -> Tensor:
         """Return loss and error as (..., 2) at the current iterate."""
-        if isinstance(self.problem, SparseCompletion):
-            return torch.stack(self.problem.evaluate_factors(self.factors))
-        return torch.stack(self.problem.evaluate(product(self.factors)), -1)
+        return torch.stack(self.problem.evaluate_factors(self.factors), -1)
 
 
 class JaxLoop(Loop):
@@ -77,6 +77,8 @@ class JaxLoop(Loop):
 
     Raises ValueError for another problem than dense completion, and where JAX or its device is missing.
     """
+
+    name = "jax"
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
         if reason := without_jax(problem):
@@ -98,7 +100,7 @@ class JaxLoop(Loop):
         self._compiled: dict[tuple, Callable] = {}
 
     @property
-    def factors(self) -> list[Tensor]:
+    def factors(self) -> list[Tensor]:  # type: ignore[override]  # computed
         """The current factors, copied to the problem's device."""
         return [torch.from_numpy(np.array(weight)).to(self.device) for weight in self._weights]
 

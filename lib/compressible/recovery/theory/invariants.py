@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.compression import invariant_directions, orthogonal_scale
-from compressible.recovery.problems import Problem
+from compressible.recovery.problem_base import Problem
 from compressible.recovery.sparse import truncated_svd
 
 
@@ -123,26 +123,6 @@ def aligned_values(values: Tensor, depth: int, scale: float, step_size: float, s
     for t in range(steps):
         path[t + 1] = path[t] + step_size * path[t] ** (depth - 1) * (values - path[t] ** depth)
     return path**depth
-
-
-def directions_by_intersection(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Return V (d, 2 rank) by the literal construction: the complement of an intersection of null spaces.
-
-    gradient g = dLoss/dW_1 (d, d), first W_1 / eps (d, d) orthogonal. Costs full SVDs of (d, d) and (d, 2d) matrices;
-    it is here as the reference for `compress.invariant_directions`.
-    """
-    left, _, right = torch.linalg.svd(gradient)
-    through, still = first.mT @ left[:, rank:], right.mT[:, rank:]
-    null = torch.linalg.svd(torch.cat([through, -still], 1)).Vh.mT[:, gradient.shape[-1] :]
-    resting = through @ null[: through.shape[1]]
-    basis = torch.linalg.svd(resting).U
-    return basis.flip(-1)[:, : 2 * rank]
-
-
-def directions_by_stacking(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
-    """Return V (d, 2 rank), another reference: the top right singular vectors of the stack [g; g^T W_1 / eps]."""
-    stacked = torch.cat([gradient, gradient.mT @ first], 0)
-    return torch.linalg.svd(stacked, full_matrices=False).Vh.mT[:, : 2 * rank]
 
 
 def _complete(columns: Tensor) -> Tensor:
