@@ -25,7 +25,7 @@ def test_starts_are_the_original_and_the_compressed_network_at_each_ratio():
     assert [start[0][0].shape[0] for start in starts.values()] == [12, 4, 4]
     same = random_completion(12, 2, 0.6, torch.Generator().manual_seed(1))
     assert torch.equal(same.mask, problem.mask) and int(problem.mask.sum()) == 86
-    assert cd.spectra.numerical_rank(problem.target) == 2
+    assert torch.linalg.matrix_rank(problem.target) == 2
 
 
 # outcomes
