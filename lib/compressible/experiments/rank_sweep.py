@@ -1,0 +1,99 @@
+"""Compressed networks of many widths on the same problems: which widths recover, and how soon.
+
+Runs are named "<start>/<size>", as "alpha = 1/5" for the spectral start of width 5; S seeds, K sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compressible.experiments.compare import first_below
+from compressible.experiments.outcomes import held
+from compressible.experiments.stops import Curves
+
+Ends = Mapping[str, np.ndarray]
+
+
+def judge(
+    curves: Curves, tail: np.ndarray, rank: int, widths: Mapping[str, Sequence[int]], guesses: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Return `ends_by_size` of all runs, and what `judge_spectral` and `judge_gradient` make of them.
+
+    `widths` are {start: widths} of the spectral starts, all the same ones; the runs "gradient/<guess>" and "original/0"
+    are beside them.
+    """
+    ends = ends_by_size(curves, {**widths, "gradient": guesses, "original": [0]})
+    spectral = judge_spectral(ends, tail, rank, next(iter(widths.values())), list(widths))
+    return ends | spectral | judge_gradient(ends, tail, rank, guesses)
+
+
+def ends_by_size(curves: Curves, sizes: Mapping[str, Sequence[int]], level: float = 1e-6) -> dict[str, np.ndarray]:
+    """Return for each start (S, K): "<start>/final", the error at the end, and "<start>/iterations" to `level`.
+
+    `sizes` are {start: sizes}; NaN where a run never gets to `level`.
+    """
+    out = {}
+    for start, row in sizes.items():
+        errors = [curves[f"{start}/{size}/error"] for size in row]
+        times = [curves[f"{start}/{size}/iterations"] for size in row]
+        out[f"{start}/final"] = np.stack([held(error)[:, -1] for error in errors], 1)
+        reached = [first_below(error, level, time) for error, time in zip(errors, times, strict=True)]
+        out[f"{start}/iterations"] = np.stack(reached, 1)
+    return out
+
+
+def spectral_tails(targets: Tensor, rank: int) -> np.ndarray:
+    """Return the least mean error of rank 0, 1, ..., `rank` on targets (S, m, n) of that rank: (S, rank + 1).
+
+    1 / (2 m n) times the sum of the squared singular values beyond that rank.
+    """
+    squares = torch.linalg.svdvals(targets)[:, :rank].square().flip(-1).cumsum(-1).flip(-1)
+    return torch.nn.functional.pad(squares, (0, 1)).numpy() / (2 * targets[0].numel())
+
+
+def judge_spectral(
+    ends: Ends, tail: np.ndarray, rank: int, widths: Sequence[int], starts: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return per seed (S,) what the widths of the spectral start come to, at the worst of `starts`.
+
+    "recovered": largest error from width r on; "floor": largest error below r over the tail (S, r + 1); "flatness":
+    most over fewest iterations from 2r on; "r_over_2r": iterations at r over those at 2r; "r_over_original": over the
+    original's, of the first start.
+    """
+    k = np.array(widths)
+    final, times = (np.stack([ends[f"{start}/{key}"] for start in starts]) for key in ("final", "iterations"))
+    at_rank, at_twice = times[:, :, widths.index(rank)], times[:, :, widths.index(2 * rank)]
+    late, below = times[:, :, k >= 2 * rank], k < rank
+    return {
+        "recovered": final[:, :, k >= rank].max((0, 2)),
+        "floor": (final[:, :, below] / tail[:, k[below]]).max((0, 2)),
+        "flatness": (late.max(2) / late.min(2)).max(0),
+        "r_over_2r": (at_rank / at_twice).max(0),
+        "r_over_original": at_rank[0] / ends["original/iterations"][:, 0],
+    }
+
+
+def judge_gradient(ends: Ends, tail: np.ndarray, rank: int, guesses: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return per seed (S,) what the guesses of the gradient start come to.
+
+    "gradient_recovered": largest error from r on; "gradient_floor": least error over the tail (S, r + 1) of guesses
+    below r whose inner width, twice the guess, would do.
+    """
+    guess, final = np.array(guesses), ends["gradient/final"]
+    between = (guess < rank) & (2 * guess >= rank)
+    return {
+        "gradient_recovered": final[:, guess >= rank].max(1),
+        "gradient_floor": (final[:, between] / tail[:, guess[between]]).min(1),
+    }
+
+
+def check_sizes(rank: int, widths: Sequence[int], guesses: Sequence[int]) -> None:
+    """Raise ValueError unless widths and guesses hold what the two judges compare."""
+    if not {rank, 2 * rank} <= set(widths) or min(widths) >= rank:
+        raise ValueError(f"inner_widths are {widths}, expected {rank}, {2 * rank} and one below {rank} among them")
+    if max(guesses) < rank or not any(rank / 2 <= guess < rank for guess in guesses):
+        raise ValueError(f"rank_guesses are {guesses}, expected one of {rank} or more and one in [{rank}/2, {rank})")
