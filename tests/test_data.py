@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 from data_helpers import digest, serving, write_manifest, write_sdist, write_wheel
@@ -223,7 +226,7 @@ def test_wrong_member_is_not_accepted(tmp_path, local_pip):
 def test_unknown_name_gives_the_closest_one(tmp_path):
     with pytest.raises(data.DataError, match=r"'set/flie\.bin'.*'set/file\.bin'"):
         data.fetch("set/flie.bin", manifest_of(tmp_path))
-    with pytest.raises(data.DataError, match=r"closest known one is 'movielens-100k/ml-100k\.zip'"):
+    with pytest.raises(data.DataError, match=r"closest is 'movielens-100k/ml-100k\.zip'"):
         data.fetch("movielens/ml-100k.zip")
 
 
@@ -233,17 +236,20 @@ GOOD = {"sha256": "0" * 64, "size": 3, "licence": "l", "citation": "c", "descrip
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("a/b", {"sha256": "abc"}, "'abc', expected 64"),
-        ("a/b", {"size": 0}, "size is 0"),
-        ("a/b", {"colour": "red"}, "colour"),
-        ("../b", {}, "relative path"),
-        ("/etc/b", {}, "relative path"),
+        ("a/b", {"sha256": "abc"}, r"bad\.toml: files\.a/b\.sha256 is 'abc': String should match .*64"),
+        ("a/b", {"size": 0}, r"files\.a/b\.size is 0: Input should be greater than 0"),
+        ("a/b", {"size": "3"}, r"files\.a/b\.size is '3': .*valid integer"),
+        ("a/b", {"size": None}, r"files\.a/b\.size: Field required"),
+        ("a/b", {"colour": "red"}, "colour is 'red': Extra inputs"),
+        ("../b", {}, r"name is '\.\./b': String should match"),
+        ("/etc/b", {}, "name is '/etc/b'"),
+        ("a\\b", {}, "String should match"),
         ("a/b", {"sources": ["ftp://host/b"]}, "ftp://host/b"),
-        ("a/b", {"sources": ["pip:package#member"]}, "pip:package==version"),
+        ("a/b", {"sources": ["pip:package#member"]}, r"sources\.0 is 'pip:package#member': .*pip:\.\+==\.\+#\.\+"),
     ],
 )
 def test_bad_manifest_is_refused(tmp_path, name, change, message):
-    table = GOOD | change
+    table = {key: value for key, value in (GOOD | change).items() if value is not None}
     lines = [f"{key} = {value!r}" for key, value in table.items()]
     path = tmp_path / "bad.toml"
     path.write_text("\n".join([f"[files.'{name}']", *lines]))
@@ -261,3 +267,41 @@ def test_the_projects_manifest_is_valid_and_says_on_what_terms():
         "movielens-latest-small", "movielens-1m", "movielens-25m", "minilm", "vader",
     }  # fmt: skip
     assert entries["vader/hutto_ICWSM_2014.tar.gz"].citation.endswith("2014")
+
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+INSTALLED = """
+import compressible as cd
+print(cd.__file__, len(cd.data.load_manifest()), cd.data.load_sets()["movielens-100k"].rows)
+try:
+    cd.load_tokenizer("minilm")
+except cd.data.DataError as error:
+    print(str(error).splitlines()[0])
+"""
+
+
+def install(folder: Path) -> None:
+    """Copy what a wheel would hold: the packages' modules, and the other files that pyproject.toml declares."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    source = CHECKOUT / "lib"
+    packages = [init.parent for init in source.rglob("__init__.py")]
+    files = [file for package in packages for file in package.glob("*.py")]
+    for package, patterns in project["package-data"].items():
+        files += [file for one in patterns for file in (source / package.replace(".", "/")).glob(one)]
+    for file in files:
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+
+
+def test_an_installed_package_knows_its_data_outside_of_a_checkout(tmp_path):
+    install(tmp_path / "site")
+    own = {"PYTHONPATH": str(tmp_path / "site"), "COMPRESSIBLE_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    # -P, and a folder of its own, keep the checkout out of sight.
+    command = [sys.executable, "-P", "-c", INSTALLED]
+    done = subprocess.run(command, env=os.environ | own, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    place, entries, rows = first.split()
+    assert Path(place).is_relative_to(tmp_path) and (int(entries), rows) == (len(data.load_manifest()), "100000")
+    assert second.startswith("cannot get minilm/config.json (0.00 MB), tried")

@@ -1,74 +1,95 @@
-"""Data files by name: a local folder first, then the cache, then the sources of data/manifest.toml in order.
+"""Data files by name: a local folder first, then the cache, then the sources of the manifest in order.
 
-Every file that leaves this module has the sha256 of its manifest entry, wherever it came from (sources.py has
-the kinds of source).
-COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache, and COMPRESSIBLE_OFFLINE=1 forbids the
-network.
+Every file that leaves this module has the sha256 of its entry in manifest.toml, which lies beside it, wherever it came
+from (sources.py has the kinds of source). COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache, and
+COMPRESSIBLE_OFFLINE=1 forbids the network.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import re
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from pathlib import Path, PurePosixPath
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import filelock
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from compressible.data.sources import SourceError, reader, shared_archives
-from compressible.runtime.paths import atomic_path, cache_dir, repository
+from compressible.data.sources import SOURCE, read, shared_archives
+from compressible.runtime.checks import one_line, unknown
+from compressible.runtime.paths import atomic_path, cache_dir
 
 LOCK_SECONDS = 900
+
+# Every part of a name begins with a letter, a digit or a dash: so none is "..", and the whole is a relative path.
+Name = Annotated[str, Field(pattern=r"^[\w-][\w .-]*(/[\w-][\w .-]*)*$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Source = Annotated[str, Field(pattern=SOURCE)]
 
 
 class DataError(RuntimeError):
     """A data file, or the manifest that describes it, is missing, unreachable or not what it should be."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none)."""
+class Terms(BaseModel, strict=True, extra="forbid", frozen=True):
+    """On what terms files may be used, and what to cite."""
 
-    name: str
-    sha256: str
-    size: int
     licence: str
     citation: str
+
+
+class Entry(Terms):
+    """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none)."""
+
+    name: Name
+    sha256: Digest
+    size: PositiveInt
     description: str
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
 
 
-@dataclass(frozen=True)
-class DataSet:
+class DataSet(Terms):
     """What the files of one set must amount to: rows, users, items and the sha256 of the rows ("" if unknown)."""
 
     name: str
-    rows: int
-    users: int
-    items: int
-    licence: str
-    citation: str
-    sha256: str = ""
+    rows: PositiveInt
+    users: PositiveInt
+    items: PositiveInt
+    sha256: Digest | Literal[""] = ""
+
+
+class _Manifest(BaseModel, extra="forbid"):
+    sets: dict[str, DataSet] = {}
+    terms: dict[str, Terms] = {}
+    files: dict[str, Entry] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, tables: dict[str, Any]) -> dict[str, Any]:
+        """Give every table its name, and a file the terms of the set, or of the terms, that its folder names."""
+        sets, files = tables.get("sets", {}), tables.get("files", {})
+        kept = {name: {key: table[key] for key in Terms.model_fields if key in table} for name, table in sets.items()}
+        owners = tables.get("terms", {}) | kept
+        return tables | {
+            "sets": {name: {"name": name} | table for name, table in sets.items()},
+            "files": {
+                name: {"name": name} | owners.get(name.partition("/")[0], {}) | table for name, table in files.items()
+            },
+        }
 
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
-    """Entries by name from `path` (default: data/manifest.toml); DataError if it is not valid."""
-    tables = _read(path)
-    owners = tables.get("terms", {}) | {name: vars(found) for name, found in load_sets(path).items()}
-    return {
-        name: _entry(name, table, owners.get(name.partition("/")[0], {}))
-        for name, table in tables.get("files", {}).items()
-    }
+    """Entries by name from `path` (default: the package's own); DataError if it is not valid."""
+    return _read(path).files
 
 
 def load_sets(path: str | Path | None = None) -> dict[str, DataSet]:
-    """Data sets by name from `path` (default: data/manifest.toml); DataError if it is not valid."""
-    tables = _read(path).get("sets", {})
-    return {name: _build(DataSet, name, table) for name, table in tables.items()}
+    """Data sets by name from `path` (default: the package's own); DataError if it is not valid."""
+    return _read(path).sets
 
 
 def sha256(path: str | Path) -> str:
@@ -105,21 +126,21 @@ def fetch_all(names: Iterable[str], manifest: str | Path | None = None) -> list[
     Raises DataError for the first that cannot be had.
     """
     entries = _select(names, manifest)
-    found = [_from_local(entry, []) or _from_cache(entry, []) for entry in entries]
-    if all(found):
-        return found
+    here = [path for entry in entries if (path := _here(entry))]
+    if len(here) == len(entries):
+        return here
     try:
         # One process fills the cache; the others wait, and then find all of it there.
         with _locked(cached_path(entries[0].name).with_name("group")), shared_archives():
             return [fetch(entry.name, manifest) for entry in entries]
     except (filelock.Timeout, OSError) as error:
-        raise DataError(f"cannot fetch {', '.join(entry.name for entry in entries)}: {_one_line(error)}") from error
+        raise DataError(f"cannot fetch {', '.join(entry.name for entry in entries)}: {one_line(error)}") from error
 
 
 def find(name: str, manifest: str | Path | None = None) -> Path | None:
     """Verified path of the file `name` in the local folder or the cache, without any network; else None."""
     (entry,) = _select([name], manifest)
-    return _from_local(entry, []) or _from_cache(entry, [])
+    return _here(entry)
 
 
 def cached_path(name: str) -> Path:
@@ -127,41 +148,20 @@ def cached_path(name: str) -> Path:
     return cache_dir() / "data" / name
 
 
-def _read(path: str | Path | None) -> dict:
-    path = Path(path) if path is not None else repository() / "data" / "manifest.toml"
+def _read(path: str | Path | None) -> _Manifest:
+    file = Path(path) if path is not None else resources.files("compressible.data") / "manifest.toml"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"cannot read the data manifest {path}: {error}") from error
+        raise DataError(f"cannot read the data manifest {file}: {error}") from error
+    except ValidationError as error:
+        raise DataError(f"data manifest {file}: {'; '.join(map(_wrong, error.errors()))}") from None
 
 
-def _entry(name: str, table: dict, owner: dict) -> Entry:
-    inherited = {key: owner[key] for key in ("licence", "citation") if key in owner}
-    entry = _build(Entry, name, inherited | table | {"sources": tuple(table.get("sources", ()))})
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or parts[0] == "/" or "\\" in name:
-        raise DataError(f"data manifest: the name {name!r} must be a relative path without '..'")
-    for source in entry.sources:
-        try:
-            reader(source)
-        except SourceError as error:
-            raise DataError(f"data manifest, {name!r}: {error}") from error
-    return entry
-
-
-def _build(kind: type, name: str, table: dict):
-    """A dataclass from a manifest table, with every key and every value checked."""
-    known = {field.name for field in fields(kind)} - {"name"}
-    required = known - ({"sha256"} if kind is DataSet else {"sources"})
-    if set(table) - known or required - set(table):
-        raise DataError(f"data manifest, {name!r}: keys {sorted(table)}, expected {sorted(known)}")
-    digest = table.get("sha256")
-    if "sha256" in table and not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
-        raise DataError(f"data manifest, {name!r}: sha256 is {digest!r}, expected 64 hexadecimal digits")
-    for key in known & {"size", "rows", "users", "items"}:
-        if type(table[key]) is not int or table[key] < 1:
-            raise DataError(f"data manifest, {name!r}: {key} is {table[key]!r}, expected a positive integer")
-    return kind(name=name, **table)
+def _wrong(found: ErrorDetails) -> str:
+    """What one value of a manifest is and what was expected; a missing one has no value."""
+    value = "" if found["type"] == "missing" else f" is {found['input']!r}"
+    return f"{'.'.join(map(str, found['loc']))}{value}: {found['msg']}"
 
 
 def _select(names: Iterable[str], manifest: str | Path | None) -> list[Entry]:
@@ -169,10 +169,12 @@ def _select(names: Iterable[str], manifest: str | Path | None) -> list[Entry]:
     names = list(names)
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
-            hint = f"; the closest known one is {close[0]!r}" if close else ""
-            raise DataError(f"unknown data file {name!r}{hint} ({len(known)} in the manifest)")
+            raise DataError(unknown("data file", name, known))
     return [known[name] for name in names]
+
+
+def _here(entry: Entry) -> Path | None:
+    return _from_local(entry, []) or _from_cache(entry, [])
 
 
 def _from_local(entry: Entry, tried: list[str]) -> Path | None:
@@ -212,7 +214,7 @@ def _from_sources(entry: Entry, tried: list[str]) -> Path | None:
         except filelock.Timeout:
             tried.append(f"cache: another process has held {path}.lock for {LOCK_SECONDS} s")
         except OSError as error:
-            tried.append(f"cache: {_one_line(error)}")
+            tried.append(f"cache: {one_line(error)}")
     return None
 
 
@@ -229,11 +231,11 @@ def _fill_cache(entry: Entry, path: Path, tried: list[str]) -> Path | None:
     for source in entry.sources:
         try:
             with atomic_path(path) as temporary:
-                reader(source)(source, Path(temporary))
-                _verify(Path(temporary), entry)
+                read(source, temporary)
+                _verify(temporary, entry)
             return path
         except Exception as error:  # one source failing, however it fails, must not stop the next
-            tried.append(f"{source}: {_one_line(error)}")
+            tried.append(f"{source}: {one_line(error)}")
     return None
 
 
@@ -256,8 +258,3 @@ def _failure(entries: list[Entry], tried: dict[str, list[str]]) -> str:
     lines.append(f"or put it at {' or '.join(str(cached_path(entry.name)) for entry in entries)},")
     lines.append("or go on-line and run again (without COMPRESSIBLE_OFFLINE=1).")
     return "\n".join(lines)
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + '...'}"

@@ -1,10 +1,8 @@
-"""Scores of predictions: the metric that GLUE reports for a task, and the usual ones for written text."""
+"""Metrics of predictions: what GLUE reports for a task, and BLEU for written text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
 
 import numpy as np
 
@@ -42,29 +40,10 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def bleu(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Corpus BLEU, 0 to 1, of N texts, each with one or more references (sacrebleu's, 13a tokens, 4-grams)."""
+    try:
+        from sacrebleu import corpus_bleu
+    except ImportError as error:
+        raise ImportError("BLEU needs sacrebleu: pip install 'compressible-dynamics[adapters]'") from error
     most = max(map(len, references))
     streams = [[found[i] if i < len(found) else None for found in references] for i in range(most)]
-    return _optional("sacrebleu").corpus_bleu(list(written), streams).score / 100
-
-
-def rouge(written: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Mean F1, 0 to 1, of ROUGE-1, -2, -L and -Lsum over N texts, of each the best reference (rouge-score's)."""
-    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = _optional("rouge_score.rouge_scorer").RougeScorer(kinds, use_stemmer=False)
-    found = [scorer.score_multi(list(known), text) for known, text in zip(references, written, strict=True)]
-    return {kind: float(np.mean([score[kind].fmeasure for score in found])) for kind in kinds}
-
-
-def meteor(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean METEOR, 0 to 1, over N texts (NLTK's, which needs its corpus wordnet)."""
-    score, split = _optional("nltk.translate.meteor_score").meteor_score, _optional("nltk.tokenize").wordpunct_tokenize
-    pairs = zip(references, written, strict=True)
-    return float(np.mean([score([split(one) for one in known], split(text)) for known, text in pairs]))
-
-
-def _optional(name: str) -> ModuleType:
-    package = name.partition(".")[0].replace("_", "-")
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(f"scores of written text need {package}: pip install sacrebleu rouge-score nltk") from error
+    return corpus_bleu(list(written), streams).score / 100

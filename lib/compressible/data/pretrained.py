@@ -1,6 +1,6 @@
 """Pretrained models and their tokenizers by name, with a new head as a protocol wants it.
 
-A name is "minilm" (all-MiniLM-L6-v2, checked against data/manifest.toml), a folder, or a name on the hub; a folder of
+A name is "minilm" (all-MiniLM-L6-v2, checked against manifest.toml), a folder, or a name on the hub; a folder of
 that name below COMPRESSIBLE_MODELS goes first. Weights are read from safetensors files only and are float32 in memory,
 whatever the file holds. Protocols (papers' trap T3):
   clean    new head N(0, 0.02) with zero bias, to be trained; the pretrained pooler is kept
@@ -31,15 +31,33 @@ TRUNCATED = 0.87962566103423978  # standard deviation of a unit normal cut at 2,
 
 
 def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0) -> tuple[nn.Module, Any]:
-    """(model, tokenizer): an encoder with a new head of `outputs`, in float32 and evaluation mode, on the CPU.
+    """An encoder with a new head, and its tokenizer.
 
-    Head, and pooler where it is new, depend on `seed` alone. What the protocol keeps fixed does not require a gradient.
-    Raises ValueError for an unknown protocol or outputs < 1, data.DataError if the model cannot be had.
+    Args:
+        name: "minilm", a folder, or a name on the hub, as explained above.
+        outputs: outputs of the head: 1 for a regression, else the number of classes.
+        protocol: "clean" or "authors": how head and pooler start, and what stays frozen.
+        seed: all that head and pooler depend on; drawing them leaves torch's own generator alone.
+
+    Returns:
+        (model, tokenizer), the model in float32 and evaluation mode on the CPU.
+
+    Raises:
+        ValueError: for an unknown protocol, or outputs < 1.
+        DataError: if the model cannot be had; it says what was tried and what to do.
+
+    Example:
+        >>> import compressible as cd
+        >>> model, tokenizer = cd.load_encoder("minilm", outputs=1)  # doctest: +SKIP
+        >>> model.classifier.weight.shape  # doctest: +SKIP
+        torch.Size([1, 384])
+
+    Reference:
+        "authors": P1's code, cjyaras/deep-lora-transformers, which trains neither head nor the pooler's bias.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(checks.unknown("protocol", protocol, PROTOCOLS))
-    if outputs < 1:
-        raise ValueError(f"outputs is {outputs!r}, expected an integer >= 1")
+    checks.expect("outputs", outputs, outputs >= 1, "an integer >= 1")
     problem = "regression" if outputs == 1 else "single_label_classification"
     settings = {"num_labels": outputs, "problem_type": problem, "ignore_mismatched_sizes": True}
     model, tokenizer = _load("AutoModelForSequenceClassification", name, settings), load_tokenizer(name)
@@ -57,15 +75,35 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
 
 
 def load_for_task(
-    encoder: str, task: str, protocol: str = "clean", max_length: int = 128, validation_rows: int = 0,
-    device: str = "cpu", seed: int = 0,
-) -> tuple[nn.Module, Task]:  # fmt: skip
-    """(model, task): an encoder on `device` with a head for the task, tokenised for it; see load_encoder and load_task.
+    encoder: str,
+    task: str,
+    protocol: str = "clean",
+    max_length: int = 128,
+    validation_rows: int = 0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> tuple[nn.Module, Task]:
+    """An encoder with a head for a task, and the task tokenised for it.
 
-    validation_rows: only the first so many validation examples, 0 for all.
+    Args:
+        encoder, protocol, seed: as for `load_encoder`.
+        task, max_length: as for `load_task`.
+        validation_rows: only the first so many validation examples, 0 for all.
+        device: "cpu", "cuda", "cuda:N" or "auto", for the model; the task's rows stay on the CPU.
+
+    Returns:
+        (model, task).
+
+    Raises:
+        ValueError, DataError: as `load_encoder` and `load_task` do, and if validation_rows is negative.
+
+    Example:
+        >>> import compressible as cd
+        >>> model, task = cd.load_for_task("minilm", "vader-tweets", validation_rows=100)  # doctest: +SKIP
+        >>> len(task.train), len(task.validation)  # doctest: +SKIP
+        (3360, 100)
     """
-    if validation_rows < 0:
-        raise ValueError(f"validation_rows is {validation_rows!r}, expected an integer >= 0")
+    checks.expect("validation_rows", validation_rows, validation_rows >= 0, "an integer >= 0")
     place = devices.resolve_device(device)
     loaded = load_task(task, load_tokenizer(encoder), protocol, max_length)
     model, _ = load_encoder(encoder, loaded.outputs, protocol, seed)
@@ -74,14 +112,43 @@ def load_for_task(
 
 
 def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
-    """(model, tokenizer) that write text, such as T5, in float32, evaluation mode; data.DataError if not to be had."""
+    """A model that writes text, such as T5, and its tokenizer.
+
+    Args:
+        name: a folder, or a name on the hub, such as "google-t5/t5-base".
+
+    Returns:
+        (model, tokenizer), the model in float32 and evaluation mode on the CPU.
+
+    Raises:
+        DataError: if the model cannot be had; it says what was tried and what to do.
+
+    Example:
+        >>> import compressible as cd
+        >>> model, tokenizer = cd.load_seq2seq("google-t5/t5-base")  # doctest: +SKIP
+
+    Reference:
+        P1's Table 2 (E2E) fine-tunes T5-base.
+    """
     return _load("AutoModelForSeq2SeqLM", name, {}).eval(), load_tokenizer(name)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, which pads at the end, with the mark of the end if it has no padding of its own.
 
-    data.DataError if it cannot be had.
+    Args:
+        name: "minilm", a folder, or a name on the hub, as explained above.
+
+    Returns:
+        A tokenizer of transformers.
+
+    Raises:
+        DataError: if it cannot be had; it says what was tried and what to do.
+
+    Example:
+        >>> import compressible as cd
+        >>> cd.load_tokenizer("minilm")("A man is eating.")["input_ids"]  # doctest: +SKIP
+        [101, 1037, 2158, 2003, 5983, 1012, 102]
     """
     tokenizer = _load("AutoTokenizer", name, {"padding_side": "right"})
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -89,33 +156,57 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def new_parts(model: nn.Module) -> tuple[list[nn.Linear], list[nn.Linear]]:
+def new_parts(model: Any) -> tuple[list[nn.Linear], list[nn.Linear]]:
     """(head, pooler): the linear layers of a classifier beyond its encoder, and those of its pooler."""
-    named = model.named_modules()
-    pooler = [module for name, module in named if isinstance(module, nn.Linear) and "pooler" in name.split(".")]
-    return [model.get_submodule(name) for name in _beyond(model)], pooler
+    return [layer for _, layer in _beyond(model)], [layer for name, layer in _linear(model) if _pools(name)]
 
 
 def head_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers of a classifier's head, which no pretraining has seen; a pooler's are not among them.
 
-    "classifier" of BERT, "classifier.dense" and "classifier.out_proj" of RoBERTa, "score" of GPT-2, and so on: what a
-    protocol leaves as it is (exclude_modules) or trains (modules_to_save). Raises ValueError if there is no head.
+    They are what a protocol leaves as it is (exclude_modules) or trains (modules_to_save): "classifier" of BERT,
+    "classifier.dense" and "classifier.out_proj" of RoBERTa, "score" of GPT-2, and so on.
+
+    Args:
+        model: a model for sequence classification, as of `load_encoder`.
+
+    Returns:
+        Their names, in the order of the model.
+
+    Raises:
+        ValueError: if there is no head.
+
+    Example:
+        >>> import compressible as cd
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        >>> cd.head_layers(BertForSequenceClassification(BertConfig(vocab_size=9, **sizes)))
+        ['classifier']
     """
     encoder = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    names = _beyond(model) if isinstance(encoder, nn.Module) else []
+    names = [name for name, _ in _beyond(model)] if isinstance(encoder, nn.Module) else []
     if not names:
         kind = type(model).__name__
         raise ValueError(f"{kind} has no classification head, expected a model of load_encoder, as for sequences")
     return names
 
 
-def _beyond(model: nn.Module) -> list[str]:
-    """Names of the linear layers that are neither the encoder's, nor a pooler's, nor those that write words."""
+def _linear(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _pools(name: str) -> bool:
+    return "pooler" in name.split(".")
+
+
+def _beyond(model: Any) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that are neither the encoder's, nor a pooler's, nor those that write words."""
     inner, words = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    own = [name for name, module in named if not name.startswith(inner) and module is not words]
-    return [name for name in own if "pooler" not in name.split(".")]
+    return [
+        (name, layer)
+        for name, layer in _linear(model)
+        if not name.startswith(inner) and layer is not words and not _pools(name)
+    ]
 
 
 def _load(kind: str, name: str, settings: dict) -> Any:

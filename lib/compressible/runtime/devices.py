@@ -1,4 +1,4 @@
-"""The hardware: its names, its precision, its memory and its clock."""
+"""The device that computes: which it is, what it is called, its precision, its memory and its clock."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 
-def _now(like: Tensor) -> float:
-    if like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in its Python interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def resolve_device(device: str) -> str:
+    """Return "cuda" or "cpu" for "auto", any other name as it is; ValueError if CUDA is asked for and absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        way = "" if torch.version.cuda else "; it is the CPU build: `make distclean`, then `make GPU=1 setup`"
+        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device{way}")
+    return device
 
 
 def has_triton() -> bool:
@@ -33,7 +32,9 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-_earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
+def interpreted() -> bool:
+    """Whether Triton runs its kernels in its Python interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def device_name(device: str) -> str:
@@ -52,54 +53,10 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-def resolve_device(device: str) -> str:
-    """Return "cuda" or "cpu" for "auto", any other name as it is; ValueError if CUDA is asked for and absent."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        way = "" if torch.version.cuda else "; it is the CPU build: `make distclean`, then `make GPU=1 setup`"
-        raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device{way}")
-    return device
-
-
-def reset_peak_memory(device: str) -> None:
-    """Start a new measurement of peak memory; only CUDA can."""
-    _earlier.pop(_index(device), None)
-    if resolve_device(device) != "cpu":
-        torch.cuda.reset_peak_memory_stats(resolve_device(device))
-
-
-@contextmanager
-def peak_inside(device: str) -> Iterator[Callable[[], int]]:
-    """Give a function for the tensors' peak on CUDA since here, in bytes; `peak_memory` goes on counting the whole.
-
-    On a CPU, whose peak cannot be reset, it is the process's.
-    """
-    name, before = resolve_device(device), peak_memory(device)
-    reset_peak_memory(device)
-    _earlier[_index(name)] = before
-    yield lambda: torch.cuda.max_memory_allocated(name) if name != "cpu" else peak_memory(name)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
-    if resolve_device(device) != "cpu":
-        name = resolve_device(device)
-        return max(torch.cuda.max_memory_allocated(name), _earlier.get(_index(name), 0))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _index(device: str) -> int:
-    """Number of a CUDA device, "cuda" being the current one; -1 for the CPU."""
-    name = torch.device(resolve_device(device))
-    return -1 if name.type == "cpu" else torch.cuda.current_device() if name.index is None else name.index
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU, so that a clock read afterwards is honest."""
-    if resolve_device(device) != "cpu":
-        torch.cuda.synchronize(resolve_device(device))
+def tensor_float_32() -> bool:
+    """Whether CUDA's float32 products use TensorFloat-32; the older flag may not be read once the newer was set."""
+    settings = torch.backends.cuda.matmul
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
 
 
 @contextmanager
@@ -116,7 +73,60 @@ def matmul_precision(name: str) -> Iterator[None]:
             settings.fp32_precision = named
 
 
-def tensor_float_32() -> bool:
-    """Whether CUDA's float32 products use TensorFloat-32; the older flag may not be read once the newer was set."""
-    settings = torch.backends.cuda.matmul
-    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+_earlier: dict[int, int] = {}  # peaks of a device before `peak_inside` reset them
+
+
+def reset_peak_memory(device: str) -> None:
+    """Start a new measurement of peak memory; only CUDA can."""
+    name = resolve_device(device)
+    if name != "cpu":
+        _earlier.pop(_index(name), None)
+        torch.cuda.reset_peak_memory_stats(name)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: the process's peak resident memory on a CPU, the tensors' peak since the reset on CUDA."""
+    name = resolve_device(device)
+    if name != "cpu":
+        return max(torch.cuda.max_memory_allocated(name), _earlier.get(_index(name), 0))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def peak_inside(device: str) -> Iterator[Callable[[], int]]:
+    """Give a function for the tensors' peak on CUDA since here, in bytes; `peak_memory` goes on counting the whole.
+
+    On a CPU, whose peak cannot be reset, it is the process's.
+    """
+    name = resolve_device(device)
+    if name == "cpu":
+        yield lambda: peak_memory(name)
+        return
+    before = peak_memory(name)
+    reset_peak_memory(name)
+    _earlier[_index(name)] = before
+    yield lambda: torch.cuda.max_memory_allocated(name)
+
+
+def _index(name: str) -> int:
+    """Number of a CUDA device, "cuda" being the current one."""
+    number = torch.device(name).index
+    return torch.cuda.current_device() if number is None else number
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, so that a clock read afterwards is honest."""
+    name = resolve_device(device)
+    if name != "cpu":
+        torch.cuda.synchronize(name)
+
+
+def clock(like: Tensor) -> float:
+    """Seconds of a clock, read once all work on the tensor's device is done."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
+
+
+_now = clock
