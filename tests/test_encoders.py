@@ -12,7 +12,7 @@ from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 
 import compressible as cd
 from compressible.adapters.targets import matching, saved_modules
-from compressible.data import hub, tasks
+from compressible.data import hub, sources, tasks
 from compressible.data import manifest as data
 from compressible.data import pretrained as encoders
 from compressible.data import text as text_data
@@ -247,11 +247,8 @@ def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch)
         for name in hub.MINILM
     }
     manifest = write_manifest(tmp_path / "manifest.toml", files)
-    runs = []
-    original = data.reader.__globals__["subprocess"].run
-    monkeypatch.setattr(
-        data.reader.__globals__["subprocess"], "run", lambda *a, **k: runs.append(a) or original(*a, **k)
-    )
+    runs, original = [], sources.subprocess.run
+    monkeypatch.setattr(sources.subprocess, "run", lambda *a, **k: runs.append(a) or original(*a, **k))
     paths = data.fetch_all(files, manifest)
     assert [path.read_bytes() for path in paths] == [content for content, _ in files.values()] and len(runs) == 1
     assert data.fetch_all(files, manifest) == paths and len(runs) == 1

@@ -42,7 +42,7 @@ class Terms(BaseModel, strict=True, extra="forbid", frozen=True):
     citation: str
 
 
-class Entry(Terms):
+class Entry(Terms, frozen=True):
     """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none)."""
 
     name: Name
@@ -52,7 +52,7 @@ class Entry(Terms):
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
 
 
-class DataSet(Terms):
+class DataSet(Terms, frozen=True):
     """What the files of one set must amount to: rows, users, items and the sha256 of the rows ("" if unknown)."""
 
     name: str

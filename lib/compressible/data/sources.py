@@ -63,9 +63,10 @@ def _read_hub(source: str, path: Path) -> None:
     location, _, member = source.removeprefix("hf:").partition("#")
     owner, _, revision = location.partition("@")
     kind = "dataset" if owner.startswith("datasets/") else "model"
-    kept = {"revision": revision, "repo_type": kind, "etag_timeout": CONNECT_SECONDS}
+    name = owner.removeprefix("datasets/")
     with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
-        shutil.copyfile(hf_hub_download(owner.removeprefix("datasets/"), member, local_dir=folder, **kept), path)
+        got = hf_hub_download(name, member, revision=revision, repo_type=kind, local_dir=folder)
+        shutil.copyfile(got, path)
 
 
 def _read_pip(source: str, path: Path) -> None:

@@ -207,7 +207,9 @@ def _read_rated(stem: str, split: str, manifest: str | Path | None) -> Rows:
 def _parse_rated(archive: Path, stem: str) -> tuple[list[str], list[float], list[str]]:
     """(review or article, mean rating from -4 to 4, text) of every line: id, rating, text, separated by tabs."""
     with tarfile.open(archive) as opened:
-        content = opened.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").read().decode("utf-8")
+        member = opened.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
+        assert member is not None  # it is a file
+        content = member.read().decode("utf-8")
     lines = [line.split("\t", 2) for line in content.split("\r\n") if line]
     return (
         [identity.partition("_")[0] for identity, _, _ in lines],

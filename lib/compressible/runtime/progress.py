@@ -25,10 +25,8 @@ def progress(work: Iterable[Any] | int, description: str = "", enabled: bool | N
     where clearing it takes along what the same cell showed before. `enabled` overrides the choice.
     """
     counted = isinstance(work, int)
-    options: dict[str, Any] = {
-        "iterable": None if counted else work, "total": work if counted else None, "desc": description,
-        "leave": False, "delay": DELAY, "mininterval": INTERVAL,
-    }  # fmt: skip
+    options: dict[str, Any] = {"total": work} if counted else {"iterable": work}
+    options |= {"desc": description, "leave": False, "delay": DELAY, "mininterval": INTERVAL}
     if _kernel() is not None:
         hidden = enabled is False or _KernelBar.busy_in == _cell()
         return _KernelBar(**options, file=io.StringIO(), ncols=80, disable=hidden)
@@ -39,6 +37,7 @@ class _KernelBar(tqdm):
     """A bar whose text goes to one display of the running cell."""
 
     monitor_interval = 0  # a display from another thread would reach the wrong cell
+    disable: bool  # tqdm's own
     busy_in: tuple[int, int] | None = None  # the cell whose outermost bar is open; bars inside stay silent
 
     def __init__(self, *args: Any, **options: Any) -> None:
