@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,6 @@ def bleu(written: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         from sacrebleu import corpus_bleu
     except ImportError as error:
         raise ImportError("BLEU needs sacrebleu: pip install 'compressible-dynamics[adapters]'") from error
-    most = max(map(len, references))
-    streams = [[found[i] if i < len(found) else None for found in references] for i in range(most)]
+    # None where a text has fewer references than others, which sacrebleu's types leave out.
+    streams: list[Any] = [*map(list, zip_longest(*references))]
     return corpus_bleu(list(written), streams).score / 100
