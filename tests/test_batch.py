@@ -18,9 +18,8 @@ from conftest import REPOSITORY, SAVE, write_notebook
 
 from compressible.__main__ import main
 from compressible.companion import batch, library
-from compressible.companion import code_digest as identity
 from compressible.companion import notebooks as catalogue
-from compressible.companion import provenance as machine
+from compressible.companion.code_digest import notebook_digest
 from compressible.companion.parameters import ParameterError
 
 ID = "kwon2024/01_good"
@@ -135,11 +134,12 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
     later = file.stat().st_mtime + 5
     os.utime(f"notebooks/{ID}.ipynb", (later, later))
     known = {"rank": 2, "step_size": 0.1, "ranks": [1, 2]}
-    code = {"notebook": identity.notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": machine.LIBRARY}
+    code = {"notebook": notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": catalogue.LIBRARY}
     for record, expected in (
         ({}, "unknown"),
         ({"parameters": known}, "unknown"),
-        (code | {"library": None}, "stale"),
+        ({"parameters": known, "notebook": None, "library": None}, "unknown"),
+        (code | {"library": None}, "unknown"),
         ({"parameters": known} | code, "done"),
         ({"parameters": known | {"rank": 3}}, "stale"),
         ({"parameters": {"rank": 2}}, "stale"),
@@ -155,11 +155,11 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
 
 def test_the_digest_of_a_notebook_is_of_its_code(add_notebook):
     path = Path(f"notebooks/{add_notebook('01_good', 'x = 1')}.ipynb")
-    before, text = identity.notebook_digest(path), path.read_text()
+    before, text = notebook_digest(path), path.read_text()
     for old, new, same in (("x = 1", "x = 1  # why", True), ("x = 1", "x = 2", False), ("# true", "# the", True)):
         path.write_text(text.replace(old, new))
-        assert (identity.notebook_digest(path) == before) is same
-    assert identity.notebook_digest(Path("absent.ipynb")) is None
+        assert (notebook_digest(path) == before) is same
+    assert notebook_digest(Path("absent.ipynb")) is None
 
 
 def test_failure_is_kept_and_earlier_figure_stays_as_it_was(add_notebook, checkout, capsys):

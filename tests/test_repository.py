@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from compressible.companion import claims, parameters
-from compressible.companion import code_digest as identity
 from compressible.companion import notebooks as catalogue
+from compressible.companion.code_digest import source_digest
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 IDS = sorted(file.relative_to(NOTEBOOKS).with_suffix("").as_posix() for file in NOTEBOOKS.glob("*/*.ipynb"))
@@ -92,7 +92,7 @@ def test_cached_functions_read_only_what_a_key_can_hold(id, code, monkeypatch):
         if called := {call.args[0].id for call in ast.walk(tree) if is_cached_call(call)}:
             break
     for function in called:
-        assert len(identity.source_digest(space[function])) == 64
+        assert len(source_digest(space[function])) == 64
 
 
 def is_cached_call(node):

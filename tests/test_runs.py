@@ -7,9 +7,11 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +22,8 @@ import pytest
 import torch
 
 import compressible
-from compressible.companion import code_digest as identity
-from compressible.companion import library, runs
-from compressible.companion import provenance as machine
+from compressible.companion import library, notebooks, provenance, runs
+from compressible.companion.code_digest import notebook_digest, source_digest
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import devices
 
@@ -235,7 +236,6 @@ def run(rank):
 
 
 OUTSIDE = """
-import dataclasses
 import functools
 import math
 import numpy as np
@@ -243,15 +243,8 @@ import torch
 from compressible import DeepLoraConfig
 from compressible.recovery import factors
 
-@dataclasses.dataclass
-class Kept:
-    size: int
-    def double(self):
-        return FACTOR * self.size
-
 FACTOR = 2
 CONFIG = DeepLoraConfig(r=8)
-KEPT = Kept(3)
 TABLE = {"sizes": [1, (2, 3)], "type": torch.float32, "function": lambda x: FACTOR * x}
 unread = object()
 
@@ -268,7 +261,7 @@ def helper(x, scale=FACTOR):
 
 def run(rank):
     unread = [TABLE["function"](rank), helper(rank), math.sqrt(rank), np.exp(0), factors.__name__]
-    return {"value": len(unread) + CONFIG.r + KEPT.double(), "r": Kept(2).size, "unread": torch.ones(1).unread}
+    return {"value": len(unread) + CONFIG.r, "unread": torch.ones(1).unread}
 """
 
 
@@ -284,8 +277,6 @@ def run(rank):
         (OUTSIDE, "unread = object()", "unread = torch.ones(1)", True),
         (OUTSIDE, "DeepLoraConfig(r=8)", "DeepLoraConfig(r=2)", False),
         (OUTSIDE, "DeepLoraConfig(r=8)", "DeepLoraConfig(r=8, init_scale=0.3)", False),
-        (OUTSIDE, "KEPT = Kept(3)", "KEPT = Kept(4)", False),
-        (OUTSIDE, "FACTOR * self.size", "FACTOR + self.size", False),
         (OUTSIDE, "(2, 3)", "(2, 4)", False),
         (OUTSIDE, "(2, 3)", "[2, 3]", False),
         (OUTSIDE, "torch.float32", "torch.float64", False),
@@ -299,12 +290,12 @@ def test_the_key_follows_the_code_that_runs_and_what_it_reads(
     source: str, old: str, new: str, same: bool, tmp_path: Path
 ) -> None:
     before, after = load(tmp_path, source), load(tmp_path, source.replace(old, new))
-    assert (identity.source_digest(before.run) == identity.source_digest(after.run)) is same
+    assert (source_digest(before.run) == source_digest(after.run)) is same
 
 
 def test_a_digest_is_the_same_in_every_version_of_python() -> None:
     digest = hashlib.sha256(library.normal_form(SOURCE + OUTSIDE).encode()).hexdigest()
-    assert digest[:16] == "c648946e2e0f659e"  # of Python 3.10 to 3.13; ast.dump's differ from 3.11 to 3.12
+    assert digest[:16] == "74b1849c508f2fd2"  # of Python 3.10 to 3.13; ast.dump's differ from 3.11 to 3.12
 
 
 @pytest.mark.parametrize(
@@ -314,7 +305,8 @@ def test_a_digest_is_the_same_in_every_version_of_python() -> None:
         ("torch.ones(2)", "run reads base, a Tensor"),
         ("np.ones(2)", "run reads base, a ndarray"),
         ('{"model": [object()]}', r"run reads base\[0\]\[1\]\[0\], a object"),
-        ("Task(torch.ones(2))", "run reads base.rows, a Tensor"),
+        ("Task(2)", "run reads base, a Task"),
+        ("Task", "run reads base, a type"),
         ("helpers", "run reads base, a module"),
     ],
 )
@@ -329,6 +321,8 @@ def test_what_cannot_be_told_from_another_is_refused(
     with pytest.raises(TypeError, match=f"{named}.*parameters.*cache=False"):
         runs.run(found.run, rank=2)
     assert runs.run(found.run, rank=2, cache=False)["value"] == 2
+    keys = [runs.run(found.run, rank=2, reads={"base": version}).key for version in ("1", "2", "1")]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_closure_counts() -> None:
@@ -342,9 +336,9 @@ def test_a_closure_counts() -> None:
 
 
 def test_a_function_without_source_is_refused() -> None:
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     exec("def run(rank): return {'value': rank}", namespace)
-    with pytest.raises(TypeError, match="source"):
+    with pytest.raises(OSError, match="could not get source code"):
         runs.run(namespace["run"], rank=2)
 
 
@@ -389,6 +383,93 @@ def test_a_process_killed_while_storing_leaves_no_entry(cache: Path, monkeypatch
     assert runs.run(work, rank=9).cached
 
 
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A committed under git, as the working directory."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\n')
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("COMPRESSIBLE_COMMIT", raising=False)
+    monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "first")
+    return folder
+
+
+def test_a_record_names_the_commit_at_which_the_numbers_were_computed(committed: Path) -> None:
+    first, computed = provenance.git_state(), runs.run(work, rank=2)
+    (committed / "more.py").write_text("x = 1\n")
+    git(committed, "add", "-A")
+    git(committed, "commit", "-q", "-m", "second")
+    (committed / "more.py").write_text("x = 2\n")
+    assert provenance.git_state()["commit"] != first["commit"] and provenance.git_state()["dirty"]
+    records = [
+        runs.provenance(result, "quick", "kwon2024/05_completion") for result in (computed, runs.run(work, rank=2))
+    ]
+    assert [record["cached"] for record in records] == [False, True]
+    for record in records:
+        assert {name: record[name] for name in first} == first == {"commit": first["commit"], "dirty": False}
+        assert record["function"] == source_digest(work) and record["library"] == provenance.LIBRARY
+        assert computed.started == record["started"] <= record["ended"] == computed.ended
+
+
+def test_the_notebook_of_a_record_is_the_one_that_draws(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = "kwon2024/05_completion"
+    file = committed / "notebooks" / f"{id}.ipynb"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"cells": [{"cell_type": "code", "source": ["x = 1"]}]}')
+    monkeypatch.setenv("COMPRESSIBLE_NOTEBOOK", "a" * 64)  # as the batch does
+    record = runs.provenance(runs.run(work, rank=2), "quick", id)
+    assert record["notebook"] == record["computed_in"] == "a" * 64
+    monkeypatch.delenv("COMPRESSIBLE_NOTEBOOK")  # an interactive session draws from the cache
+    record = runs.provenance(runs.run(work, rank=2), "quick", id)
+    assert (record["notebook"], record["computed_in"]) == (notebook_digest(file), "a" * 64)
+
+
+def test_an_edit_of_the_library_makes_a_figure_stale_and_the_run_another(
+    checkout: Path, add_notebook: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id, root = add_notebook("01_good"), checkout / "lib" / "compressible"
+
+    def use_library() -> None:
+        for module in (runs, notebooks):
+            monkeypatch.setattr(module, "LIBRARY", library.library_digest(root))
+
+    use_library()
+    record = runs.provenance(runs.run(work, rank=2), "quick", id)
+    record.pop("parameters")  # they are another notebook's
+    path = notebooks.record_path(id, "quick")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+    assert notebooks.state(id, "quick") == "done"
+    (root / "recovery" / "compression.py").write_text("def compress_spectral(): return 0")
+    use_library()
+    assert notebooks.state(id, "quick") == "stale"
+    assert not runs.run(work, rank=2).cached
+
+
+def test_an_entry_that_does_not_say_how_it_was_made_is_computed_again(cache: Path) -> None:
+    runs.run(work, rank=3)
+    path = entries(cache)[0]
+    with np.load(path) as stored:
+        members = dict(stored)
+    meta = json.loads(members["meta"].tobytes())
+    del meta["made"]
+    text = json.dumps(meta).encode()
+    members["meta"] = np.frombuffer(text, np.uint8)
+    members["meta_sha256"] = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    np.savez(path, **members)
+    with pytest.warns(RuntimeWarning, match="dropped a damaged cache entry.*made"):
+        assert not runs.run(work, rank=3).cached
+
+
 def test_provenance_of_a_cached_run_tells_how_it_was_computed() -> None:
     for _ in range(2):
         result = runs.run(work, rank=2)
@@ -424,25 +505,19 @@ def test_every_room_counts_as_computing_except_the_companion() -> None:
     assert counted == rooms - {"companion"}
 
 
-def git(folder: Path, *words: str) -> None:
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True)
-
-
-def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\n')
-    monkeypatch.chdir(tmp_path)
-    assert machine.git_state() == {"commit": None, "dirty": None}
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "-A")
-    git(tmp_path, "commit", "-q", "-m", "first")
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "new.png").write_text("")
-    state = machine.git_state()
+def test_git_state(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (committed / "figures").mkdir()
+    (committed / "figures" / "new.png").write_text("")
+    state = provenance.git_state()
     assert len(state["commit"]) == 40
     assert state["dirty"] is False
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\nversion = "1"\n')
-    assert machine.git_state()["dirty"] is True
+    (committed / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\nversion = "1"\n')
+    assert provenance.git_state()["dirty"] is True
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy("pyproject.toml", bare)
+    monkeypatch.chdir(bare)
+    assert provenance.git_state() == {"commit": None, "dirty": None}
 
 
 @pytest.mark.parametrize(("cuda", "way"), [(None, "; it is the CPU build: `make .*`, then `make .*`"), ("13.0", "")])

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressible.companion.code_digest import NOTEBOOK, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.runtime import paths
 
@@ -55,7 +56,8 @@ def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> b
 def _execute(notebook: Path, output: Path, values: Mapping[str, Any], kernel: str, figures: Path) -> None:
     import papermill
 
-    with _environment(COMPRESSIBLE_FIGURES=str(figures)), _private_sockets() as config:
+    told = {"COMPRESSIBLE_FIGURES": str(figures), NOTEBOOK: notebook_digest(notebook) or ""}
+    with _environment(**told), _private_sockets() as config:
         papermill.execute_notebook(
             str(notebook), str(output), parameters=dict(values), kernel_name=kernel,
             cwd=str(notebook.parent), start_timeout=START_TIMEOUT, config=config,

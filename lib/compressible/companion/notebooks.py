@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from compressible.companion import code_digest as identity
 from compressible.companion import parameters as vocabulary
-from compressible.companion import provenance as machine
+from compressible.companion.code_digest import notebook_digest
+from compressible.companion.provenance import LIBRARY
 from compressible.runtime import checks, paths
 
 
@@ -177,7 +177,14 @@ def failed_path(id: str, label: str) -> Path:
 
 
 def state(id: str, label: str) -> str:
-    """'done', 'stale' (see `is_stale`), 'unknown' (no digests in its record), 'failed' (at last), 'missing'."""
+    """How fresh a figure is, in one word.
+
+    done     its record was made by the code that is here, with the values that the preset sets
+    stale    it was made by other code, or with other values
+    unknown  its record does not say by which code: no digest of the notebook or of the library
+    failed   the last run ended with an error, after whatever figure there is
+    missing  there is no record
+    """
     record, failed = record_path(id, label), failed_path(id, label).with_suffix(".txt")
     made = record.stat().st_mtime if record.exists() else -1.0
     if failed.exists() and failed.stat().st_mtime >= made:
@@ -187,7 +194,7 @@ def state(id: str, label: str) -> str:
     content = json.loads(record.read_text(encoding="utf-8"))
     if is_stale(id, label, content):
         return "stale"
-    return "done" if {"notebook", "library"} <= {*content} else "unknown"
+    return "done" if content.get("notebook") and content.get("library") else "unknown"
 
 
 def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
@@ -195,8 +202,8 @@ def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
 
     Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
     """
-    code = {"notebook": identity.notebook_digest(notebook_path(id)), "library": machine.LIBRARY}
-    if any(record.get(name, digest) != digest for name, digest in code.items()):
+    code = {"notebook": notebook_digest(notebook_path(id)), "library": LIBRARY}
+    if any(record.get(name) not in (None, digest) for name, digest in code.items()):
         return True
     values = vocabulary.validate(defaults(notebook_path(id)) | _chosen(id, label).parameters)
     return "parameters" in record and record["parameters"] != {n: v for n, v in values.items() if n != "preset"}

@@ -1,9 +1,10 @@
 """A run is (function, parameters) -> arrays and metrics, computed once and kept on disk.
 
-The key of a run is the sha256 of: the function's source with what it reads from outside itself (identity.py), the
+The key of a run is the sha256 of: the function's source with what it reads from outside itself (code_digest.py), the
 parameters, the library (version and sources that compute), torch, the device, and the data digests. So a
 colour can change for free, and nothing that moves a number can. An entry is written atomically and every
-array carries its digest; whatever does not match is dropped with a warning and computed again.
+array carries its digest; whatever does not match is dropped with a warning and computed again. What was true when
+the numbers were computed (commit, digests of the code, versions, times) is kept with them and never asked again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import re
 import time
 import warnings
@@ -24,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressible.companion import code_digest as identity
 from compressible.companion import parameters
-from compressible.companion import provenance as machine
+from compressible.companion.code_digest import NOTEBOOK, notebook_digest, source_digest
+from compressible.companion.provenance import LIBRARY, environment, git_state
 from compressible.runtime import checks, devices, paths
 
 Data = Iterable[str] | Mapping[str, str]
@@ -38,7 +40,9 @@ class Result:
     """What a run gave: arrays (name -> numpy array), metrics (name -> plain value), and how it was made.
 
     `seconds` is the wall time of the computation, also when `cached`; `peak_memory_bytes` is the peak of
-    the process on a CPU and of the run's tensors on CUDA; `data` maps names to sha256 digests.
+    the process on a CPU and of the run's tensors on CUDA; `data` maps names to sha256 digests. `made` holds what was
+    true when the computation began: commit and dirty flag, digests of library, function and, in a batch, notebook,
+    versions, CPU and thread settings.
     """
 
     parameters: dict[str, Any]
@@ -49,10 +53,11 @@ class Result:
     seconds: float
     peak_memory_bytes: int
     started: str
+    ended: str
     device: str
     threads: int
+    made: dict[str, Any]
     data: dict[str, str] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """The array or metric of that name; KeyError lists what there is."""
@@ -63,23 +68,32 @@ class Result:
         raise KeyError(f"{name!r}: expected one of {', '.join([*self.arrays, *self.metrics])}")
 
 
-def run(function: Callable[..., dict], *, data: Data = (), cache: bool = True, **values: Any) -> Result:
+def run(
+    function: Callable[..., dict],
+    *,
+    data: Data = (),
+    cache: bool = True,
+    reads: Mapping[str, str] | None = None,
+    **values: Any,
+) -> Result:
     """Result of `function(**values)`, from the cache where the same run was made before.
 
     `function` returns a flat dict: arrays and tensors of one or more dimensions become arrays; numbers,
     text, truth values and lists of these become metrics. `data` names what the run reads: entries of the
     data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Raises
     ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
-    what cannot be told from another of its kind (a model, say): it runs with cache=False only, and `key` is "" then.
+    from outside itself what cannot be told from another of its kind, a model, say. `reads` tells it, {name: digest or
+    version}; else such a function runs with cache=False only. `key` is "" then.
     """
     values, digests = _arguments(function, values), _digests(data)
-    key = _key(function, values, digests) if cache else ""
+    key = _key(function, values, digests, reads) if cache else ""
     result = _load(_entry(key), key) if cache else None
     if result is None:
         place = paths.cache_dir() / "checkpoints" / key[:2] / key if cache else None
         reset = _PLACE.set(place)
         try:
-            result = _compute(function, values, key, digests)
+            made = _made() | ({"function": source_digest(function, reads)} if cache else {})
+            result = _compute(function, values, key, digests, made)
         finally:
             _PLACE.reset(reset)
         if place is not None:
@@ -97,31 +111,35 @@ def checkpoint(every: int) -> dict[str, Any]:
     return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
 
 
-def why(function: Callable[..., dict], *, data: Data = (), **values: Any) -> str:
+def why(
+    function: Callable[..., dict], *, data: Data = (), reads: Mapping[str, str] | None = None, **values: Any
+) -> str:
     """One line that says whether `run` would find this run in the cache ("hit ...") or not ("miss ...")."""
-    key = _key(function, _arguments(function, values), _digests(data))
+    key = _key(function, _arguments(function, values), _digests(data), reads)
     return f"{'hit' if _entry(key).exists() else 'miss'} {key} at {_entry(key)}"
 
 
 def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
     """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git.
 
-    `notebook` and `library` are digests of the code that made it, by which `catalogue.state` tells a stale figure.
+    All but `notebook` and `created` was taken when the numbers were computed, and comes from the cache with them:
+    `function` is the digest of the function that did it, `computed_in` that of the notebook, where a batch told it.
+    `notebook` is the digest of the notebook that draws the figure: of the code that the batch began to execute, or, in
+    an interactive session, of the file as it is saved. By it and `library`, `notebooks.state` tells a stale figure.
     """
     return {
         "id": id,
         "preset": preset,
         "parameters": result.parameters,
-        **machine.git_state(),
-        "notebook": identity.notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
-        "library": machine.LIBRARY,
+        **result.made,
+        "notebook": os.environ.get(NOTEBOOK) or notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
         "data": result.data,
         "device": result.device,
         "threads": result.threads,
-        **result.environment,
         "wall_seconds": result.seconds,
         "peak_memory_bytes": result.peak_memory_bytes,
         "started": result.started,
+        "ended": result.ended,
         "created": _now(),
         "run": result.key,
         "cached": result.cached,
@@ -164,13 +182,18 @@ def _manifest_digest(name: str) -> str:
     return manifest[name].sha256
 
 
-def _key(function: Callable[..., dict], values: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+def _key(
+    function: Callable[..., dict],
+    values: Mapping[str, Any],
+    digests: Mapping[str, str],
+    reads: Mapping[str, str] | None,
+) -> str:
     from compressible import __version__
 
     parts = {
-        "function": identity.source_digest(function),
+        "function": source_digest(function, reads),
         "parameters": values,
-        "library": [__version__, machine.LIBRARY],
+        "library": [__version__, LIBRARY],
         "torch": torch.__version__,
         "device": devices.device_name(values.get("device", "cpu")),
         "data": sorted(digests.values()),
@@ -182,7 +205,13 @@ def _entry(key: str) -> Path:
     return paths.cache_dir() / "results" / key[:2] / f"{key}.npz"
 
 
-def _compute(function: Callable[..., dict], values: dict[str, Any], key: str, data: dict[str, str]) -> Result:
+def _made() -> dict[str, Any]:
+    return git_state() | {"computed_in": os.environ.get(NOTEBOOK), "library": LIBRARY} | environment()
+
+
+def _compute(
+    function: Callable[..., dict], values: dict[str, Any], key: str, data: dict[str, str], made: dict[str, Any]
+) -> Result:
     started, device = _now(), values.get("device", "cpu")
     devices.reset_peak_memory(device)
     clock = time.perf_counter()
@@ -191,8 +220,8 @@ def _compute(function: Callable[..., dict], values: dict[str, Any], key: str, da
     seconds = time.perf_counter() - clock
     arrays, metrics = _flat(output)
     return Result(
-        values, arrays, metrics, key, False, seconds, devices.peak_memory(device), started,
-        devices.device_name(device), torch.get_num_threads(), data, machine.environment(),
+        values, arrays, metrics, key, False, seconds, devices.peak_memory(device), started, _now(),
+        devices.device_name(device), torch.get_num_threads(), made, data,
     )  # fmt: skip
 
 
