@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from data_helpers import digest, serving, write_manifest, write_sdist, write_wheel
 
-from compressible.data import manifest as data
+from compressible import data
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 NAME = "set/file.bin"

@@ -19,18 +19,21 @@ from compressible.runtime.progress import progress
 SOURCE = Path(sys.modules[progress.__module__].__file__)
 LOOP = """\
 import time
-from progress_line import _KernelBar, progress
-shown, display = [], _KernelBar.display
-def spy(self, *a, **k):
-    shown.append(str(self))
-    return display(self, *a, **k)
-_KernelBar.display = spy
+from IPython.display import DisplayHandle
+from progress_line import progress
+shown, update = [], DisplayHandle.update
+def spy(self, content, **settings):
+    shown.append(content["text/plain"])
+    return update(self, content, **settings)
+DisplayHandle.update = spy
+began = time.time()
 with progress(14, "outer") as bar:
     for _ in progress(range(14), "inner"):
         time.sleep(0.1)
         bar.update(1)
+seconds = time.time() - began
 """
-SPEAK = "print(len(shown) > 0, all(text.startswith('outer') for text in shown), len(shown) <= 4)"
+SPEAK = "print(len(shown) > 0, all(text.startswith('outer') for text in shown), len(shown) <= 5 * seconds)"
 
 
 @pytest.fixture(autouse=True)

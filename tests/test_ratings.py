@@ -24,7 +24,7 @@ from data_helpers import (
     write_wheel,
 )
 
-from compressible.data import manifest as data
+from compressible import data
 from compressible.data import movielens, ratings
 
 SET = "movielens-100k"

@@ -1,5 +1,6 @@
+"""Data: files by name, checked against a manifest; ratings and text tasks made of them; pretrained models."""
+
 from compressible.data.manifest import (
-    LOCK_SECONDS,
     DataError,
     DataSet,
     Entry,
@@ -14,7 +15,6 @@ from compressible.data.manifest import (
 )
 
 __all__ = [
-    "LOCK_SECONDS",
     "DataError",
     "DataSet",
     "Entry",

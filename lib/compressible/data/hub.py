@@ -9,35 +9,46 @@ from pathlib import Path
 
 import pandas as pd
 
-from compressible.data import manifest as data
-from compressible.data.manifest import DataError
+from compressible.data.manifest import DataError, fetch_all, load_manifest, sha256
 from compressible.runtime.checks import one_line
 
-MINILM = (
-    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt",
-    "model.safetensors",
-)  # fmt: skip
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings, tokenizers
 
 
 def find_model(name: str) -> str:
-    """The folder of a model, fetched and checked if it is "minilm", or else the name itself, for the hub."""
-    below = os.environ.get("COMPRESSIBLE_MODELS")
-    if below and (folder := Path(below).expanduser() / name).is_dir():
+    """The folder of a model, fetched and checked if the manifest has it ("minilm"), or the name itself, for the hub."""
+    if folder := _placed(name):
         return str(folder)
-    if name == "minilm":
-        return _fetch_minilm()
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-
-
-def _fetch_minilm() -> str:
-    folders = {path.parent for path in data.fetch_all(f"minilm/{member}" for member in MINILM)}
+    if not (entries := _entries(name)):
+        return name
+    folders = {path.parent for path in fetch_all(entries)}
     if len(folders) > 1:
         places = " and ".join(sorted(map(str, folders)))
-        raise data.DataError(f"the files of minilm lie in {places}: put all of {', '.join(MINILM)} into one folder")
+        raise DataError(f"the files of {name} lie in {places}: put all of {', '.join(entries)} into one folder")
     return str(folders.pop())
 
 
-MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings, tokenizers
+def model_digests(name: str) -> dict[str, str]:
+    """sha256 by "name/file" of what a model is read from: the manifest's, or else of the files themselves."""
+    own, folder = _entries(name), _placed(name)
+    if own and not folder:
+        return own
+    folder = folder or model_folder(name)
+    files = sorted({file for pattern in MODEL_FILES for file in folder.glob(pattern)})
+    return {f"{name}/{file.name}": sha256(file) for file in files}
+
+
+def _entries(name: str) -> dict[str, str]:
+    """The manifest's files of a model, with their digests."""
+    return {file: entry.sha256 for file, entry in load_manifest().items() if file.startswith(f"{name}/")}
+
+
+def _placed(name: str) -> Path | None:
+    """A model's folder below COMPRESSIBLE_MODELS, or the folder that the name itself is; the manifest's names go on."""
+    below = os.environ.get("COMPRESSIBLE_MODELS")
+    places = [Path(below).expanduser() / name] if below else []
+    places += [] if _entries(name) else [Path(name).expanduser()]
+    return next((folder for folder in places if folder.is_dir()), None)
 
 
 def read_table(

@@ -13,22 +13,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from compressible.data import manifest as data
+from compressible.data.manifest import DataError, fetch, fetch_first, find, load_manifest, load_sets
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 TYPES = {"user_id": "int64", "item_id": "int64", "rating": "float64", "timestamp": "int64"}
 FOLDS = ("u1", "u2", "u3", "u4", "u5")
 ARCHIVE = "ml-100k.zip"
 MEMBERS = {  # the ratings in GroupLens' archives and what separates columns; "::" is read as two separators
-    ARCHIVE: ("ml-100k/u.data", "\t"), "ml-1m.zip": ("ml-1m/ratings.dat", ":"),
-    "ml-latest-small.zip": ("ml-latest-small/ratings.csv", ","), "ml-25m.zip": ("ml-25m/ratings.csv", ","),
-}  # fmt: skip
+    ARCHIVE: ("ml-100k/u.data", "\t"),
+    "ml-1m.zip": ("ml-1m/ratings.dat", ":"),
+    "ml-latest-small.zip": ("ml-latest-small/ratings.csv", ","),
+    "ml-25m.zip": ("ml-25m/ratings.csv", ","),
+}
 # Local copies, GroupLens, the copy in a package.
 FORMS = ("ratings.csv.gz", "ratings_cold_users.csv.gz", *MEMBERS, "ml-100k.inter")
 
 
 def read_ratings(name: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, Path]:
-    """All ratings in the first form to be had, and its path; data.DataError if there is none."""
+    """All ratings in the first form to be had, and its path; DataError if there is none."""
     path = _fetch(name, manifest)
     return (_read_member(path, *MEMBERS[path.name]) if path.name in MEMBERS else _read_table(path)), path
 
@@ -38,12 +40,12 @@ def reachable(names: Iterable[str], manifest: str | Path | None = None) -> tuple
 
     The digest is the set's or, where the manifest has none, its file's.
     """
-    found, skipped, sets = {}, {}, data.load_sets(manifest)
+    found, skipped, sets = {}, {}, load_sets(manifest)
     for name in names:
         try:
             path = _fetch(name, manifest)
-            found[name] = sets[name].sha256 or data.load_manifest(manifest)[f"{name}/{path.name}"].sha256
-        except data.DataError as error:
+            found[name] = sets[name].sha256 or load_manifest(manifest)[f"{name}/{path.name}"].sha256
+        except DataError as error:
             skipped[name] = " ".join(str(error).split("\nwhat to do")[0].split())
     return found, skipped
 
@@ -58,9 +60,9 @@ def read_fold(name: str, fold: str, manifest: str | Path | None = None) -> tuple
 
 def local_fold(name: str, fold: str, manifest: str | Path | None = None) -> list[Path]:
     """The two files of a fold, or the archive, if they are on this machine already; else []."""
-    known = data.load_manifest(manifest)
+    known = load_manifest(manifest)
     for files in (_pair(name, fold), [f"{name}/{ARCHIVE}"]):
-        found = [data.find(file, manifest) for file in files if file in known]
+        found = [find(file, manifest) for file in files if file in known]
         paths = [path for path in found if path is not None]
         if len(paths) == len(files):
             return paths
@@ -68,8 +70,8 @@ def local_fold(name: str, fold: str, manifest: str | Path | None = None) -> list
 
 
 def _fetch(name: str, manifest: str | Path | None) -> Path:
-    known = data.load_manifest(manifest)
-    return data.fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
+    known = load_manifest(manifest)
+    return fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
 
 
 def _pair(name: str, fold: str) -> list[str]:
@@ -79,9 +81,9 @@ def _pair(name: str, fold: str) -> list[str]:
 def _fetch_archive(name: str, fold: str, manifest: str | Path | None) -> Path:
     archive = f"{name}/{ARCHIVE}"
     try:
-        return data.fetch(archive, manifest)
-    except data.DataError as error:
-        raise data.DataError(
+        return fetch(archive, manifest)
+    except DataError as error:
+        raise DataError(
             f"the official split {fold} needs {archive}, or {' and '.join(_pair(name, fold))} in "
             f"COMPRESSIBLE_DATA; the splits seed0, seed1, ... need neither\n{error}"
         ) from None
@@ -93,7 +95,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     if list(frame.columns) == COLUMNS[:3]:
         frame["timestamp"] = 0
     if list(frame.columns) != COLUMNS:
-        raise data.DataError(f"{path}: columns are {list(frame.columns)}, expected {COLUMNS}")
+        raise DataError(f"{path}: columns are {list(frame.columns)}, expected {COLUMNS}")
     return frame.astype(TYPES)
 
 

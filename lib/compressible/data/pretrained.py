@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from compressible.data import hub
-from compressible.data import manifest as data
-from compressible.data.hub import find_model
+from compressible.data.manifest import DataError
 from compressible.data.tasks import PROTOCOLS, Task, load_task
 from compressible.runtime import checks, devices
 
@@ -214,8 +213,8 @@ def _load(kind: str, name: str, settings: dict) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise data.DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
-    place = find_model(name)
+        raise DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
+    place = hub.find_model(name)
     if kind != "AutoTokenizer":
         settings = settings | {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
     try:
@@ -223,7 +222,7 @@ def _load(kind: str, name: str, settings: dict) -> Any:
         with hub.quiet(), torch.random.fork_rng(devices=[]):
             return _from_pretrained(getattr(transformers, kind), place, settings)
     except (OSError, ValueError, RuntimeError) as error:
-        raise data.DataError(_cannot(name, place, error)) from error
+        raise DataError(_cannot(name, place, error)) from error
 
 
 def _from_pretrained(kind: Any, place: str, settings: dict) -> Any:

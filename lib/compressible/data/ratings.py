@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from compressible.data import manifest as data
 from compressible.data import movielens
+from compressible.data.manifest import DataError, load_sets
 from compressible.data.movielens import COLUMNS, FOLDS
+from compressible.runtime.checks import expect
 
 LOWEST, HIGHEST = 1.0, 5.0  # stars
 
@@ -58,17 +60,17 @@ class Split:
 def load(name: str = "movielens-100k", manifest: str | Path | None = None) -> Ratings:
     """All ratings of a data set, from the first source to be had and checked against the manifest.
 
-    Raises data.DataError if the set is unknown, cannot be had, or is not what the manifest says.
+    Raises DataError if the set is unknown, cannot be had, or is not what the manifest says.
     """
-    sets = data.load_sets(manifest)
+    sets = load_sets(manifest)
     if name not in sets:
-        raise data.DataError(f"unknown data set {name!r}, expected one of {sorted(sets)}")
+        raise DataError(f"unknown data set {name!r}, expected one of {sorted(sets)}")
     table, path = movielens.read_ratings(name, manifest)
     ratings = _ratings(name, table, f"{name}/{path.name}")
     found, wanted = (len(ratings), *ratings.shape, ratings.sha256), sets[name]
     expected = (wanted.rows, wanted.users, wanted.items, wanted.sha256 or ratings.sha256)
     if found != expected:
-        raise data.DataError(f"{path}: (rows, users, items, sha256) are {found}, expected {expected}")
+        raise DataError(f"{path}: (rows, users, items, sha256) are {found}, expected {expected}")
     return ratings
 
 
@@ -79,8 +81,7 @@ def densest(ratings: Ratings, users: int, items: int) -> Ratings:
     Raises ValueError if more is asked for than there is, or less than 1.
     """
     for label, asked, there in (("users", users, ratings.shape[0]), ("items", items, ratings.shape[1])):
-        if not 1 <= asked <= there:
-            raise ValueError(f"densest: {label} is {asked}, expected 1 to {there}")
+        expect(label, asked, 1 <= asked <= there, f"1 to {there}")
     keep_items = _most(ratings.items, ratings.shape[1], items)
     inside = np.isin(ratings.items, keep_items)
     keep_users = _most(ratings.users[inside], ratings.shape[0], users)
@@ -104,7 +105,7 @@ def split(ratings: Ratings, name: str = "auto", manifest: str | Path | None = No
     """An official fold (u1 to u5), a seeded 80/20 split (seed0, seed1, ...), or auto (see resolve_split).
 
     Official folds go by original ids and so also split a densest() subset. Raises ValueError for an unknown
-    name, data.DataError if the files of a fold cannot be had.
+    name, DataError if the files of a fold cannot be had.
     """
     name = resolve_split(name, manifest)
     if name.startswith("seed"):
@@ -117,18 +118,14 @@ def split(ratings: Ratings, name: str = "auto", manifest: str | Path | None = No
 def validation_slice(parts: Split, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(fit, validation) indices: a seeded slice of the training ratings; ValueError if a part is empty."""
     count = round(fraction * len(parts.train)) if 0 < fraction < 1 else 0
-    if not 0 < count < len(parts.train):
-        raise ValueError(f"fraction is {fraction}, expected one that leaves both parts of {len(parts.train)} filled")
+    expect("fraction", fraction, 0 < count < len(parts.train), f"one that fills both parts of {len(parts.train)}")
     order = parts.train[_shuffled(len(parts.train), seed)]
     return np.sort(order[count:]), np.sort(order[:count])
 
 
 def to_matrix(
-    ratings: Ratings,
-    index: np.ndarray,
-    dtype: torch.dtype = torch.float64,
-    offsets: Offsets | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    ratings: Ratings, index: np.ndarray, dtype: torch.dtype = torch.float64, offsets: Offsets | None = None
+) -> tuple[Tensor, Tensor]:
     """(target, mask), both (m, n): the indexed ratings, less `offsets` if given, and 1 there; else 0."""
     index = _checked(ratings, index)
     users, items = ratings.users[index], ratings.items[index]
@@ -168,13 +165,10 @@ def center(
     A bias is the mean of its residuals, shrunk as if `shrinkage` (users, items) further residuals were 0;
     users and items take turns for `sweeps` rounds. Raises ValueError for another `by`, a negative shrinkage.
     """
-    if by not in ("none", "global", "user_item"):
-        raise ValueError(f"center: by is {by!r}, expected none, global or user_item")
-    if min(shrinkage) < 0:
-        raise ValueError(f"center: shrinkage is {shrinkage}, expected two numbers >= 0")
+    expect("by", by, by in ("none", "global", "user_item"), "none, global or user_item")
+    expect("shrinkage", shrinkage, min(shrinkage) >= 0, "two numbers >= 0")
     index = _checked(ratings, fit_index)
-    if len(index) == 0 and by != "none":
-        raise ValueError("center: fit_index is empty, expected at least one rating")
+    expect("fit_index", index, len(index) > 0 or by == "none", "at least one rating")
     overall = 0.0 if by == "none" else float(ratings.ratings[index].mean())
     user, item = np.zeros(ratings.shape[0]), np.zeros(ratings.shape[1])
     users, items, rest = ratings.users[index], ratings.items[index], ratings.ratings[index] - overall
@@ -185,10 +179,7 @@ def center(
 
 
 def rmse(
-    predicted: np.ndarray,
-    actual: np.ndarray,
-    users: np.ndarray | None = None,
-    clip: tuple[float, float] | None = None,
+    predicted: np.ndarray, actual: np.ndarray, users: np.ndarray | None = None, clip: tuple[float, float] | None = None
 ) -> dict[str, float]:
     """Errors of N predictions in stars: rmse, mae and, given N users, user_rmse (mean of the users' RMSEs).
 
@@ -206,13 +197,13 @@ def rmse(
     return result
 
 
-def rating_metrics(prediction: np.ndarray | torch.Tensor, ratings: Ratings, index: np.ndarray) -> dict[str, float]:
+def rating_metrics(prediction: np.ndarray | Tensor, ratings: Ratings, index: np.ndarray) -> dict[str, float]:
     """Errors of a prediction matrix (m, n), or of the k indexed values of it, with and without clipping to 1..5.
 
     Keys: rmse, rmse_clipped, user_rmse, user_rmse_clipped and, both unclipped, mae and half_mse (half the
     mean squared error). Raises ValueError if the shape is neither (m, n) nor (k,).
     """
-    matrix = prediction.detach().cpu().numpy() if isinstance(prediction, torch.Tensor) else np.asarray(prediction)
+    matrix = prediction.detach().cpu().numpy() if isinstance(prediction, Tensor) else np.asarray(prediction)
     index = _checked(ratings, index)
     if matrix.shape not in (ratings.shape, index.shape):
         raise ValueError(f"prediction has shape {matrix.shape}, expected {ratings.shape} or {index.shape}")
@@ -268,7 +259,7 @@ def _official(ratings: Ratings, fold: str, manifest: str | Path | None) -> Split
     tables = movielens.read_fold(ratings.name, fold, manifest)
     train, test = (np.flatnonzero(np.isin(own, _keys(table))) for table in tables)
     if len(train) + len(test) != len(ratings) or np.intersect1d(train, test).size:
-        raise data.DataError(f"{fold}: {len(train)} + {len(test)} ratings are not a split of {len(ratings)}")
+        raise DataError(f"{fold}: {len(train)} + {len(test)} ratings are not a split of {len(ratings)}")
     return Split(fold, train, test)
 
 

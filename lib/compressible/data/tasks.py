@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compressible.data import metrics
-from compressible.data.text import SETS, SOURCES, SPLITS, Rows, read_rows
+from compressible.data.text import SETS, SPLITS, Rows, read_rows
 from compressible.runtime import checks
 
 PROTOCOLS = ("clean", "authors")
@@ -200,14 +200,14 @@ def load_task(
     Reference:
         The tasks of P1's Table 1 (GLUE), Table 2 (E2E) and Figure 7 (STS-B).
     """
-    for kind, value, names in (("task", name, SETS), ("protocol", protocol, PROTOCOLS), ("source", source, SOURCES)):
-        if value not in names:
-            raise ValueError(checks.unknown(kind, value, names))
+    if protocol not in PROTOCOLS:
+        raise ValueError(checks.unknown("protocol", protocol, PROTOCOLS))
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{type(tokenizer).__name__} has no padding token, expected one: set tokenizer.pad_token")
     if not isinstance(max_length, int) or max_length < 3:
         raise ValueError(f"max_length is {max_length!r}, expected an integer >= 3")
-    known, (rows, held) = SETS[name], [read_rows(name, split, source, manifest) for split in SPLITS]
+    rows, held = (read_rows(name, split, source, manifest) for split in SPLITS)
+    known = SETS[name]
     train, validation = (examples(part, known.kind, tokenizer, protocol, max_length) for part in (rows, held))
     dropped = len(rows.labels) - len(train), len(held.labels) - len(validation)
     sources = rows.source, held.source

@@ -7,7 +7,6 @@ text to write. Local files have the sha256 of manifest.toml; the hub's must have
 from __future__ import annotations
 
 import functools
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from compressible.data import hub
-from compressible.data import manifest as data
+from compressible.data.manifest import DataError, fetch, find, load_manifest, sha256
 from compressible.runtime import checks
 
 SPLITS = ("train", "validation")
@@ -93,7 +92,7 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
     """Rows of one split ("train" or "validation") of a task of SETS, in the order of the files.
 
     `source`: "local" (COMPRESSIBLE_DATA, the cache and manifest.toml's own sources), "hub", or "auto", which is
-    local first. Raises data.DataError if they cannot be had, ValueError for an unknown name, split or
+    local first. Raises DataError if they cannot be had, ValueError for an unknown name, split or
     source.
     """
     for kind, value, known in (("task", name, SETS), ("split", split, SPLITS), ("source", source, SOURCES)):
@@ -102,59 +101,46 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
     task = SETS[name]
     if not task.repository:
         if source == "hub":
-            raise data.DataError(f"{name} is not on the hub: take source 'local' or 'auto'")
+            raise DataError(f"{name} is not on the hub: take source 'local' or 'auto'")
         return _read_rated(task.folder, split, manifest)
     if source == "hub":
         return _read_hub(task, split)
     try:
         return _read_local(task, split, manifest)
-    except data.DataError as local:
+    except DataError as local:
         if source == "local":
             raise
         try:
             return _read_hub(task, split)
-        except data.DataError as error:
-            raise data.DataError(f"{error}\n{local}") from None
+        except DataError as error:
+            raise DataError(f"{error}\n{local}") from None
 
 
 def data_digests(*names: str) -> dict[str, str]:
     """sha256 by "name/file" of all that tasks of SETS and models are read from, to give to a run as its data.
 
     A file of manifest.toml has its digest from there; those of other models and of the hub's data sets are read,
-    fetched where they are not yet in the hub's cache. Raises data.DataError if they cannot be had.
+    fetched where they are not yet in the hub's cache. Raises DataError if they cannot be had.
     """
     found: dict[str, str] = {}
     for name in names:
-        found |= _digests_of_task(SETS[name]) if name in SETS else _digests_of_model(name)
+        found |= _digests_of_task(SETS[name]) if name in SETS else hub.model_digests(name)
     return found
 
 
 def _digests_of_task(task: TextSet) -> dict[str, str]:
-    manifest = data.load_manifest()
+    manifest = load_manifest()
     if not task.repository:
         return {RATED: manifest[RATED].sha256}
     found = {}
     for split in SPLITS:
         file, part = _local_file(task, split), _part(task, split)
-        if file in manifest and (manifest[file].sources or data.find(file)):
+        if file in manifest and (manifest[file].sources or find(file)):
             found[file] = manifest[file].sha256
         else:
             kept = hub.table_files(task.repository, task.config, part, task.revision)
-            found |= {f"{task.repository}/{task.config}/{part}/{path.name}": data.sha256(path) for path in kept}
+            found |= {f"{task.repository}/{task.config}/{part}/{path.name}": sha256(path) for path in kept}
     return found
-
-
-def _digests_of_model(name: str) -> dict[str, str]:
-    from compressible.data.hub import find_model
-
-    own = {file: entry.sha256 for file, entry in data.load_manifest().items() if file.startswith(f"{name}/")}
-    below = os.environ.get("COMPRESSIBLE_MODELS")
-    if own and not (below and (Path(below).expanduser() / name).is_dir()):
-        return own
-    place = Path(find_model(name))
-    folder = place if place.is_dir() else hub.model_folder(name)
-    files = sorted({file for pattern in hub.MODEL_FILES for file in folder.glob(pattern)})
-    return {f"{name}/{file.name}": data.sha256(file) for file in files}
 
 
 def _local_file(task: TextSet, split: str) -> str:
@@ -168,7 +154,7 @@ def _part(task: TextSet, split: str) -> str:
 def _read_local(task: TextSet, split: str, manifest: str | Path | None) -> Rows:
     file = _local_file(task, split)
     # Texts such as "NA" and "null" are texts.
-    frame = pd.read_csv(data.fetch(file, manifest), keep_default_na=False, dtype=dict.fromkeys(task.texts, str))
+    frame = pd.read_csv(fetch(file, manifest), keep_default_na=False, dtype=dict.fromkeys(task.texts, str))
     return _rows(frame, task, file)
 
 
@@ -179,7 +165,7 @@ def _read_hub(task: TextSet, split: str) -> Rows:
     frame = hub.read_table(task.repository, task.config, part, [*columns.values()], task.revision)
     expected = task.sizes[SPLITS.index(split)]
     if expected and len(frame) != expected:
-        raise data.DataError(f"{task.repository} ({task.config}, {part}) has {len(frame)} rows, expected {expected}")
+        raise DataError(f"{task.repository} ({task.config}, {part}) has {len(frame)} rows, expected {expected}")
     frame = frame.set_axis([*columns], axis=1)
     return _rows(frame, task, f"hub:{task.repository}/{task.config}/{part}")
 
@@ -191,7 +177,7 @@ def _rows(frame: pd.DataFrame, task: TextSet, source: str) -> Rows:
 
 def _read_rated(stem: str, split: str, manifest: str | Path | None) -> Rows:
     """The seeded split of rated sentences: whole reviews and articles are held out, and no text is on both sides."""
-    archive = data.fetch(RATED, manifest)
+    archive = fetch(RATED, manifest)
     groups, ratings, texts = _parse_rated(archive, stem)
     names, group = np.unique(groups, return_inverse=True)
     # The raw stream of a bit generator never changes; Generator.permutation may, between versions of numpy.
