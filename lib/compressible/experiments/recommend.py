@@ -26,7 +26,7 @@ from compressible.recovery.problems import MatrixCompletion
 from compressible.recovery.sparse import Entries, SparseCompletion
 from compressible.recovery.synthetic import sparse_low_rank
 from compressible.recovery.theory.invariants import stability_limit
-from compressible.runtime.devices import _now, resolve_device
+from compressible.runtime.devices import clock, resolve_device
 
 Completion = SparseCompletion | MatrixCompletion
 
@@ -261,8 +261,8 @@ class _Start:
 
 
 def _begin(problem: Completion, width: int, depth: int, start: str, limit: float | None) -> _Start:
-    clock = torch.empty(0, device=problem.device)
-    began = _now(clock)
+    like = torch.empty(0, device=problem.device)
+    began = clock(like)
     if start == "spectral":
         factors = compress_spectral(problem, width, depth, 1.0)
     elif start == "orthogonal":
@@ -270,7 +270,7 @@ def _begin(problem: Completion, width: int, depth: int, start: str, limit: float
         factors = orthogonal_factors(problem.shape, depth, width, 1.0, generator, device=problem.device)
     else:
         raise ValueError(f'start is {start!r}, expected "spectral" or "orthogonal"')
-    seconds = _now(clock) - began
+    seconds = clock(like) - began
     return _Start(factors, seconds, float(stability_limit(problem, depth)) if limit is None else limit)
 
 

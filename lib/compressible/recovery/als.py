@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.sparse import SparseCompletion, truncated_svd
-from compressible.runtime.devices import _now
+from compressible.runtime.devices import clock
 
 BATCH = 2**14  # rows solved at a time: batched solvers on CUDA have limits of 2^15 and 2^16
 
@@ -51,19 +51,19 @@ def alternate(
     min(m, n), a negative ridge (0 with biases), sweeps < 1 or another start.
     """
     _check(problem, rank, ridge, sweeps, start, biases)
-    began, wanted = _now(problem.seen.rows.values), set(snapshots)
+    began, wanted = clock(problem.seen.rows.values), set(snapshots)
     ones = torch.ones_like(problem.seen.rows.values)
     patterns = problem.seen.matrix(ones), problem.seen.matrix(ones, transposed=True)
     right = _start(problem, rank, start, generator, biases)
     left = torch.zeros(problem.shape[0], right.shape[1], dtype=problem.dtype, device=problem.device)
     penalty = torch.tensor([ridge] * rank + [bias_ridge] * biases, dtype=problem.dtype, device=problem.device)
-    seconds, records, kept = [_now(right) - began], [problem.evaluate_factors([right.mT, left])], {}
+    seconds, records, kept = [clock(right) - began], [problem.evaluate_factors([right.mT, left])], {}
     for sweep in range(sweeps + 1):
         if sweep:
-            began = _now(right)
+            began = clock(right)
             left = _half(problem, patterns[0], right, penalty, rank, transposed=False)
             right = _half(problem, patterns[1], left, penalty, rank, transposed=True)
-            seconds.append(seconds[-1] + _now(right) - began)
+            seconds.append(seconds[-1] + clock(right) - began)
             records.append(problem.evaluate_factors([right.mT, left]))
         if sweep in wanted:
             kept[sweep] = [right.mT, left]

@@ -12,7 +12,7 @@ from compressible.descent.engines.choose import choose
 from compressible.recovery.factors import orthogonal_factors
 from compressible.recovery.sparse import SparseCompletion
 from compressible.recovery.synthetic import sparse_low_rank
-from compressible.runtime.devices import _now, peak_inside, resolve_device
+from compressible.runtime.devices import clock, peak_inside, resolve_device
 
 
 def step_seconds(
@@ -25,9 +25,9 @@ def step_seconds(
         engine.prepare(steps)
         engine.advance(steps)
         for _ in range(trials):
-            began = _now(factors[0])
+            began = clock(factors[0])
             engine.advance(steps)
-            seconds.append((_now(factors[0]) - began) / steps)
+            seconds.append((clock(factors[0]) - began) / steps)
     return np.array(seconds)
 
 
