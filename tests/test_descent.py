@@ -212,7 +212,7 @@ def test_divergence_in_a_stack_leaves_the_neighbours_alone(engine):
         ({"outer_ratio": -1.0}, "outer_ratio is -1.0"),
         ({"weight_decay": math.inf}, "weight_decay is inf"),
         ({"tolerance": -1e-9}, "tolerance is -1e-09"),
-        ({"snapshots": [11]}, r"snapshots are \[11\]"),
+        ({"snapshots": [11]}, r"snapshots is \[11\]"),
         ({"engine": "fast"}, "engine is 'fast'"),
         ({"step_size": torch.tensor([1.0, -1.0])}, "step_size is tensor"),
     ],

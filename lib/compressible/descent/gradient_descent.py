@@ -17,6 +17,7 @@ from compressible.descent.history import DivergenceError, History
 from compressible.descent.solver import Solver
 from compressible.recovery.factors import check_factors
 from compressible.recovery.problems import Problem
+from compressible.runtime.checks import expect
 from compressible.runtime.progress import progress
 
 __all__ = ["DivergenceError", "History", "descend"]
@@ -62,8 +63,8 @@ def descend(
         >>> import torch, compressible as cd
         >>> generator = torch.Generator().manual_seed(0)
         >>> problem = cd.MatrixFactorization(cd.low_rank_target((20, 20), rank=2, generator=generator))
-        >>> small = cd.compress_spectral(problem, width=4, scale=0.1)
-        >>> history = cd.descend(problem, small, step_size=10.0, steps=2000, outer_ratio=2.0, tolerance=1e-12)
+        >>> small = cd.compress_spectral(problem, width=2, scale=0.1)
+        >>> history = cd.descend(problem, small, step_size=2.0, steps=2000, outer_ratio=2.0, tolerance=1e-12)
         >>> bool(history.final("error") < 1e-12), bool(history.stopped < 2000)
         (True, True)
 
@@ -71,15 +72,17 @@ def descend(
         P1, Theorem 2.1 (gradient descent with weight decay) and P1's gamma; P2's alpha.
     """
     began = time.perf_counter()
-    _check_start(problem, factors)
+    check_factors(factors, problem.shape)
+    kinds = [(x.dtype, x.device) for x in (factors[0], problem)]
+    expect("factors' kind", kinds[0], kinds[0] == kinds[1], f"the problem's {kinds[1]}")
     _check_number("step_size", step_size, exclusive=True)
     for name, value in (("outer_ratio", outer_ratio), ("weight_decay", weight_decay), ("tolerance", tolerance)):
         _check_number(name, value)
     _check_count("steps", steps, 0)
     _check_count("record_every", record_every, 1)
     wanted = {int(iteration) for iteration in snapshots}
-    if any(not 0 <= iteration <= steps for iteration in wanted):
-        raise ValueError(f"snapshots are {sorted(wanted)}, expected iterations from 0 to steps = {steps}")
+    inside = all(0 <= mark <= steps for mark in wanted)
+    expect("snapshots", sorted(wanted), inside, f"iterations from 0 to steps = {steps}")
     solver = Solver(problem, factors, step_size, outer_ratio, weight_decay, engine)
     solver.start(record_every, time.perf_counter() - began)
     records = sorted({*range(0, steps + 1, record_every), steps})
@@ -94,19 +97,12 @@ def descend(
     return solver.finish()
 
 
-def _check_start(problem: Problem, factors: Sequence[Tensor]) -> None:
-    check_factors(factors, problem.shape)
-    kind = (factors[0].dtype, factors[0].device)
-    if kind != (problem.dtype, problem.device):
-        raise ValueError(f"factors are {kind}, expected the problem's {(problem.dtype, problem.device)}")
-
-
 def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected an integer >= {least}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    expect(name, value, whole and value >= least, f"an integer >= {least}")
 
 
 def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:
     tensor = torch.as_tensor(value, dtype=torch.float64)
-    if not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()) or (exclusive and bool((tensor == 0).any())):
-        raise ValueError(f"{name} is {value}, expected finite {'> 0' if exclusive else '>= 0'}")
+    inside = torch.isfinite(tensor) & (tensor > 0 if exclusive else tensor >= 0)
+    expect(name, value, bool(inside.all()), f"finite {'> 0' if exclusive else '>= 0'}")

@@ -15,7 +15,7 @@ import torch
 
 from compressible.descent.gradient_descent import DivergenceError, History, descend
 from compressible.recovery.factors import Factors, stack_factors
-from compressible.recovery.problems import DenseProblem, stack_problems
+from compressible.recovery.problems import DenseProblem, Problem, stack_problems
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
 Build = Callable[[torch.Generator], tuple[DenseProblem, Mapping[str, Start]]]
@@ -110,7 +110,7 @@ def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     return np.nanmax(lower[:, :common] / upper[:, :common], -1)
 
 
-def factors_at(problem: DenseProblem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
+def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
     """Yield the factors of one start at the iterations `marks`, each as the descent gets there, and keep none of them.
 
     `descend`'s snapshots hold all of them at once: gigabytes, where the factors are of full width. `options` go to
@@ -128,7 +128,7 @@ def factors_at(problem: DenseProblem, start: Start, marks: Sequence[int], **opti
 
 
 def descend_to_divergence(
-    problem: DenseProblem, factors: Factors, step_size: float | torch.Tensor, **options: Any
+    problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any
 ) -> History:
     """Descend, and where a loss stops being finite return the history up to there."""
     try:

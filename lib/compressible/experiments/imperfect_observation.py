@@ -19,7 +19,7 @@ from compressible.descent.history import History
 from compressible.experiments.compare import Start, stacking_gain
 from compressible.experiments.naming import prefixed
 from compressible.recovery.factors import Factors
-from compressible.recovery.problems import MatrixCompletion, Problem
+from compressible.recovery.problems import DenseProblem, MatrixCompletion
 from compressible.recovery.spectra import leading_angle
 from compressible.recovery.synthetic import inclusion_probability, random_mask
 
@@ -145,7 +145,7 @@ def _outcome(history: History) -> dict[str, np.ndarray]:
 
 def _one(
     problem: MatrixCompletion, starts: Mapping[str, Factors], generator: torch.Generator
-) -> tuple[Problem, dict[str, Start]]:
+) -> tuple[DenseProblem, dict[str, Start]]:
     """The problem and its starts at one place of a stack, which the generator's seed counts."""
     index, shape = divmod(generator.initial_seed(), problem.batch_shape[1]), (*problem.batch_shape, -1, -1)
     single = MatrixCompletion(problem.target[index], problem.mask[index])

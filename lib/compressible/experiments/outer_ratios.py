@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from compressible.experiments.compare import Build, Start, compare_starts, first_below
-from compressible.recovery.problems import MatrixCompletion, MatrixFactorization, Problem
+from compressible.recovery.problems import DenseProblem, MatrixCompletion, MatrixFactorization
 from compressible.recovery.theory.invariants import outer_ratio_limit
 
 
@@ -74,7 +74,7 @@ def pace(build: Build, seed: int, record_every: int, steps: int = 1000, repeats:
     The best of as many runs of `steps` iterations as there are `repeats`.
     """
 
-    def pair(generator: torch.Generator) -> tuple[Problem, Mapping[str, Start]]:
+    def pair(generator: torch.Generator) -> tuple[DenseProblem, Mapping[str, Start]]:
         problem, starts = build(generator)
         return problem, dict(list(starts.items())[:2])
 

@@ -22,25 +22,23 @@ class Problem(Protocol):
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the training loss and the recovery error, each (...), of [W_1, ..., W_L]."""
+        raise NotImplementedError
 
     def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
         """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors, in closed form."""
+        raise NotImplementedError
 
     def surrogate(self) -> Tensor:
         """Return the (..., m, n) matrix whose leading singular vectors start a compressed network (P2)."""
+        raise NotImplementedError
 
 
-class DenseProblem:
+class DenseProblem(Problem):
     """A `Problem` whose loss is a function of X = W_L ... W_1 (m, n); problems stack along leading dimensions.
 
     A subclass needs what it is asked for: `gradient` for the steps, `evaluate` for the records, `surrogate` for P2's
     start, `select` and `stacked` to be part of a stack.
     """
-
-    shape: tuple[int, int]
-    batch_shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
     def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:
         """Return dLoss/dX (..., m, n) at X = `product` (..., m, n)."""
@@ -48,10 +46,6 @@ class DenseProblem:
 
     def evaluate(self, product: Tensor) -> tuple[Tensor, Tensor]:
         """Return the training loss and the recovery error, each (...), at X = `product` (..., m, n)."""
-        raise NotImplementedError
-
-    def surrogate(self) -> Tensor:
-        """Return the (..., m, n) matrix whose leading singular vectors start a compressed network (P2)."""
         raise NotImplementedError
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> DenseProblem:
@@ -71,11 +65,9 @@ class DenseProblem:
         return lambda: torch.stack(self.evaluate(product), -1)
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the training loss and the recovery error, each (...), of [W_1, ..., W_L]."""
         return self.evaluate(product(factors))
 
     def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Return [dLoss/dW_1, ..., dLoss/dW_L], shaped as the factors, in closed form."""
         prefixes = [factors[0]]
         for factor in factors[1:]:
             prefixes.append(factor @ prefixes[-1])

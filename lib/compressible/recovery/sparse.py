@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.factors import product
+from compressible.recovery.problem_base import Problem
 
 CHUNK = 2**20  # entries whose gathered factors are alive at a time in plain PyTorch
 
@@ -35,10 +36,6 @@ class Side:
         counts = self.pointers.diff().long()
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
-    def to(self, device: torch.device | str) -> Side:
-        """The same on another device."""
-        return Side(self.pointers.to(device), self.indices.to(device), self.values.to(device))
-
 
 @dataclass
 class Entries:
@@ -48,10 +45,6 @@ class Entries:
     rows: Side
     columns: Side
     order: Tensor
-
-    def to(self, device: torch.device | str) -> Entries:
-        """The same on another device."""
-        return Entries(self.shape, self.rows.to(device), self.columns.to(device), self.order.to(device))
 
     def __len__(self) -> int:
         return self.rows.values.numel()
@@ -73,10 +66,10 @@ class Entries:
             return torch.sparse_csr_tensor(side.pointers, side.indices, values, shape, check_invariants=False)
 
 
-class SparseCompletion:
+class SparseCompletion(Problem):
     """Recover an (m, n) matrix from sparse observed entries: loss 1/2 mean over them of (X_ij - t_ij)^2.
 
-    It keeps the `Problem` protocol; having no (m, n) array it has no `gradient` in X, and it does not stack.
+    There is no (m, n) array, so no gradient in X, and it does not stack.
 
     Args:
         observed: torch sparse COO or CSR tensor or anything scipy.sparse knows, (m, n); stored zeros count as observed.
@@ -117,7 +110,6 @@ class SparseCompletion:
         self.dtype, self.device = self.seen.rows.values.dtype, self.seen.rows.values.device
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the training loss and the recovery error () of [W_1 (k, n), ..., W_L (m, k)]."""
         right = product(factors[:-1])
         means = [
             torch.tensor(torch.nan, dtype=self.dtype, device=self.device)
@@ -128,7 +120,6 @@ class SparseCompletion:
         return means[0], means[1]
 
     def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
-        """Return [dLoss/dW_1, ..., dLoss/dW_L]: the residual at the entries, two products with sparse CSR tensors."""
         prefixes, last = [factors[0]], factors[-1]
         for factor in factors[1:-1]:
             prefixes.append(factor @ prefixes[-1])

@@ -1,4 +1,7 @@
-"""Sparse completion on the CPU: lines compiled by numba and spread over the cores."""
+"""Sparse completion on the CPU: lines compiled by numba and spread over the cores.
+
+`_pass` is one long function: its row of numbers stays in registers.
+"""
 
 from __future__ import annotations
 

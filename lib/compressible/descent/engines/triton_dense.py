@@ -94,7 +94,8 @@ class TritonTiled(_PackedEngine, CapturedEngine):
         _PackedEngine.__init__(self, problem, factors, rates, decay)
         self.device = problem.device
         (m, n, k), size, zeros = self.sizes, self.size, self.first.new_zeros
-        self.blocks = self._blocks()
+        few = -(-m // 64) * -(-n // 64) * size < 128  # large tiles would leave multiprocessors idle
+        self.blocks = {"BM": 32 if few else 64, "BN": 32 if few else 64, "num_warps": 4}
         self.grid = (-(-m // self.blocks["BM"]), -(-n // self.blocks["BN"]), size)
         self.settled = torch.empty_like(self.inner)
         self.inner_parts = zeros(size, self.depth - 2, self.grid[1], k, k)
@@ -137,12 +138,6 @@ class TritonTiled(_PackedEngine, CapturedEngine):
             self.advance(length)
             self._record().replay()
         return self.curves[: len(lengths)].cpu(), self.taken.cpu().long()
-
-    def _blocks(self) -> dict[str, int]:
-        """Small tiles where large ones would leave multiprocessors idle."""
-        m, n, _ = self.sizes
-        few = -(-m // 64) * -(-n // 64) * self.size < 128
-        return {"BM": 32, "BN": 32, "num_warps": 4} if few else {"BM": 64, "BN": 64, "num_warps": 4}
 
     def _record(self) -> torch.cuda.CUDAGraph:
         return self._graph("record", 0, self._take_record)

@@ -5,6 +5,7 @@ Shapes: S problems, W_1 (k, n), inner W_l (k, k), W_L (m, k); tiles of BM x BN e
 is folded into the rates. X = W_L ... W_1 and the residual exist only tile by tile, never in memory.
 `stretch` runs whole stretches of descent, one program a problem. `residual_tiles` and `update_tiles` are one step
 spread over the chip: partial products are summed by the next kernel, in a fixed order, so that runs repeat.
+A kernel is one long function: what lives in registers cannot be handed to another without going through memory.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.recovery.compression import invariant_directions, orthogonal_scale
 from compressible.recovery.problem_base import Problem
 from compressible.recovery.sparse import truncated_svd
 
@@ -32,39 +31,6 @@ def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: flo
         kept = [1 - step_size * weight_decay - step_size * other for other in others]
         values.append([value * factor for value, factor in zip(values[-1], kept, strict=True)])
     return torch.tensor(values, dtype=torch.float64)
-
-
-def block_bases(factors: Sequence[Tensor], target: Tensor, rank: int) -> list[Tensor]:
-    """Return V^(1), ..., V^(L+1), each (d, d) orthogonal, whose last d - 2r columns never move (P1, Theorem 2.1).
-
-    G = (W_L...W_2)^T Phi at the start; the last d - 2r columns of V^(1) span null(G) and null(G^T W_1) together, and
-    V^(l+1) = W_l V^(l) / eps_l. Square problems only; raises ValueError if 2 rank >= d or the start is not orthogonal.
-    """
-    size = target.shape[-1]
-    if target.shape[-2] != size or 2 * rank >= size:
-        raise ValueError(f"target is {tuple(target.shape)} and rank {rank}, expected square (d, d) with 2 rank < d")
-    rest = target
-    for factor in reversed(factors[1:]):
-        rest = factor.mT @ rest
-    moving = invariant_directions(rest, factors[0] / orthogonal_scale(factors[0], "W_1"), rank)
-    bases = [_complete(moving)]
-    for layer, factor in enumerate(factors, 1):
-        bases.append(factor @ bases[-1] / orthogonal_scale(factor, f"W_{layer}"))
-    return bases
-
-
-def block_error(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor, rank: int) -> float:
-    """Return the largest deviation of W_l(t), in the bases of `block_bases`, from blkdiag(anything, rho_l I).
-
-    factors [W_1, ..., W_L] at iteration t; rhos (L,) at the same iteration; `rank` is r.
-    """
-    worst = 0.0
-    for layer, factor in enumerate(factors):
-        blocks = bases[layer + 1].mT @ factor @ bases[layer]
-        blocks[: 2 * rank, : 2 * rank] = 0
-        blocks[2 * rank :, 2 * rank :].diagonal().sub_(rhos[layer].item())
-        worst = max(worst, blocks.abs().max().item())
-    return worst
 
 
 def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
@@ -123,9 +89,3 @@ def aligned_values(values: Tensor, depth: int, scale: float, step_size: float, s
     for t in range(steps):
         path[t + 1] = path[t] + step_size * path[t] ** (depth - 1) * (values - path[t] ** depth)
     return path**depth
-
-
-def _complete(columns: Tensor) -> Tensor:
-    """Extend orthonormal columns (d, k) to an orthogonal (d, d) matrix that begins with them."""
-    full = torch.linalg.qr(columns, mode="complete").Q
-    return torch.cat([columns, full[:, columns.shape[-1] :]], -1)
