@@ -17,8 +17,7 @@ import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
 from compressible.__main__ import main
-from compressible.companion import batch, library
-from compressible.companion import notebooks as catalogue
+from compressible.companion import batch, library, notebooks
 from compressible.companion.code_digest import notebook_digest
 from compressible.companion.parameters import ParameterError
 
@@ -37,9 +36,9 @@ def record(label: str = "quick", id: str = ID) -> dict:
 def test_values_come_from_preset_then_files_then_command_line(add_notebook, checkout):
     add_notebook("01_good")
     Path("mine.yaml").write_text("step_size: 2e-2\nrank: 7\n")
-    values = catalogue.plan(ID, "paper", ["mine.yaml"], {"rank": "3"})
+    values = notebooks.plan(ID, "paper", ["mine.yaml"], {"rank": "3"})
     assert values == {"rank": 3, "step_size": 0.02, "preset": "paper"}
-    assert catalogue.plan(ID, "paper") == {"rank": 5, "step_size": 0.001, "preset": "paper"}
+    assert notebooks.plan(ID, "paper") == {"rank": 5, "step_size": 0.001, "preset": "paper"}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_values_come_from_preset_then_files_then_command_line(add_notebook, chec
     ],
 )
 def test_command_line_values_are_typed(text, default, value):
-    parsed = catalogue.parse(text, default)
+    parsed = notebooks.parse(text, default)
     assert parsed == value and type(parsed) is type(value)
 
 
@@ -82,24 +81,35 @@ def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_no
 
 def test_unknown_notebook_is_refused_with_the_closest(add_notebook):
     add_notebook("01_good")
-    with pytest.raises(catalogue.BatchError, match="the closest is 'kwon2024/01_good'"):
-        catalogue.plan("kwon2024/01_goood")
+    with pytest.raises(notebooks.BatchError, match="the closest is 'kwon2024/01_good'"):
+        notebooks.plan("kwon2024/01_goood")
 
 
 def test_impossible_values_of_defaults_and_overrides_together_are_refused(add_notebook):
     add_notebook("01_good", parameters='preset: str = "quick"\nrank: int = 2\ndimension: int = 10\n')
     with pytest.raises(ParameterError, match=r"rank.*20"):
-        catalogue.plan(ID, overrides={"rank": "20"})
+        notebooks.plan(ID, overrides={"rank": "20"})
 
 
 @pytest.mark.parametrize(
-    "entry", ["{minutes: soon}", "{minutes: 1, gpus: 2}", "{minutes: 1, gpu: 2}", "{minutes: 1, needs: 2}", "3"]
+    ("entry", "told"),
+    [
+        ("{minutes: soon}", "minutes: got 'soon', expected a valid number"),
+        ("{minutes: 0}", "minutes: got 0, expected greater than 0"),
+        ("{minutes: true}", "minutes: got True, expected a valid number"),
+        ("{gpu: true}", "missing 'minutes'"),
+        ("{minutes: 1, gpus: 2}", "unknown key 'gpus'"),
+        ("{minutes: 1, gpu: 2}", "gpu: got 2, expected a valid boolean"),
+        ("{minutes: 1, parameters: 2}", "parameters: got 2, expected a valid dictionary"),
+        ("{minutes: 1, needs: 2}", "needs: got 2, expected a valid string"),
+        ("3", "expected a dictionary"),
+    ],
 )
-def test_malformed_preset_is_refused(entry, add_notebook):
+def test_malformed_preset_is_refused(entry, told, add_notebook):
     add_notebook("01_good")
     Path("notebooks/kwon2024/presets.yaml").write_text(f"01_good: {{quick: {entry}}}\n")
-    with pytest.raises(catalogue.BatchError, match="01_good, quick"):
-        catalogue.presets(ID)
+    with pytest.raises(notebooks.BatchError, match=f"01_good, quick in presets.yaml: {told}"):
+        notebooks.presets(ID)
 
 
 def test_a_failed_run_tells_what_its_preset_needs(add_notebook, capsys):
@@ -116,12 +126,12 @@ def test_a_failed_run_tells_what_its_preset_needs(add_notebook, capsys):
 
 def test_run_publishes_figure_record_and_executed_notebook(add_notebook, capsys):
     add_notebook("01_good", SAVE.format(id=ID), TRANSPORT)
-    assert main(["run", ID, "--check"]) == 0 and catalogue.state(ID, "quick") == "missing"
+    assert main(["run", ID, "--check"]) == 0 and notebooks.state(ID, "quick") == "missing"
     assert main(["run", ID, "-p", "step_size", "5", "--gpus", "0"]) == 0
     assert record() == {"rank": 2, "step_size": 5.0, "ranks": [1, 2], "gpus": ""}
     executed = nbformat.read("figures/quick/executed/kwon2024/01_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "ipc\n"
-    assert catalogue.state(ID, "quick") == "unknown"  # this notebook writes its record itself, without digests
+    assert notebooks.state(ID, "quick") == "unknown"  # this notebook writes its record itself, without digests
     assert not list(Path("figures/quick").glob(".staging*"))
     assert main(["run", ID, "--preset", "paper", "--label", "mine"]) == 0
     assert record("mine")["rank"] == 5
@@ -134,7 +144,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
     later = file.stat().st_mtime + 5
     os.utime(f"notebooks/{ID}.ipynb", (later, later))
     known = {"rank": 2, "step_size": 0.1, "ranks": [1, 2]}
-    code = {"notebook": notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": catalogue.LIBRARY}
+    code = {"notebook": notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": notebooks.LIBRARY}
     for record, expected in (
         ({}, "unknown"),
         ({"parameters": known}, "unknown"),
@@ -147,7 +157,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         (code | {"library": "another"}, "stale"),
     ):
         file.write_text(json.dumps(record))
-        assert catalogue.state(ID, "quick") == expected, record
+        assert notebooks.state(ID, "quick") == expected, record
     main(["list"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [ID, "quick", "0.1", "no", "stale"] in lines and [ID, "paper", "2", "no", "missing"] in lines
@@ -171,7 +181,7 @@ def test_failure_is_kept_and_earlier_figure_stays_as_it_was(add_notebook, checko
     told = Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
     assert "RuntimeError: rank 9 is too much" in told and "\x1b" not in told
     assert Path("figures/quick/failed/kwon2024/01_good.ipynb").exists()
-    assert record()["rank"] == 2 and catalogue.state(ID, "quick") == "failed"
+    assert record()["rank"] == 2 and notebooks.state(ID, "quick") == "failed"
     shutil.copy("good.ipynb", f"notebooks/{ID}.ipynb")
     assert main(["run", ID]) == 0
     assert not list(Path("figures/quick/failed/kwon2024").iterdir())
@@ -185,7 +195,7 @@ def test_dead_kernel_and_missing_figure_are_failures(cell, told, add_notebook):
     add_notebook("01_good", cell)
     assert main(["run", ID]) == 1
     assert told in Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
-    assert catalogue.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
+    assert notebooks.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
 
 
 # GPUs

@@ -22,8 +22,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from compressible.companion import claims, parameters
-from compressible.companion import notebooks as catalogue
+from compressible.companion import claims, notebooks, parameters
 from compressible.companion.code_digest import source_digest
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -138,27 +137,27 @@ def test_papermill_reads_every_parameter_with_its_help(id, code):
 
 
 def test_every_parameter_can_be_overridden_with_its_own_default(id):
-    known = catalogue.defaults(NOTEBOOKS / f"{id}.ipynb")
+    known = notebooks.defaults(NOTEBOOKS / f"{id}.ipynb")
     assert known["preset"] == "quick"
     overrides = {name: str(value) for name, value in known.items() if name != "preset"}
-    assert catalogue.plan(id, overrides=overrides) == parameters.validate(known)
+    assert notebooks.plan(id, overrides=overrides) == parameters.validate(known)
 
 
 def test_notebook_has_valid_presets_quick_and_paper(id):
-    assert {"quick", "paper"} <= set(catalogue.presets(id))
-    for preset in catalogue.presets(id):
-        catalogue.plan(id, preset)
+    assert {"quick", "paper"} <= set(notebooks.presets(id))
+    for preset in notebooks.presets(id):
+        notebooks.plan(id, preset)
 
 
 def test_presets_name_only_notebooks_that_exist():
     files = sorted(NOTEBOOKS.glob("*/presets.yaml"))
-    named = {f"{file.parent.name}/{name}" for file in files for name in catalogue.read_yaml(file)}
+    named = {f"{file.parent.name}/{name}" for file in files for name in notebooks.read_yaml(file)}
     assert named == set(IDS)
 
 
 def test_claims_are_judged_on_presets_that_their_figures_have(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    lacking = [c.id for c in claims.load_claims() if c.preset not in catalogue.presets(c.figure)]
+    lacking = [c.id for c in claims.load_claims() if c.preset not in notebooks.presets(c.figure)]
     assert lacking == []
 
 
@@ -217,7 +216,7 @@ def test_imports_of_the_library_are_declared():
     modules = {called.get(name, name.replace("-", "_")) for name in declared}
     # A source of one kind asks for its hub's client only when a data file comes from there.
     # JAX is measured against where it is installed, and no dependency.
-    modules |= {"compressible", "huggingface_hub", "jax", *sys.stdlib_module_names}
+    modules |= {"compressible", "huggingface_hub", "jax", "pydantic_core", *sys.stdlib_module_names}
     found = {name for file in (REPOSITORY / "lib").rglob("*.py") for name in imported(file)}
     assert sorted(found - modules) == []
 
@@ -278,7 +277,7 @@ def test_readme_shows_the_verdicts_of_the_committed_records(monkeypatch):
 
 def committed_labels(id: str) -> list[str]:
     """Presets whose figures are committed: paper, or where that needs models from a hub, those with a smaller one."""
-    known = catalogue.presets(id)
+    known = notebooks.presets(id)
     return [label for label in known if label.startswith("minilm")] if known["paper"].needs else ["paper"]
 
 

@@ -10,23 +10,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch
-from compressible.companion import notebooks as catalogue
+from compressible.companion import batch, notebooks
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0 when done, 1 when a notebook failed, 2 when refused before work."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["claims"]:
-        from compressible.companion import claims
-
-        return claims.main(words[1:]) or 0
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(argv)
     try:
         return arguments.command(arguments)
-    except (catalogue.BatchError, ParameterError) as error:
+    except (notebooks.BatchError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -37,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
     listing.set_defaults(command=_list)
     _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
-    commands.add_parser("claims", help="table of the papers' claims over all figures (see: claims --help)")
+    _add_claims(commands.add_parser("claims", help="table of the papers' claims over all figures"))
     commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
     refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
     refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
@@ -58,15 +52,22 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.set_defaults(command=_run)
 
 
+def _add_claims(claims: argparse.ArgumentParser) -> None:
+    claims.add_argument("--format", choices=("text", "markdown"), default="text")
+    claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
+    claims.add_argument("--write-readme", action="store_true", help="put the table of own records into README.md")
+    claims.set_defaults(command=_claims)
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    values = catalogue.plan(arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label)
+    values = notebooks.plan(arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label)
     if arguments.check:
         return 0
     slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
     started = time.perf_counter()
     with slot:
         done = batch.run(arguments.id, values, arguments.kernel)
-    needs = "" if done else catalogue.presets(arguments.id)[arguments.preset].needs
+    needs = "" if done else notebooks.presets(arguments.id)[arguments.preset].needs
     print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s"
           f"{f'; preset {arguments.preset} needs {needs}' if needs else ''}")  # fmt: skip
     return 0 if done else 1
@@ -74,19 +75,30 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     rows = [("notebook", "preset", "minutes", "GPU", "state")]
-    for id in catalogue.ids():
-        for label, preset in catalogue.presets(id).items():
+    for id in notebooks.ids():
+        for label, preset in notebooks.presets(id).items():
             gpu = "yes" if preset.gpu else "no"
-            rows.append((id, label, f"{preset.minutes:g}", gpu, catalogue.state(id, label)))
+            rows.append((id, label, f"{preset.minutes:g}", gpu, notebooks.state(id, label)))
     _print_table(rows)
     return 0
 
 
+def _claims(arguments: argparse.Namespace) -> int:
+    from compressible.companion import claims
+
+    if arguments.preset:
+        claims.check_preset(arguments.preset)
+    if arguments.write_readme:
+        claims.readme_block(claims.table(format="markdown", preset=arguments.preset or claims.OWN))
+    print(claims.table(format=arguments.format, preset=arguments.preset), end="")
+    return 0
+
+
 def _data(arguments: argparse.Namespace) -> int:
-    from compressible.data import manifest as data
+    from compressible.data import manifest
 
     rows = [("file", "MB", "where", "licence")]
-    for name, entry in data.load_manifest().items():
+    for name, entry in manifest.load_manifest().items():
         rows.append((name, f"{entry.size / 1e6:.2f}", _whereabouts(name), entry.licence))
     _print_table(rows)
     return 0
@@ -100,9 +112,9 @@ def _whereabouts(name: str) -> str:
 
 
 def _notebooks(arguments: argparse.Namespace) -> int:
-    chosen = arguments.ids or catalogue.ids()
+    chosen = arguments.ids or notebooks.ids()
     for id in chosen:
-        catalogue.notebook_path(id)
+        notebooks.notebook_path(id)
     failed = 0
     for id in chosen:
         failed += not _refresh(id)

@@ -10,11 +10,13 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from compressible.companion import parameters as vocabulary
 from compressible.companion.code_digest import notebook_digest
@@ -26,12 +28,12 @@ class BatchError(ValueError):
     """A notebook, preset or parameter that does not exist or does not fit; nothing was started."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Preset:
     """What a preset says about a notebook: minutes, whether a GPU is wanted, what must be had, parameters."""
 
-    minutes: float
-    gpu: bool = False
+    minutes: Annotated[float, Field(gt=0, strict=True)]
+    gpu: StrictBool = False
     parameters: dict[str, Any] = field(default_factory=dict)
     needs: str = ""
 
@@ -76,23 +78,16 @@ def presets(id: str) -> dict[str, Preset]:
     paper, name = id.split("/")
     file = paths.repository() / "notebooks" / paper / "presets.yaml"
     entries = read_yaml(file) if file.exists() else {}
-    return {label: _preset(f"{id}, {label}", entry) for label, entry in (entries.get(name) or {}).items()}
+    return {
+        label: _preset(f"{id}, {label} in {file.name}", entry) for label, entry in (entries.get(name) or {}).items()
+    }
 
 
 def _preset(where: str, entry: Any) -> Preset:
-    entry = entry if isinstance(entry, dict) else {"?": entry}
-    unknown = sorted(set(entry) - {"minutes", "gpu", "needs", "parameters"})
-    if unknown:
-        raise BatchError(f"preset {where} has {unknown}; expected minutes, gpu, needs and parameters")
-    minutes, gpu, values = entry.get("minutes"), entry.get("gpu", False), entry.get("parameters") or {}
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
-        raise BatchError(f"preset {where} has minutes = {minutes!r}; expected a number above 0")
-    if not isinstance(gpu, bool) or not isinstance(values, dict):
-        raise BatchError(f"preset {where} has gpu = {gpu!r}, parameters = {values!r}; expected bool, mapping")
-    needs = entry.get("needs", "")
-    if not isinstance(needs, str):
-        raise BatchError(f"preset {where} has needs = {needs!r}; expected text: what must be had beforehand")
-    return Preset(float(minutes), gpu, values, needs)
+    try:
+        return TypeAdapter(Preset).validate_python(entry)
+    except ValidationError as error:
+        raise BatchError(f"preset {where}: {'; '.join(map(checks.mistake, error.errors()))}") from None
 
 
 def defaults(notebook: Path) -> dict[str, Any]:

@@ -173,13 +173,14 @@ def _is_digest(text: str) -> bool:
 
 
 def _manifest_digest(name: str) -> str:
-    from compressible.data import manifest as data
+    from compressible.data import manifest
 
-    manifest = data.load_manifest()
-    if name not in manifest:
-        known = checks.closest(name, manifest)
-        raise parameters.ParameterError(f"data: got {name!r}, expected a name in the manifest{known}")
-    return manifest[name].sha256
+    entries = manifest.load_manifest()
+    if name not in entries:
+        raise parameters.ParameterError(
+            f"data: got {name!r}, expected a name in the manifest{checks.closest(name, entries)}"
+        )
+    return entries[name].sha256
 
 
 def _key(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 
 def expect(name: str, value: object, holds: bool, expected: str) -> None:
@@ -20,7 +21,7 @@ def _is_integer(value: object) -> bool:
 
 def _inside(value: object, low: float) -> bool:
     """Whether a value is a finite number above `low`; text and truth values are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and low < value < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < math.inf
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
@@ -35,6 +36,17 @@ def closest(name: object, known: Iterable[str]) -> str:
     if not found:
         return f"; known are {listed or 'none'}"
     return f"; the closest is {found[0]!r}{f' of {listed}' if len(known) <= 10 else ''}"
+
+
+def mistake(found: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in a line: where it is, what came and what was expected."""
+    where, told = ".".join(map(str, found["loc"])), str(found["msg"]).removeprefix("Value error, ")
+    if found["type"] == "missing":
+        return f"missing {where!r}"
+    if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key {where!r}"
+    told = told.replace("Input should be", "expected").replace("String should", "expected to")
+    return f"{where}: got {found['input']!r}, {told}" if where else told
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

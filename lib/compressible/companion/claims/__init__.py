@@ -1,19 +1,20 @@
 from compressible.companion.claims.rules import FAIL, PASS, WEAK, Verdict, interval, judge, verdict
 from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims, published
-from compressible.companion.claims.table import main, readme_block, table
+from compressible.companion.claims.table import OWN, check_preset, readme_block, table
 
 __all__ = [
     "FAIL",
     "NOT_TESTED",
+    "OWN",
     "PASS",
     "WEAK",
     "Claim",
     "ClaimError",
     "Verdict",
+    "check_preset",
     "interval",
     "judge",
     "load_claims",
-    "main",
     "published",
     "readme_block",
     "table",

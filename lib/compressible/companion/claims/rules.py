@@ -23,21 +23,20 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.special import stdtrit
 
-from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims, published
+from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims
 
-__all__ = [
-    "FAIL", "NOT_TESTED", "PASS", "WEAK", "Claim", "ClaimError", "Verdict", "interval", "judge",
-    "load_claims", "published", "verdict",
-]  # fmt: skip
 PASS, WEAK, FAIL = "PASS", "WEAK", "FAIL"
 
 
 class Evidence(Protocol):
     """What a claim is judged on; a `runs.Result` is one."""
 
-    parameters: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    metrics: dict[str, Any]
+    @property
+    def parameters(self) -> dict[str, Any]: ...
+    @property
+    def arrays(self) -> dict[str, np.ndarray]: ...
+    @property
+    def metrics(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def verdict(claim: Claim, result: Evidence) -> Verdict:
     mean, low, high = (back(float(end)) for end in interval(values))
     outcome, reason = _outcome(claim, [back(value) for value in values], mean, low, high)
     ends = (None, None) if math.isnan(low) else (low, high)
-    return Verdict(claim.id, outcome, mean, *ends, len(values), claim.bound_text(), reason, claim.rule())
+    return Verdict(claim.id, outcome, mean, ends[0], ends[1], len(values), claim.bound_text(), reason, claim.rule())
 
 
 def interval(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from compressible.runtime import paths
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
-PAPERS = ("P1", "P2", "P3", "beyond")
+from compressible.runtime import checks, paths
+
 NOT_TESTED = "NOT TESTED"
-SCALES = ("linear", "abs", "log")
+Paper = Literal["P1", "P2", "P3", "beyond"]
+PAPERS: tuple[str, ...] = get_args(Paper)
+Text = Annotated[str, Field(min_length=1)]
 _BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0}
 
 
@@ -24,24 +26,52 @@ class ClaimError(ValueError):
     """The claims file, or a metric that a claim names, cannot be understood."""
 
 
-@dataclass(frozen=True)
+def _needs(requires: dict[str, Any]) -> dict[str, Any]:
+    words = "an integer (least value or length), text, true, a list (both exact), { exactly } or { at_least, at_most }"
+    for name, need in requires.items():
+        if isinstance(need, dict):
+            known = set(need) <= {"at_least", "at_most"} or set(need) == {"exactly"}
+            understood = bool(need) and known and all(type(value) in (int, float) for value in need.values())
+        else:
+            understood = type(need) in (int, str, bool, list)
+        if not understood:
+            raise ValueError(f"{name} is {need!r}, expected {words}")
+    return requires
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Claim:
     """One statement with the way it is judged; the keys are explained in data/claims.toml."""
 
-    id: str
-    paper: str
-    statement: str
-    metric: str
-    judge: str
-    source: str
+    id: Annotated[str, Field(pattern=r"^[^/.]+/[^/.]+\..+$")]  # the figure's id, a dot and a name
+    paper: Paper
+    statement: Text
+    metric: Text
+    judge: Literal["at_most", "at_least", "between", "greater_than_zero", "true"]
+    source: Text
     published: str = ""
     bound: Any = None
     weak: Any = None
-    scale: str = "linear"
+    scale: Literal["linear", "abs", "log"] = "linear"
     every: bool = False
-    seeds: int = 1
-    preset: str = "paper"
-    requires: dict[str, Any] = field(default_factory=dict)
+    seeds: PositiveInt = 1
+    preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "paper"
+    requires: Annotated[dict[str, Any], AfterValidator(_needs)] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _bounds_fit_the_judge(self) -> Claim:
+        count = _BOUNDS[self.judge]
+        for name, bound in (("bound", self.bound), ("weak", self.weak)):
+            absent = count == 0 or name == "weak"
+            if not (_is_bound(bound, count) if count and bound is not None else bound is None and absent):
+                raise ValueError(f"{name}: got {bound!r}, expected {count or 'no'} number(s), the lower first")
+        if self.scale == "log" and (count == 0 or min(_numbers(self.bound) + _numbers(self.weak)) <= 0):
+            raise ValueError("scale: log needs bounds above zero")
+        if self.weak is not None:
+            (low, high), (weak_low, weak_high) = self.ends(self.bound), self.ends(self.weak)
+            if not (weak_low <= low and high <= weak_high):
+                raise ValueError(f"weak: got {self.weak!r}, expected a bound looser than {self.bound!r}")
+        return self
 
     @property
     def figure(self) -> str:
@@ -78,10 +108,12 @@ def load_claims(path: str | Path | None = None) -> list[Claim]:
     problems = [f"unknown table {name!r}, expected 'claim'" for name in entries if name != "claim"]
     claims: list[Claim] = []
     for entry in entries.get("claim", []):
-        found = _mistakes(entry, {claim.id for claim in claims})
-        problems += [f"{entry.get('id', 'a claim without id')}: {mistake}" for mistake in found]
-        if not found:
+        try:
             claims.append(Claim(**entry))
+            found = ["this id is there twice"] if entry["id"] in {claim.id for claim in claims[:-1]} else []
+        except ValidationError as error:
+            found = [checks.mistake(one) for one in error.errors()]
+        problems += [f"{entry.get('id', 'a claim without id')}: {mistake}" for mistake in found]
     if problems:
         raise ClaimError("\n  ".join([f"{path.name}:", *problems]))
     return claims
@@ -109,60 +141,6 @@ def _in_signs(low: float, high: float) -> str:
     return f"in [{low:g}, {high:g}]"
 
 
-def _mistakes(entry: Mapping[str, Any], ids: set[str]) -> list[str]:
-    """What is wrong with an entry of the file."""
-    needed = ("id", "paper", "statement", "metric", "judge", "source")
-    texts = {name for name, value in entry.items() if isinstance(value, str) and value}
-    missing = [f"missing {name!r}" for name in needed if name not in texts]
-    unknown = [f"unknown key {key!r}" for key in entry if key not in Claim.__dataclass_fields__]
-    if missing or unknown:
-        return missing + unknown
-    checks = {
-        "this id is there twice": entry["id"] in ids,
-        "id: expected a figure id, a dot and a name": not _is_claim_id(entry["id"]),
-        f"paper: got {entry['paper']!r}, expected one of {PAPERS}": entry["paper"] not in PAPERS,
-        f"judge: got {entry['judge']!r}, expected one of {tuple(_BOUNDS)}": entry["judge"] not in _BOUNDS,
-        f"scale: expected one of {SCALES}": entry.get("scale", "linear") not in SCALES,
-        "published: expected text": not isinstance(entry.get("published", ""), str),
-        f"preset: got {entry.get('preset')!r}, expected a preset's name": not _is_label(entry.get("preset", "paper")),
-        "seeds: expected a count": type(entry.get("seeds", 1)) is not int or entry.get("seeds", 1) < 1,
-        "every: expected true or false": type(entry.get("every", False)) is not bool,
-        "requires: expected a table": not isinstance(entry.get("requires", {}), dict),
-    }
-    return [text for text, wrong in checks.items() if wrong] or _need_mistakes(entry) or _bound_mistakes(entry)
-
-
-def _need_mistakes(entry: Mapping[str, Any]) -> list[str]:
-    words = "an integer (least value or length), text, true, a list (both exact), { exactly } or { at_least, at_most }"
-    needs = entry.get("requires", {}).items()
-    return [f"requires: {name} is {need!r}, expected {words}" for name, need in needs if not _is_need(need)]
-
-
-def _is_need(need: Any) -> bool:
-    if isinstance(need, dict):
-        limits = set(need) <= {"at_least", "at_most"} or set(need) == {"exactly"}
-        return bool(need) and limits and all(type(value) in (int, float) for value in need.values())
-    return type(need) in (int, str, bool, list)
-
-
-def _bound_mistakes(entry: Mapping[str, Any]) -> list[str]:
-    count = _BOUNDS[entry["judge"]]
-    for name in ("bound", "weak"):
-        value = entry.get(name)
-        if (value is None) != (count == 0) and not (name == "weak" and value is None):
-            return [f"{name}: got {value!r}, expected {count or 'no'} number(s) for {entry['judge']}"]
-        if value is not None and not _is_bound(value, count):
-            return [f"{name}: got {value!r}, expected {count} number(s), the lower first"]
-    claim = Claim(**entry)
-    if claim.scale == "log" and (count == 0 or min(_numbers(claim.bound) + _numbers(claim.weak)) <= 0):
-        return ["scale: log needs bounds above zero"]
-    if claim.weak is None:
-        return []
-    (low, high), (weak_low, weak_high) = claim.ends(claim.bound), claim.ends(claim.weak)
-    looser = weak_low <= low and high <= weak_high
-    return [] if looser else [f"weak: got {claim.weak!r}, expected a bound looser than {claim.bound!r}"]
-
-
 def _numbers(bound: Any) -> list[float]:
     return bound if isinstance(bound, list) else [] if bound is None else [bound]
 
@@ -171,12 +149,3 @@ def _is_bound(value: Any, count: int) -> bool:
     ends = _numbers(value)
     numbers = all(type(end) in (int, float) and math.isfinite(end) for end in ends)
     return numbers and isinstance(value, list) == (count == 2) and len(ends) == count and ends == sorted(ends)
-
-
-def _is_label(text: Any) -> bool:
-    return isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", text) is not None
-
-
-def _is_claim_id(text: str) -> bool:
-    figure, dot, name = text.partition(".")
-    return bool(dot and name and figure.count("/") == 1 and all(figure.split("/")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from compressible.companion import notebooks as catalogue
+from compressible.companion import notebooks
 from compressible.companion.claims.rules import verdict
 from compressible.companion.claims.statement import NOT_TESTED, PAPERS, Claim, load_claims
 from compressible.runtime import checks, paths
@@ -62,28 +61,14 @@ def readme_block(text: str, readme: str | Path | None = None) -> Path:
     return readme if new == old else paths.write_atomic(readme, new)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: print the table of claims; 0 on success."""
-    parser = argparse.ArgumentParser(prog="python -m compressible claims", description=main.__doc__)
-    parser.add_argument("--format", choices=("text", "markdown"), default="text")
-    parser.add_argument("--preset", help=f"only the records of this preset; {OWN!r}: of the preset that a claim names")
-    parser.add_argument("--write-readme", action="store_true", help="put the table of own records into README.md")
-    options = parser.parse_args(argv)
-    known = _presets()
-    if options.preset and options.preset not in known:
-        near = checks.closest(options.preset, known)
-        parser.error(f"--preset: got {options.preset!r}, expected {OWN!r} or a preset{near}")
-    if options.write_readme:
-        readme_block(table(format="markdown", preset=options.preset or OWN))
-    print(table(format=options.format, preset=options.preset), end="")
-    return 0
-
-
-def _presets() -> set[str]:
-    """What `--preset` may be: the presets of notebooks and claims, and labels under which there are figures."""
-    named = {name for id in catalogue.ids() for name in catalogue.presets(id)}
-    folders = {path.name for path in paths.figures_dir().glob("*") if path.is_dir()}
-    return {OWN} | named | folders | {claim.preset for claim in load_claims()}
+def check_preset(name: str) -> None:
+    """Raise BatchError unless a notebook or a claim has this preset, or there are figures under this label."""
+    known = {name for id in notebooks.ids() for name in notebooks.presets(id)}
+    known |= {path.name for path in paths.figures_dir().glob("*") if path.is_dir()}
+    known |= {OWN} | {claim.preset for claim in load_claims()}
+    if name not in known:
+        near = checks.closest(name, known)
+        raise notebooks.BatchError(f"--preset: got {name!r}, expected {OWN!r} or a preset{near}")
 
 
 def _records(root: Path, preset: str | None) -> list[dict[str, Any]]:
@@ -104,10 +89,10 @@ def _row(claim: Claim, records: list[dict[str, Any]], only_own: bool) -> dict[st
     mine = [record for record in records if record["id"] == claim.figure]
     own = [record for record in mine if record["preset"] == claim.preset]
     for record in own if only_own else [*own, *(record for record in mine if record not in own)]:
-        verdict = next((v for v in record["claims"] if v["id"] == claim.id), {})
-        verdict = verdict if verdict.get("rule") == claim.rule() else _judged_again(claim, record)
-        if verdict:
-            return statement | {"ours": _ours(verdict, record["preset"]), "verdict": verdict["verdict"]}
+        found: dict[str, Any] = next((v for v in record["claims"] if v["id"] == claim.id), {})
+        judged = found if found.get("rule") == claim.rule() else _judged_again(claim, record)
+        if judged:
+            return statement | {"ours": _ours(judged, record["preset"]), "verdict": judged["verdict"]}
         reason = f"no record since the claim changed: {_command(claim)}"
     return statement | {"ours": reason, "verdict": NOT_TESTED}
 
@@ -128,7 +113,7 @@ def _numbers(value: Any) -> Any:
 
 def _command(claim: Claim) -> str:
     """What makes the record on which a claim is judged."""
-    preset = catalogue.presets(claim.figure).get(claim.preset)
+    preset = notebooks.presets(claim.figure).get(claim.preset)
     return f"`make figure ID={claim.figure} PRESET={claim.preset}{' GPUS=1' if preset and preset.gpu else ''}`"
 
 
