@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 import filelock
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from compressible.data.sources import SOURCE, read, shared_archives
 from compressible.runtime.checks import one_line, unknown
@@ -155,13 +154,16 @@ def _read(path: str | Path | None) -> _Manifest:
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot read the data manifest {file}: {error}") from error
     except ValidationError as error:
-        raise DataError(f"data manifest {file}: {'; '.join(map(_wrong, error.errors()))}") from None
+        raise DataError(f"data manifest {file}: {_wrong(error)}") from None
 
 
-def _wrong(found: ErrorDetails) -> str:
-    """What one value of a manifest is and what was expected; a missing one has no value."""
-    value = "" if found["type"] == "missing" else f" is {found['input']!r}"
-    return f"{'.'.join(map(str, found['loc']))}{value}: {found['msg']}"
+def _wrong(error: ValidationError) -> str:
+    """Of every wrong value its place, what it is and what was expected; a missing one has no value."""
+    lines = []
+    for one in error.errors():
+        value = "" if one["type"] == "missing" else f" is {one['input']!r}"
+        lines.append(f"{'.'.join(map(str, one['loc']))}{value}: {one['msg']}")
+    return "; ".join(lines)
 
 
 def _select(names: Iterable[str], manifest: str | Path | None) -> list[Entry]:
