@@ -11,7 +11,7 @@ from torch import Tensor
 from compressible.experiments.compare import Build, Start, factors_at, first_below
 from compressible.experiments.stops import Curves
 from compressible.recovery.factors import product
-from compressible.recovery.problems import Problem
+from compressible.recovery.problems import DenseProblem
 from compressible.recovery.spectra import principal_coordinates
 
 
@@ -62,7 +62,7 @@ def crowded_marks(end: int, frames: int) -> np.ndarray:
     return np.round(end - left).astype(int)
 
 
-def _gap(problem: Problem, wide: Start, small: Start, marks: Sequence[int]) -> tuple[np.ndarray, float]:
+def _gap(problem: DenseProblem, wide: Start, small: Start, marks: Sequence[int]) -> tuple[np.ndarray, float]:
     """Norms (2, T) of the difference of two products and of the first, over the target's; and the target's."""
     pairs = zip(factors_at(problem, wide, marks), factors_at(problem, small, marks), strict=True)
     norms = []

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from compressible.descent.gradient_descent import descend
 from compressible.recovery.factors import orthogonal_factors
-from compressible.recovery.problems import Problem
+from compressible.recovery.problems import DenseProblem
 
 
 def sweep_widths(
-    problem: Problem,
+    problem: DenseProblem,
     depth: int,
     step_size: float,
     widths: Sequence[int],
