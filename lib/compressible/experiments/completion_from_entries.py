@@ -1,0 +1,106 @@
+"""Completion at scale: deep networks, least squares and biases from the entries alone, and how their cost grows.
+
+Every method is tuned on a slice of what it trains on. Keys name the data set, the method and what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compressible.data import ratings
+from compressible.experiments import recommend
+from compressible.experiments.speed import scaling
+from compressible.runtime import devices
+
+NETWORKS = {"compressed": None, "two": 2}  # depths: the one that is asked for, and two factors
+GOAL_DEVICE = "H200"  # the card that goals in seconds and bytes are set for
+ACCURATE = 1e-2  # of the entries' root mean square
+
+
+def fit_all(
+    task: recommend.Task,
+    rank: int,
+    depth: int,
+    ridges: Sequence[float],
+    sweeps: int,
+    biased: bool = False,
+    **deep: Any,
+) -> dict[str, recommend.Fit]:
+    """Fit the networks of width 2 `rank` and ALS of rank `rank`, for ratings (`biased`) with biases, too.
+
+    `deep` (init_scales, step_fractions, steps, record_every) goes to `fit_descent`.
+    """
+    width = 2 * rank
+    fits = {name: recommend.fit_descent(task, width, own or depth, **deep) for name, own in NETWORKS.items()}
+    fits["ALS"] = recommend.fit_sweeps(task, rank, ridges, sweeps)
+    if biased:
+        fits["biased MF"] = recommend.fit_sweeps(task, rank, ridges, sweeps, biases=True, start="random")
+    return fits
+
+
+def fit_drawn(task: recommend.Task, rank: int, **fit: Any) -> dict[str, Any]:
+    """Fit all methods to entries of a drawn matrix: "drawn/<method>/<what>", as `gather`, and "drawn/rms"."""
+    return recommend.gather("drawn", [fit_all(task, rank, **fit)]) | {"drawn/rms": recommend.rms(task.whole)}
+
+
+def fit_table(name: str, rank: int, fraction: float, seeds: int, device: str, **fit: Any) -> dict[str, Any]:
+    """Fit all methods to `seeds` splits of the rating table `name`, `fraction` of each slice held out to choose on."""
+    table = ratings.load(name)
+    parts = (ratings.split(table, f"seed{seed}") for seed in range(seeds))
+    tasks = (recommend.rating_task(table, part, "global", fraction, device) for part in parts)
+    return recommend.gather(name, [fit_all(task, rank, biased=True, **fit) for task in tasks])
+
+
+def growth(counts: Sequence[int], entries: int, a_line: float, width: int, trials: int, device: str) -> dict[str, Any]:
+    """Return what a step costs from each of `counts` entries, `a_line` a line: "growth/seconds" (trials, n), "bytes".
+
+    The exponents "time slope" and "memory slope" are over the larger half of the counts, where the entries dominate.
+    On a GPU also "measured over dense", the bytes at `entries` over those of one matrix, and on an H200 what its goals
+    are set for.
+    """
+    seconds, size = scaling.curve(counts, a_line, width, trials, device)
+    large = slice(len(counts) // 2, None)
+    out = {
+        "entries": np.array(counts),
+        "seconds": seconds,
+        "bytes": size,
+        "time slope": scaling.log_slope(counts[large], seconds[..., large]),
+        "memory slope": scaling.log_slope(counts[large], size[large]),
+    }
+    at = list(counts).index(entries)
+    out |= _at_target(seconds[:, at], size[at], entries / a_line, device)
+    return {f"growth/{name}": value for name, value in out.items()}
+
+
+def compared(out: Mapping[str, Any], tables: Sequence[str]) -> dict[str, Any]:
+    """Return what methods come to beside one another, from the keys of `fit_drawn` and of `fit_table` for `tables`.
+
+    "gap to <method>" (S,): its stopped test error over that of the compressed network, mean over tables;
+    "drawn/error", over the entries' root mean square, "drawn/two over deep", and "drawn/seconds over ALS".
+    """
+    error = {name: out[f"drawn/{name}/stopped"] / out["drawn/rms"] for name in (*NETWORKS, "ALS")}
+    stopped = {name: [out[f"{table}/{name}/stopped"] for table in tables] for name in (*error, "biased MF")}
+    found = {f"gap to {name}": np.mean(each, 0) - np.mean(stopped["compressed"], 0) for name, each in stopped.items()}
+    return found | {
+        "drawn/error": error["compressed"],
+        "drawn/two over deep": error["two"] / error["compressed"],
+        "drawn/seconds over ALS": seconds_to(out, "compressed") / seconds_to(out, "ALS"),
+    }
+
+
+def seconds_to(out: Mapping[str, Any], method: str, level: float = ACCURATE) -> float:
+    """Return the seconds until the drawn test error is below `level` of the root mean square; inf if never."""
+    seconds, rmse = out[f"drawn/{method}/seconds"], out[f"drawn/{method}/rmse"]
+    return np.min(seconds[rmse < level * out["drawn/rms"]], initial=np.inf)
+
+
+def _at_target(seconds: np.ndarray, size: float, side: float, device: str) -> dict[str, Any]:
+    if devices.resolve_device(device) == "cpu":
+        return {}  # the bytes of what is stored are no measurement
+    out: dict[str, Any] = {"measured over dense": size / (8 * side**2)}
+    if GOAL_DEVICE in devices.device_name(device):
+        out |= {f"{GOAL_DEVICE} milliseconds": 1e3 * seconds, f"{GOAL_DEVICE} gigabytes": size / 1e9}
+    return out

@@ -1,0 +1,66 @@
+"""Fine-tuning methods at several learning rates in one pass, the best rate of each, and the way to a plain model."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compressible.adapters.config import DeepLoraConfig
+from compressible.adapters.merge import merge_and_unload
+from compressible.adapters.save_and_load import save_peft_adapter
+from compressible.finetuning.run import FineTuningRun, RunHistory
+
+Methods = Mapping[str, tuple[DeepLoraConfig, Sequence[float]]]
+
+
+def planned_runs(methods: Methods, seeds: Iterable[int], head_lr: float) -> list[FineTuningRun]:
+    """Return a run for every rate of {name: (config, rates)} and every seed, labelled "<name>, <rate>"."""
+    return [
+        FineTuningRun(config, rate, seed, head_lr=head_lr, label=f"{name}, {rate:g}")
+        for name, (config, rates) in methods.items()
+        for rate in rates
+        for seed in list(seeds)
+    ]
+
+
+def curves(histories: Sequence[RunHistory]) -> dict[str, np.ndarray]:
+    """Return "<label>/losses" (S, steps) and "<label>/pearson" (S, marks) of each label's S runs."""
+    by_label: dict[str, list[RunHistory]] = {}
+    for history in histories:
+        by_label.setdefault(history.run.label, []).append(history)
+    out: dict[str, np.ndarray] = {}
+    for label, each in by_label.items():
+        out[f"{label}/losses"] = np.array([history.losses for history in each])
+        out[f"{label}/pearson"] = np.array([list(history.scores.values()) for history in each])
+    return out
+
+
+def best_minus_best(found: Mapping[str, np.ndarray], first: str, second: str) -> np.ndarray:
+    """Return by how much the method `first` at its best rate ends above `second` at its own, (S,), of `curves`."""
+    ends = [
+        [scores[:, -1] for key, scores in found.items() if key.startswith(f"{name}, ") and key.endswith("/pearson")]
+        for name in (first, second)
+    ]
+    best, other = (max(each, key=np.mean) for each in ends)
+    return best - other
+
+
+@torch.no_grad()
+def round_trip(model: nn.Module, base: nn.Module, tokens: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest change of a logit when the adapters are "merged", and when stock peft has "loaded" them.
+
+    model: in evaluation mode, with adapters; base: the one that it was made from; tokens: a batch of inputs.
+    """
+    from peft import PeftModel
+
+    own = model(**tokens).logits
+    merged = merge_and_unload(copy.deepcopy(model), inputs=tokens)(**tokens).logits
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft_adapter(model, folder)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(**tokens).logits
+    return {"merged": (merged - own).abs().max().item(), "loaded": (loaded - own).abs().max().item()}
