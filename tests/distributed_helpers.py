@@ -35,7 +35,7 @@ def train(model: nn.Module, wrap, x: torch.Tensor, y: torch.Tensor) -> list[torc
 
 
 def adapted() -> nn.Module:
-    return cd.get_deep_lora_model(network(), cd.DeepLoraConfig(r=4, init_scale=0.3, lr_ratio=0.5))
+    return cd.get_deep_lora_model(network(), cd.DeepLoraConfig(r=4, init_scale=0.3, outer_ratio=0.5))
 
 
 def work(rank: int, folder: str) -> None:
@@ -55,7 +55,7 @@ def classifier() -> nn.Module:
     config = transformers.BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                      intermediate_size=24, max_position_embeddings=20, num_labels=3)  # fmt: skip
     model = transformers.BertForSequenceClassification(config).eval()
-    cd.get_deep_lora_model(model, cd.DeepLoraConfig(r=4, init_scale=0.3, lr_ratio=0.5))
+    cd.get_deep_lora_model(model, cd.DeepLoraConfig(r=4, init_scale=0.3, outer_ratio=0.5))
     batch = examples(torch.arange(8))
     cd.compress_adapters(model, lambda: model(**batch).loss, generator=torch.Generator().manual_seed(2))
     return model

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import compressible as cd
-from compressible.adapters import compressed_init as adapter_start
-from compressible.adapters.compressed_init import GradientSink
+from compressible.adapters import compressed_init
+from compressible.adapters.compressed_init import GradientSink, top_frames
 from compressible.adapters.layer import adapters
-from compressible.recovery.spectra import top_frames
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -246,11 +245,12 @@ def test_a_model_in_float16_takes_lora_and_no_deep_lora():
 
 @pytest.mark.parametrize(("bad", "match"), [
     ({"init_scale": "1e-3"}, "init_scale is '1e-3'"), ({"lora_dropout": None}, "lora_dropout is None"),
-    ({"lr_ratio": "x"}, "lr_ratio is 'x'"), ({"r": True}, "r is True"), ({"embeddings": "yes"}, "embeddings is 'yes'"),
+    ({"outer_ratio": "x"}, "outer_ratio is 'x'"), ({"r": True}, "r is True"),
+    ({"embeddings": "yes"}, "embeddings is 'yes'"),
     ({"depth": 2, "variant": "thin", "lora_alpha": 0}, "lora_alpha is 0"), ({"task_type": "SEQ"}, "SEQ_CLS"),
     ({"depth": 2, "variant": "thin", "lora_alpha": "16"}, "lora_alpha is '16'"),
     ({"depth": 2, "variant": "thin", "init_scale": 0.1}, "init_scale is 0.1"),
-    ({"depth": 2, "variant": "thin", "lr_ratio": 0.1}, "lr_ratio is 0.1"),
+    ({"depth": 2, "variant": "thin", "outer_ratio": 0.1}, "outer_ratio is 0.1"),
     ({"target_modules": None}, "target_modules is None"), ({"target_modules": 5}, "target_modules is 5"),
     ({"modules_to_save": "classifier"}, r"a list of names, such as \['classifier'\]"),
 ])  # fmt: skip
@@ -311,7 +311,7 @@ def test_one_gradient_is_alive_at_a_time(monkeypatch):
         add(self, x, grad)
         alive.append(sum(sink.total is not None for sink in sinks))
 
-    monkeypatch.setattr(adapter_start.GradientSink, "add", watched)
+    monkeypatch.setattr(compressed_init.GradientSink, "add", watched)
     adapt(headed(), inputs())
     assert len(alive) == 14 and max(alive) == 0  # decomposed before the next layer's comes
 

@@ -78,7 +78,7 @@ def _train(model, kind="bert", steps=5, lr=1e-1):
     ({"r": 0}, "r is 0"), ({"r": 5}, "r is 5, expected even"), ({"depth": 1}, "depth is 1"),
     ({"variant": "wide"}, "'wide'.*compressed, thin, full"), ({"init_scale": 0.0}, "init_scale is 0.0"),
     ({"depth": 2}, 'variant is .compressed., expected "thin"'), ({"lora_alpha": 8}, "lora_alpha is 8"),
-    ({"lr_ratio": -1.0}, "lr_ratio is -1.0"), ({"init_lora_weights": "paper"}, "init_lora_weights is 'paper'"),
+    ({"outer_ratio": -1.0}, "outer_ratio is -1.0"), ({"init_lora_weights": "paper"}, "init_lora_weights is 'paper'"),
     ({"use_rslora": True}, "use_rslora is True"), ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
 ])  # fmt: skip
 def test_configs_that_make_no_sense_are_refused_with_the_value(bad, match):
@@ -86,10 +86,25 @@ def test_configs_that_make_no_sense_are_refused_with_the_value(bad, match):
         cd.DeepLoraConfig(**bad)
 
 
+def test_the_old_name_of_outer_ratio_is_understood_with_a_warning(tmp_path):
+    with pytest.warns(DeprecationWarning, match="outer_ratio"):
+        config = cd.DeepLoraConfig(r=4, lr_ratio=0.5)
+    assert config == cd.DeepLoraConfig(r=4, outer_ratio=0.5)
+    with pytest.warns(DeprecationWarning, match="outer_ratio"):
+        assert config.lr_ratio == 0.5
+    with pytest.raises(TypeError, match="expected one of them"):
+        cd.DeepLoraConfig(lr_ratio=0.5, outer_ratio=0.5)
+    cd.save_adapter(_adapted(variant="thin", outer_ratio=0.25), tmp_path)
+    file = tmp_path / "deep_lora.json"  # as it was written before
+    file.write_text(file.read_text().replace("outer_ratio", "lr_ratio"))
+    groups = cd.param_groups(cd.load_adapter(_bert(), tmp_path), 1e-2)
+    assert {group["name"]: group["lr"] for group in groups} == {"inner": 1e-2, "outer": pytest.approx(2.5e-3)}
+
+
 def test_fields_that_peft_has_are_named_as_there():
     theirs = {field.name for field in __import__("dataclasses").fields(peft.LoraConfig)}
     ours = set(vars(cd.DeepLoraConfig()))
-    assert ours - theirs == {"depth", "init_scale", "variant", "lr_ratio", "embeddings"}
+    assert ours - theirs == {"depth", "init_scale", "variant", "outer_ratio", "embeddings"}
 
 
 def test_only_factors_and_saved_modules_train():

@@ -28,7 +28,7 @@ from compressible.finetuning.dropout.hash import AXES
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses
 from compressible.finetuning.reference import reference_fine_tune
-from compressible.finetuning.run import TuningDivergenceError, data_order
+from compressible.finetuning.run import FineTuningDivergenceError, data_order
 from compressible.finetuning.stacked.adamw import StackedAdamW
 from compressible.finetuning.stacked.layers import StackedAdapter, StackedLinear, stacked_adapters
 from compressible.finetuning.stacked_pass import StackedPass
@@ -293,7 +293,7 @@ def test_a_diverging_run_leaves_its_neighbours_alone():
     good, bad = cd.fine_tune(bert(), runs, task(), 6, 4, evaluate_at=(6,))
     assert_equal(good, cd.fine_tune(bert(), runs[:1], task(), 6, 4, evaluate_at=(6,))[0], 1e-10)
     assert bad.divergence is not None and np.isnan(bad.scores[6]) and good.divergence is None
-    with pytest.raises(TuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
+    with pytest.raises(FineTuningDivergenceError, match=r"too fast.*lr 1e\+200") as error:
         bad.model()
     assert error.value.history is bad
 
@@ -316,7 +316,7 @@ def test_a_run_that_the_last_update_spoils_has_diverged(marks, variant, kind, tm
     for _ in range(2):  # the second from the checkpoint
         good, bad = cd.fine_tune(bert().to(kind), runs, **given)
         assert good.divergence is None and np.isfinite(bad.losses).all() and bad.divergence == 1
-        with pytest.raises(TuningDivergenceError, match="at step 1"):
+        with pytest.raises(FineTuningDivergenceError, match="at step 1"):
             bad.model()
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.layer import adapted, adapters, factor_dtype, layer_shape
-from compressible.recovery.spectra import top_frames
+from compressible.adapters.layer import Layer, adapted, adapters, factor_dtype, layer_shape
 from compressible.runtime import devices
 
 
@@ -28,11 +28,33 @@ def compress_adapters(
 ) -> dict[str, float]:  # fmt: skip
     """Give every adapter of variant "compressed" its factors from the gradients of `batches` calls of `loss_step`.
 
-    loss_step runs the model on one batch and returns the loss, a scalar tensor. With one batch each layer's gradient
-    lives only until its SVD; with several, one gradient a layer is held on its device. Over several processes the
-    gradients are averaged, so that all get the same factors, if `generator` has the same seed everywhere. Returns
-    {"seconds", "peak_bytes"} (0 on the CPU). Raises ValueError if batches < 1, no adapter is of that variant or, unless
-    `restart`, there are factors already, and RuntimeError if the loss is not finite or a layer saw no gradient.
+    With one batch each layer's gradient lives only until its SVD; with several, one gradient a layer is held on its
+    device. Over several processes the gradients are averaged, so that all get the same factors.
+
+    Args:
+        model: of `get_deep_lora_model`, also behind torch.compile or DistributedDataParallel.
+        loss_step: runs the model on one batch and returns the loss, a tensor ().
+        batches: how many gradients are added up, usually 1.
+        generator: of the CPU, for the random half of the frames; of the same seed in all processes.
+        restart: whether factors that are there already are drawn anew.
+
+    Returns:
+        {"seconds": wall clock, "peak_bytes": on the GPU, 0 on a CPU}.
+
+    Raises:
+        ValueError: if batches < 1, no adapter is of that variant or, unless `restart`, there are factors already.
+        RuntimeError: if the loss is not finite or a layer saw no gradient.
+
+    Example:
+        >>> import compressible as cd
+        >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), cd.DeepLoraConfig(r=2))
+        >>> x = torch.arange(24.0).reshape(3, 8)
+        >>> report = cd.compress_adapters(model, lambda: model(x).square().mean())
+        >>> [tuple(factor.shape) for factor in model[0].factors]
+        [(2, 8), (2, 2), (2, 2), (2, 2), (4, 2)]
+
+    Reference:
+        P1 (Yaras et al. 2024), section 4: outer factors from the first gradient, between them `depth` times eps I.
     """
     model = adapted(model)
     if batches < 1:
@@ -57,7 +79,7 @@ def compress_adapters(
                 adapter.probe = None
         finish(sinks)
         for name, adapter in found.items():
-            left, right = (side[0] for side in sinks[name].frames)
+            left, right = (side[0] for side in sinks[name].frames or ())
             chain = compressed_chain(left, right, adapter.shape, adapter.config, generator)
             adapter.factors = nn.ParameterList([nn.Parameter(f.to(factor_dtype(adapter.base))) for f in chain])
         devices.synchronize(device)
@@ -95,7 +117,7 @@ def compressed_chain(
 
 
 def compressed_frames(
-    left: Tensor, right: Tensor, shape: tuple[int, int], generator: torch.Generator | None = None
+    left: Tensor, right: Tensor, shape: tuple[int, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return V (n, 2r) orthonormal and U = Q V (m, 2r) from the gradient's top singular vectors P (m, r), Z (n, r).
 
@@ -117,6 +139,26 @@ def span_and_image(first: Tensor, right: Tensor, left: Tensor, beside: Tensor) -
     return torch.cat([first, torch.linalg.qr(rest).Q], 1), torch.cat([left, beside], 1)
 
 
+def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading left (..., m, rank) and right (..., n, rank) singular vectors of gradients (..., m, n).
+
+    From the eigenvectors of the smaller Gram matrix in float64, which a GPU finds many times faster than an SVD; the
+    other side is its image, made orthonormal again.
+    """
+    kind, tall = gradient.dtype, gradient.shape[-2] > gradient.shape[-1]
+    wide = (gradient.mT if tall else gradient).double()
+    scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    wide = wide / scale
+    finite = wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # one diverged run must not stop the others
+    wide = torch.where(finite, wide, 0.0)
+    small = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
+    other = torch.linalg.qr(wide.mT @ small)
+    signs = other.R.diagonal(dim1=-2, dim2=-1).sign()
+    large = other.Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
+    left, right = (large, small) if tall else (small, large)
+    return torch.where(finite, left, torch.nan).to(kind), torch.where(finite, right, torch.nan).to(kind)
+
+
 class GradientSink:
     """Collects the gradients (R, m, n) of a layer's updates, sum over tokens of grad_out x^T, a run each.
 
@@ -126,10 +168,11 @@ class GradientSink:
     """
 
     def __init__(
-        self, layer: nn.Module, rank: int, runs: int = 1, which: Sequence[int] = (0,), shared: bool = False
+        self, layer: Layer, rank: int, runs: int = 1, which: Sequence[int] = (0,), shared: bool = False
     ) -> None:
         self.layer, self.rank, self.runs, self.which, self.shared = layer, rank, runs, list(which), shared
-        self.total, self.pending, self.last = None, 0, True
+        self.pending, self.last = 0, True
+        self.total: Tensor | None = None
         self.token = torch.zeros((), device=layer.weight.device, requires_grad=True)  # makes frozen layers recorded
         self.frames: tuple[Tensor, Tensor] | None = None
 
@@ -154,21 +197,18 @@ class GradientSink:
         self.total = gradient if self.total is None else self.total + gradient
         self.pending -= 1
         if self.last and not self.pending:
-            self._decompose()
+            self.finish()
 
     def finish(self) -> bool:
         """Decompose what uses without gradient, a checkpointed forward pass or a batch without the layer held up."""
         if self.total is not None:
-            self._decompose()
+            if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(self.total)
+            self.frames, self.total = top_frames(self.total, self.rank), None
         return self.frames is not None
 
     def _chosen(self, stacked: Tensor) -> Tensor:
         return stacked if len(self.which) == self.runs else stacked[self.which]
-
-    def _decompose(self) -> None:
-        if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.total)
-        self.frames, self.total = top_frames(self.total, self.rank), None
 
 
 def finish(sinks: Mapping[str, GradientSink]) -> None:
@@ -182,13 +222,13 @@ class _Probe(torch.autograd.Function):
     """The identity on `out`, whose backward pass shows the gradient to a sink."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, out: Tensor, token: Tensor, sink: GradientSink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, out: Tensor, token: Tensor, sink: GradientSink) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sink = sink
         return out.clone()  # a view could not be changed in place, as activations do
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
         ctx.sink.add(ctx.saved_tensors[0], grad)
         return None, grad, grad.new_zeros((), dtype=torch.float32), None
 

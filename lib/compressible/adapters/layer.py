@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +25,20 @@ from torch.nn import functional
 
 from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.targets import holders, places, saved_modules
-from compressible.recovery.factors import orthogonal_factors, product
 from compressible.runtime.checks import expect
+
+Layer = Any  # nn.Linear, nn.Embedding or transformers' Conv1D: a module with a weight
 
 
 class Adapter(nn.Module):
     """A frozen layer and the factors [W_1, ..., W_L] of its update; behaves like the layer in all else."""
 
-    def __init__(self, base: nn.Module, config: DeepLoraConfig, generator: torch.Generator | None) -> None:
+    base: Layer
+
+    def __init__(self, base: Layer, config: DeepLoraConfig, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.base, self.config, self.probe = base, config, None
+        self.base, self.config = base, config
+        self.probe: Callable[[Tensor, Tensor], Tensor] | None = None
         start = starting_factors(self.shape, config, generator, base.weight.device, isinstance(base, nn.Embedding))
         self.factors = nn.ParameterList([nn.Parameter(factor.to(factor_dtype(base))) for factor in start])
 
@@ -58,11 +65,11 @@ class Adapter(nn.Module):
     def update(self) -> Tensor:
         """Return the update W_L ... W_1 (m, n), scaled, in the factors' precision."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            return product(list(self._ready())) * self.config.scaling
+            return product(list(self.ready())) * self.config.scaling
 
     def contracted(self) -> tuple[Tensor, Tensor]:
         """Return W_{L-1} ... W_1 (k, n), scaled, and W_L (m, k): all but the last factor, once a step, in float32."""
-        *lower, last = self._ready()
+        *lower, last = self.ready()
         with torch.autocast(self.weight.device.type, enabled=False):
             return product(lower) * self.config.scaling, last
 
@@ -78,7 +85,8 @@ class Adapter(nn.Module):
         kind = out.dtype
         return out + functional.linear(functional.linear(dropped.to(kind), lower.to(kind)), last.to(kind))
 
-    def _ready(self) -> nn.ParameterList:
+    def ready(self) -> nn.ParameterList:
+        """Return the factors; RuntimeError where there are none yet, ValueError where they are too short of digits."""
         if not len(self.factors):
             raise RuntimeError('variant "compressed" has no factors yet: call compress_adapters(model, loss_step)')
         kinds = {factor.dtype for factor in self.factors}
@@ -92,8 +100,28 @@ def get_deep_lora_model(
 ) -> nn.Module:
     """Freeze `model`, put an `Adapter` in the place of every targeted layer, and return it; it is changed in place.
 
-    Raises ValueError, before anything is changed, where nothing matches the targets, a target is neither linear nor
-    an nn.Embedding or its update would not be seen, the model has adapters already, or shares a saved module's weight.
+    Args:
+        model: any with nn.Linear, nn.Embedding or transformers' Conv1D layers, in float32, float64 or bfloat16.
+        config: what is adapted and how; of variant "compressed" the adapters get their factors by `compress_adapters`.
+        generator: of the CPU, from which factors are drawn; by default torch's own.
+
+    Returns:
+        The same model, of which factors and modules_to_save alone are trained.
+
+    Raises:
+        ValueError: before anything is changed, where nothing matches the targets, a target is neither linear nor an
+            nn.Embedding or its update would not be seen, the model has adapters already, or shares a saved module's
+            weight.
+
+    Example:
+        >>> import compressible as cd
+        >>> config = cd.DeepLoraConfig(r=2, depth=3, variant="thin")
+        >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> [tuple(factor.shape) for factor in model[0].factors]
+        [(2, 8), (2, 2), (4, 2)]
+
+    Reference:
+        P1 (Yaras et al. 2024), section 4, Deep LoRA.
     """
     found = places(model, config)
     _check_model(model, config, found)
@@ -106,7 +134,7 @@ def get_deep_lora_model(
             replace_module(model, place, wrapped[name])
     for _, module in saved:
         module.requires_grad_(True)
-    model.deep_lora_config = config
+    vars(model)["deep_lora_config"] = config
     for name, other in tied_layers(model).items():
         warnings.warn(f"{name!r} shares its weight with {other!r}, which does not see the update", stacklevel=2)
     return model
@@ -155,18 +183,18 @@ def check_sizes(shapes: dict[str, tuple[int, int]], config: DeepLoraConfig) -> N
             raise ValueError(f"{size}: lower r, or name it in exclude_modules or modules_to_save")
 
 
-def layer_shape(layer: nn.Module) -> tuple[int, int]:
+def layer_shape(layer: Layer) -> tuple[int, int]:
     """Return (m, n), outputs and inputs of a layer, whatever the layout of its weight."""
     rows, columns = layer.weight.shape
     return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: Layer) -> bool:
     """Return whether a layer keeps its weight as (n, m), as transformers' Conv1D and nn.Embedding (ids in) do."""
     return isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
 
 
-def factor_dtype(layer: nn.Module) -> torch.dtype:
+def factor_dtype(layer: Layer) -> torch.dtype:
     """Return float32, or float64 for a layer in float64: eps^L needs more range than half precision has."""
     return torch.promote_types(layer.weight.dtype, torch.float32)
 
@@ -181,11 +209,12 @@ def adapted(model: nn.Module) -> nn.Module:
     inner = model
     while True:
         if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = inner.module
-        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-            inner = inner._orig_mod
+            wrapped = inner.module
         else:
+            wrapped = getattr(inner, "_orig_mod", None)
+        if not isinstance(wrapped, nn.Module):
             break
+        inner = wrapped
     if not hasattr(inner, "deep_lora_config"):
         raise ValueError(f"{type(inner).__name__} has no adapters, expected a model from get_deep_lora_model")
     return inner
@@ -201,13 +230,29 @@ def starting_factors(
         return []
     if config.depth > 2:
         width = min(m, n) if config.variant == "full" else r
-        start = orthogonal_factors(shape, config.depth, width, config.init_scale, generator, torch.float32, device)
+        sizes = pairwise([n, *[width] * (config.depth - 1), m])
+        start = [(config.init_scale * _orthogonal(rows, columns, generator)).float() for columns, rows in sizes]
     elif config.init_lora_weights == "paper" or (embedding and config.init_lora_weights == "peft"):
         start = [torch.zeros(r, n), torch.randn(m, r, generator=generator)]
     else:
         bound = 1 / math.sqrt(n)  # kaiming_uniform with a = sqrt(5), peft's
         start = [(2 * torch.rand(r, n, generator=generator) - 1) * bound, torch.zeros(m, r)]
     return [factor.to(device) for factor in start]
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """Return W_L ... W_1 (..., m, n) of factors [W_1, ..., W_L], multiplied from W_1 on."""
+    result = factors[0]
+    for factor in factors[1:]:
+        result = factor @ result
+    return result
+
+
+def _orthogonal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """A uniformly random matrix with orthonormal columns, or rows where there are fewer; the tall one is drawn."""
+    tall = torch.empty(max(rows, columns), min(rows, columns), dtype=torch.float64)
+    nn.init.orthogonal_(tall, generator=generator)
+    return tall if rows >= columns else tall.mT.contiguous()
 
 
 def _underflow(config: DeepLoraConfig) -> str:

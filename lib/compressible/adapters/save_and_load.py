@@ -19,13 +19,36 @@ from compressible.runtime.paths import atomic_path, write_atomic
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
-    """Write every factor and modules_to_save to path/deep_lora.safetensors, the config to path/deep_lora.json."""
+    """Write every factor and modules_to_save to path/deep_lora.safetensors, the config to path/deep_lora.json.
+
+    Args:
+        model: of `get_deep_lora_model`; compressed adapters after `compress_adapters`.
+        path: a folder, made where it is missing.
+
+    Returns:
+        Nothing; a reader never finds half a file.
+
+    Raises:
+        ValueError: for a model without adapters.
+        RuntimeError: where compressed adapters have no factors yet.
+
+    Example:
+        >>> import tempfile
+        >>> import compressible as cd
+        >>> config = cd.DeepLoraConfig(r=2, variant="thin")
+        >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cd.save_adapter(model, folder)
+        ...     again = cd.load_adapter(nn.Sequential(nn.Linear(8, 4)), folder)
+        >>> torch.equal(again[0].update(), model[0].update())
+        True
+    """
     model = adapted(model)
-    config: DeepLoraConfig = model.deep_lora_config
+    config: DeepLoraConfig = vars(model)["deep_lora_config"]
     tensors = {
         f"{name}.factors.{i}": factor.detach().contiguous()
         for name, adapter in adapters(model).items()
-        for i, factor in enumerate(adapter._ready())
+        for i, factor in enumerate(adapter.ready())
     }
     tensors |= {f"saved.{key}": value for key, value in _saved(model, config).items()}
     _write(Path(path), "deep_lora.safetensors", tensors, "deep_lora.json", asdict(config))
@@ -34,9 +57,23 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """Put the adapter of `save_adapter` on a base model and return it, trainable; the model is changed in place.
 
-    Raises ValueError where the files do not fit the model.
+    Args:
+        model: the base model that was adapted, without adapters.
+        path: the folder.
+
+    Returns:
+        The same model with the adapters, as `get_deep_lora_model` makes it.
+
+    Raises:
+        ValueError: where the files do not fit the model, which then is as it was.
+
+    Example:
+        See `save_adapter`.
     """
-    config = DeepLoraConfig(**json.loads((Path(path) / "deep_lora.json").read_text()))
+    settings = json.loads((Path(path) / "deep_lora.json").read_text())
+    if "lr_ratio" in settings:  # of a file from before the name was settled
+        settings["outer_ratio"] = settings.pop("lr_ratio")
+    config = DeepLoraConfig(**settings)
     chains: dict[str, dict[int, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, value in load_file(Path(path) / "deep_lora.safetensors").items():
@@ -58,7 +95,11 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _check_fit(
-    model: nn.Module, config: DeepLoraConfig, chains: dict[str, dict[int, Tensor]], saved: dict[str, Tensor], path
+    model: nn.Module,
+    config: DeepLoraConfig,
+    chains: dict[str, dict[int, Tensor]],
+    saved: dict[str, Tensor],
+    path: str | Path,
 ) -> None:
     found = places(model, config)
     if chains.keys() != found.keys():
@@ -79,15 +120,36 @@ def _check_fit(
 def save_peft_adapter(model: nn.Module, path: str | Path, base_model_name: str | None = None) -> None:
     """Write path/adapter_model.safetensors and adapter_config.json, which stock peft loads as LoRA.
 
-    The chain contracts to rank r exactly, split evenly between peft's two factors; scaling is inside them. Raises
-    ValueError for variant "full", whose updates have no small rank: merge those, or train "thin" or "compressed".
+    The chain contracts to rank r exactly, split evenly between peft's two factors; scaling is inside them.
+
+    Args:
+        model: of `get_deep_lora_model`, trained.
+        path: a folder, made where it is missing.
+        base_model_name: what peft is to call the base model.
+
+    Returns:
+        Nothing; `peft.PeftModel.from_pretrained(base, path)` loads it.
+
+    Raises:
+        ValueError: for variant "full", whose updates have no small rank: merge those, or train "thin" or "compressed".
+
+    Example:
+        >>> import tempfile
+        >>> import compressible as cd
+        >>> config = cd.DeepLoraConfig(r=2, variant="thin")
+        >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cd.save_peft_adapter(model, folder)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = adapted(model)
-    config: DeepLoraConfig = model.deep_lora_config
+    config: DeepLoraConfig = vars(model)["deep_lora_config"]
     if config.variant == "full":
         raise ValueError('variant is "full", an update of rank min(m, n): expected "thin" or "compressed", or merge it')
     saved = saved_by_peft(model, config)
-    tensors, found = {}, _alone(model, saved)
+    tensors: dict[str, Tensor] = {}
+    found = _alone(model, saved)
     for name, adapter in found.items():
         a, b = balanced(adapter)
         embedding = isinstance(adapter.base, nn.Embedding)

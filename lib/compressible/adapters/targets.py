@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def saved_modules(model: nn.Module, config: DeepLoraConfig) -> Iterator[tuple[st
 def saved_by_peft(model: nn.Module, config: DeepLoraConfig) -> list[str]:
     """Return the ends of names that peft's modules_to_save gets: the config's own and its task's head."""
     names = [name for name, _ in model.named_modules()]
-    heads = [head for head in HEADS.get(config.task_type, ()) if any(name.endswith(head) for name in names)]
+    heads = [head for head in HEADS.get(config.task_type or "", ()) if any(name.endswith(head) for name in names)]
     return list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
 
 
@@ -70,10 +71,10 @@ def _wanted(name: str, module: nn.Module, config: DeepLoraConfig, output: nn.Mod
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     """The layer that "all-linear" leaves out in transformers' language models."""
-    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
-def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+def _check_layer(model: nn.Module, name: str, module: Any) -> None:
     """Raise ValueError for what is no layer x W^T + b, or whose weight is read without calling it."""
     kind, leave = type(module).__name__, "name it in exclude_modules"
     if isinstance(module, nn.Embedding) and type(module) is not nn.Embedding:
@@ -91,7 +92,7 @@ def _check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _excluded(name: str, config: DeepLoraConfig) -> bool:
-    saved = [*(config.modules_to_save or []), *HEADS.get(config.task_type, ())]
+    saved = [*(config.modules_to_save or []), *HEADS.get(config.task_type or "", ())]
     inside = any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
     return inside or bool(config.exclude_modules and _named(name, config.exclude_modules))
 

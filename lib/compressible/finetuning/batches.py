@@ -1,34 +1,44 @@
-"""What fine-tuning reads, and its losses: rows on the device, cut to their longest, and one mean loss a run."""
+"""What fine-tuning reads: a task's rows, on the device, cut to the longest of those that are asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
 
 
-class Rows(Protocol):
+class ExamplesLike(Protocol):
     """Examples: tokens by name (N, T), padded at the end, and labels (N, ...)."""
 
-    tokens: dict[str, Tensor]
-    labels: Tensor
+    @property
+    def tokens(self) -> dict[str, Tensor]: ...
+    @property
+    def labels(self) -> Tensor: ...
 
 
 class TaskLike(Protocol):
-    """What a task needs here; `tasks.Task` is one. kind: "regression", "classification" or "generation".
+    """What a task needs here; `data.tasks.Task` is one. kind: "regression", "classification" or "generation".
 
-    score is the metric of outputs (N, outputs) and labels (N,); for generation it is not asked.
+    score is the metric of outputs (N, outputs) and labels (N,), both numpy's; for generation it is not asked.
     """
 
-    kind: str
-    train: Rows
-    validation: Rows
+    @property
+    def kind(self) -> str: ...
+    @property
+    def train(self) -> ExamplesLike: ...
+    @property
+    def validation(self) -> ExamplesLike: ...
+    def score(self, outputs: np.ndarray, labels: np.ndarray, /) -> float: ...
 
-    def score(self, logits: Tensor, labels: Tensor) -> float: ...
+
+def validation_score(task: TaskLike, outputs: np.ndarray) -> float:
+    """Return the task's score of outputs (N, outputs) for its validation rows."""
+    return float(task.score(outputs, task.validation.labels.cpu().numpy()))
 
 
 @dataclass
@@ -58,7 +68,7 @@ class DeviceRows:
     Raises ValueError where padding is not at the end.
     """
 
-    def __init__(self, rows: Rows, device: torch.device) -> None:
+    def __init__(self, rows: ExamplesLike, device: torch.device) -> None:
         mask = rows.tokens.get("attention_mask")
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])

@@ -118,7 +118,7 @@ def digest(stacked: StackedPass, settings: list) -> str:
     model, task = stacked.source, stacked.task
     rows = [_bytes(tensor) for part in (task.train, task.validation) for tensor in (part.labels, *part.tokens.values())]
     weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    config = model.config.to_dict() if hasattr(getattr(model, "config", None), "to_dict") else {}
+    config: dict = getattr(getattr(model, "config", None), "to_dict", dict)()
     structure = {name: config[name] for name in config if name not in MOVES_NOTHING}, repr(model)
     order = list(stacked.order.shape), stacked.precision, stacked.dropout, task.kind
     text = json.dumps([runs, settings, order, rows, weights, structure], sort_keys=True, default=_plain)
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 def _bytes(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous().flatten()
-    return f"{tensor.dtype} {hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()}"
+    return f"{tensor.dtype} {hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()}"
 
 
 PLAIN = (bool, int, float, str, type(None))

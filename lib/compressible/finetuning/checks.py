@@ -1,4 +1,4 @@
-"""What `fine_tune` refuses before work starts; what only a pass through the model shows is in tuning_trial.py."""
+"""What `fine_tune` refuses before work starts; what only a pass through the model shows is in dry_run.py."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def check_settings(
     counts = {"steps": steps, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
         expect(name, value, _is_integer(value) and value >= 1, "an integer >= 1")
-    unlimited = max_stack is None
-    expect("max_stack", max_stack, unlimited or (_is_integer(max_stack) and max_stack >= 1), "None or an integer >= 1")
+    fits = max_stack is None or (_is_integer(max_stack) and max_stack >= 1)
+    expect("max_stack", max_stack, fits, "None or an integer >= 1")
     expect("decay_ratio", decay_ratio, _is_number(decay_ratio) and 0 <= decay_ratio <= 1, "a number in [0, 1]")
     expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
@@ -82,7 +82,7 @@ def check_model(model: nn.Module, dropout: bool) -> None:
             raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")
         if dropout and isinstance(module, nn.RNNBase) and module.dropout > 0:
             kind = f"{type(module).__name__} with dropout {module.dropout:g}"
-            raise ValueError(f"{name!r} is {kind}, which draws from one stream for all runs: expected dropout=0")
+            raise ValueError(f"{name!r} is {kind}, which draws for all runs at once: expected dropout=0")
         if getattr(module, "gradient_checkpointing", False):
             raise ValueError(f"{name!r} has gradient checkpointing on: call model.gradient_checkpointing_disable()")
 

@@ -1,9 +1,8 @@
 """Fine-tuning of S runs at once over one frozen model: seeds, learning rates, ranks and variants in one pass.
 
-The frozen model sees the runs' batches side by side; adapters and heads are stacked (stacked.py), dropout has a stream
-a run (streams.py), and AdamW's state is one flat vector with a rate for every element. So a run goes as it would
-alone; `reference_fine_tune` in reference_tuning.py, a plain model and torch's AdamW for each run, is what this is
-tested against.
+The frozen model sees the runs' batches side by side; adapters and heads are stacked (stacked/), dropout is drawn per
+run (dropout/), and AdamW's state is one flat vector with a rate for every element. So a run goes as it would alone;
+`reference_fine_tune` in reference.py, a plain model and torch's AdamW for each run, is what this is tested against.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from compressible.adapters.targets import matching, saved_modules
 from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.checks import check_model, check_runs, check_settings, check_task, checked_marks
 from compressible.finetuning.run import FineTuningRun, RunHistory
-from compressible.finetuning.stacked_pass import Snapshot, StackedPass
+from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
 from compressible.finetuning.trainer import Trainer
 from compressible.runtime.checks import expect
 
@@ -33,7 +32,7 @@ def fine_tune(
     decay_ratio: float = 1.0,
     evaluate_at: Iterable[int] = (),
     watch_at: Iterable[int] = (),
-    watch: Callable[[Snapshot], list[Any]] | None = None,
+    watch: Callable[[PassSnapshot], list[Any]] | None = None,
     precision: str = "float32",
     dropout: bool = True,
     compiled: bool = False,
@@ -44,19 +43,56 @@ def fine_tune(
     keep_factors: bool = True,
     show_progress: bool | None = None,
 ) -> list[RunHistory]:
-    """Train all runs over the frozen `model`, as few passes as their shapes allow, and return a history a run.
+    """Train all runs over the frozen `model`, in as few passes as their shapes allow, and return a history a run.
 
-    The rate decays linearly to decay_ratio of its start (1: constant). Steps of evaluate_at and watch_at count updates
-    made, 0 to `steps`; `watch` returns one value a run. Precision "tf32" is the authors' (JAX's default); "bfloat16"
-    is the frozen model's only. compiled: torch.compile; graphed: CUDA graphs, by default on a GPU. With `checkpoint`, a
-    file name, a killed call goes on where it was; what `watch` gives must then be numbers, text, tensors, numpy arrays,
-    Spectra, or lists, tuples and dicts of these. The runs of a pass are at most max_stack. Without keep_factors the
-    histories hold no factors, which for many wide runs are much memory. `model` is never changed.
-    A run has its own lr, lr_ratio and head_lr; a call has batch_size, steps, decay_ratio and AdamW's betas .9 and .999,
-    eps 1e-6 and no weight decay (the authors'). Scores are the task's metric, higher is better, but for generation the
-    mean cross-entropy of the validation set's tokens in nats, lower is better.
-    Raises ValueError on impossible arguments, RuntimeError for a model that draws random numbers itself or where no
-    gradient reaches a compressed layer; a run that diverges ends alone, see RunHistory.
+    A run has its own lr, outer_ratio and head_lr; AdamW's betas .9 and .999, eps 1e-6 and no weight decay are the
+    authors'. A run that diverges ends alone, see `RunHistory`.
+
+    Args:
+        model: on its device, never changed.
+        runs: S settings, see `FineTuningRun`.
+        task: rows, kind and metric, such as `load_task` gives; S batches share the device.
+        steps: updates that each run makes.
+        batch_size: rows of one run in a step, usually 16 to 32.
+        decay_ratio: what the rate decays to linearly, over its start (1: constant).
+        evaluate_at: numbers of updates made, 0 to `steps`, at which runs are scored.
+        watch_at: the same for `watch`.
+        watch: takes a `PassSnapshot`, the updates of a pass's runs, and returns one value a run.
+        precision: "float32", "tf32" (the authors', JAX's default) or "bfloat16" (of the frozen model only).
+        dropout: whether the model's own dropout is on, drawn per run.
+        compiled: whether torch.compile takes the pass.
+        graphed: whether steps are CUDA graphs, by default on a GPU.
+        checkpoint: a file name, with which a killed call goes on where it was; what `watch` gives must then be
+            numbers, text, tensors, numpy arrays, Spectra, or lists, tuples and dicts of these.
+        checkpoint_every: steps between two writings of it.
+        max_stack: runs of a pass at most, by default all that fit.
+        keep_factors: whether histories hold factors, which for many wide runs are much memory.
+        show_progress: whether a bar is drawn, by default where a person may see it.
+
+    Returns:
+        A `RunHistory` a run, in their order.
+
+    Raises:
+        ValueError: on impossible arguments.
+        RuntimeError: for a model that draws random numbers itself or where no gradient reaches a compressed layer.
+
+    Example:
+        >>> import compressible as cd
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, num_labels=1))
+        >>> config = cd.DeepLoraConfig(r=2, variant="thin", task_type="SEQ_CLS", modules_to_save=["classifier"])
+        >>> runs = [cd.FineTuningRun(config, lr, seed) for lr in (1e-4, 1e-3) for seed in (0, 1)]
+        >>> ids = torch.arange(48).reshape(8, 6)
+        >>> rows = cd.Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.rand(8), texts=())
+        >>> task = cd.Task("toy", "regression", 1, "pearson", train=rows, validation=rows)
+        >>> histories = cd.fine_tune(model, runs, task, steps=3, batch_size=4, show_progress=False)
+        >>> [(history.losses.shape, history.shared) for history in histories]
+        [((3,), 4), ((3,), 4), ((3,), 4), ((3,), 4)]
+
+    Reference:
+        P1 (Yaras et al. 2024), section 5 and appendix: few-shot fine-tuning of BERT.
     """
     check_settings(steps, batch_size, decay_ratio, precision, max_stack, checkpoint_every)
     evaluate_at, watch_at = checked_marks("evaluate_at", evaluate_at, steps), checked_marks("watch_at", watch_at, steps)
@@ -84,7 +120,7 @@ def fine_tune(
 def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | None) -> Iterator[list[int]]:
     """Indices of the runs of each pass: those with equal targets; wide factors apart; equal lengths side by side."""
     groups: dict[tuple, list[int]] = {}
-    layers: dict[tuple, tuple] = {}
+    layers: dict[str, tuple] = {}
     for at, run in enumerate(runs):
         config = run.config
         asked = repr((config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save,

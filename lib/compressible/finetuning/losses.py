@@ -1,4 +1,4 @@
-"""compressible.finetuning.losses"""
+"""One mean loss a run from what the model makes of all runs' rows."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from compressible.adapters.layer import adapters, get_deep_lora_model
 from compressible.adapters.merge import first_output
 from compressible.adapters.param_groups import param_groups
 from compressible.adapters.targets import saved_modules
-from compressible.finetuning.batches import LENGTHS, DeviceRows, TaskLike
+from compressible.finetuning.batches import LENGTHS, DeviceRows, TaskLike, validation_score
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses, token_losses
 from compressible.finetuning.run import FineTuningRun, RunHistory, data_order, fresh_head, run_generator
@@ -36,19 +37,20 @@ def _one(
 ) -> RunHistory:  # fmt: skip
     device = next(source.parameters()).device
     counter = torch.zeros((), dtype=torch.int64, device=device)
-    streams = PerRunDropout([run.seed], counter)
+    per_run = PerRunDropout([run.seed], counter)
     rows, order = DeviceRows(task.train, device), data_order(run, len(task.train.labels), steps, batch_size)
     model = get_deep_lora_model(copy.deepcopy(source), run.config, run_generator(run, "factors"))
-    for name, module in saved_modules(model, run.config):
-        weight, bias = fresh_head(module, run, name)
-        module.weight.data = weight
-        if module.bias is not None:
-            module.bias.data = bias
+    head: Any
+    for name, head in saved_modules(model, run.config):
+        weight, bias = fresh_head(head, run, name)
+        head.weight.data = weight
+        if head.bias is not None:
+            head.bias.data = bias
     model.train(dropout)
 
     def loss_of(step: int) -> torch.Tensor:
         tokens, labels = rows.batch(order[step], LENGTHS[device.type])
-        with streams:
+        with per_run:
             logits = first_output(model(**tokens, **({"labels": labels} if task.kind == "generation" else {})))
         return run_losses(task.kind, logits, labels, 1)[0]
 
@@ -76,7 +78,9 @@ def _one(
         counter += 1
     lost = np.flatnonzero(~np.isfinite(losses))
     chains = {name: [factor.detach() for factor in adapter.factors] for name, adapter in adapters(model).items()}
-    heads = {name: dict(module.named_parameters()) for name, module in saved_modules(model, run.config)}
+    heads: dict[str, dict[str, torch.Tensor]] = {
+        name: dict(module.named_parameters()) for name, module in saved_modules(model, run.config)
+    }
     spent = time.perf_counter() - began
     return RunHistory(run, losses, scores, {}, int(lost[0]) if len(lost) else None, spent, 0, 1, chains, heads, source)
 
@@ -94,4 +98,4 @@ def _score(model: nn.Module, task: TaskLike, device: torch.device) -> float:
     if losses:
         total, count = torch.stack(losses).sum(0)
         return float(total / count)
-    return float(task.score(torch.cat(logits).numpy(), task.validation.labels.numpy()))
+    return validation_score(task, torch.cat(logits).numpy())

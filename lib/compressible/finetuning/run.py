@@ -18,11 +18,28 @@ HEAD_STD = 0.02  # transformers' own start of a head
 
 @dataclass(frozen=True)
 class FineTuningRun:
-    """One run of a stack: what is adapted and how, its peak learning rate (P1: 1e-2 compressed, else 1e-4) and seed.
+    """One run of a stack.
 
-    The seed draws factors, head, data order and dropout. subset: rows of the training set, by default all.
-    config.modules_to_save are linear heads that the run trains, from a fresh N(0, .02^2) start, at `head_lr` (default
-    lr).
+    Args:
+        config: what is adapted and how; its modules_to_save are linear heads that the run trains, from a fresh
+            N(0, .02^2) start.
+        lr: peak step size of the inner factors, > 0 (P1: 1e-2 compressed, else 1e-4).
+        seed: >= 0; draws factors, head, data order and dropout.
+        subset: numbers (k,) of the training rows that it sees, by default all.
+        head_lr: peak step size of the heads, by default lr.
+        label: its name in messages.
+
+    Raises:
+        ValueError: by `fine_tune`, which checks all runs before it begins.
+
+    Example:
+        >>> import compressible as cd
+        >>> config = cd.DeepLoraConfig(r=8, variant="compressed")
+        >>> [run.seed for run in (cd.FineTuningRun(config, lr=1e-2, seed=seed) for seed in range(3))]
+        [0, 1, 2]
+
+    Reference:
+        P1 (Yaras et al. 2024), section 5, few-shot fine-tuning.
     """
 
     config: DeepLoraConfig
@@ -35,14 +52,28 @@ class FineTuningRun:
 
 @dataclass
 class RunHistory:
-    """What one run left: losses (steps,) before each update, scores and what `watch` gave by step, and the factors.
+    """What one run left, made by `fine_tune`.
 
-    A score is the task's metric, higher is better; for generation the mean cross-entropy of the validation set's
-    tokens in nats, lower is better (no text is written while runs train, so its metric, BLEU, is not taken).
+    Args:
+        run: its settings.
+        losses: (steps,) before each update.
+        scores: by step, the task's metric, higher is better; for generation the mean cross-entropy of the validation
+            set's tokens in nats, lower is better (no text is written while runs train, so BLEU is not taken).
+        watched: by step, what `watch` gave.
+        divergence: None or the first step whose loss was not finite, `steps` where the last update did it and its
+            score or factors show it; scores are NaN from there on.
+        seconds: of the whole pass, those before a kill included.
+        peak_bytes: of the whole pass on its GPU, 0 on a CPU.
+        shared: how many runs went through the pass together.
+        chains: factors [W_1, ..., W_L] by layer, or None.
+        heads: "weight" (m, n) and "bias" (m,) by head, or None.
+        base: the model that was given.
 
-    seconds, those before a kill included, and peak_bytes are of the whole pass, which `shared` runs went through
-    together. `divergence` is None or the first step whose loss was not finite, `steps` where the last update did it
-    and its score or factors show it; scores are NaN from there on.
+    Raises:
+        FineTuningDivergenceError: by `model` and `check`, for a run that diverged.
+
+    Example:
+        See `fine_tune`.
     """
 
     run: FineTuningRun
@@ -61,7 +92,7 @@ class RunHistory:
         """Return the model with this run's adapters and head, as `get_deep_lora_model` makes it; to merge or export.
 
         Frozen weights are shared with the model that was given; copy it before you merge. Raises
-        TuningDivergenceError for a run that diverged, RuntimeError where factors were not kept.
+        FineTuningDivergenceError for a run that diverged, RuntimeError where factors were not kept.
         """
         self.check()
         if self.chains is None:
@@ -70,19 +101,19 @@ class RunHistory:
             model = get_deep_lora_model(sharing(self.base), self.run.config)
         for name, chain in self.chains.items():
             model.get_submodule(name).factors = nn.ParameterList([nn.Parameter(factor.clone()) for factor in chain])
-        for name, state in self.heads.items():
-            head = model.get_submodule(name)
+        for name, state in (self.heads or {}).items():
+            head: Any = model.get_submodule(name)
             for own, value in state.items():  # in the model's precision, as it meets the model's values
                 setattr(head, own, nn.Parameter(value.to(head.weight.dtype, copy=True)))
         return model
 
     def check(self) -> None:
-        """Raise TuningDivergenceError if the run diverged."""
+        """Raise FineTuningDivergenceError if the run diverged."""
         if self.divergence is not None:
-            raise TuningDivergenceError(self)
+            raise FineTuningDivergenceError(self)
 
 
-class TuningDivergenceError(RuntimeError):
+class FineTuningDivergenceError(RuntimeError):
     """A run that stopped being finite; `history` holds it up to there."""
 
     def __init__(self, history: RunHistory) -> None:

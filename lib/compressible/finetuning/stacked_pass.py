@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressible.adapters.merge import first_output
-from compressible.finetuning.batches import LENGTHS, DeviceRows, PassRows, TaskLike
+from compressible.finetuning.batches import LENGTHS, DeviceRows, PassRows, TaskLike, validation_score
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses, token_losses
 from compressible.finetuning.run import FineTuningRun, data_order
@@ -24,7 +24,7 @@ RECOMPILATIONS = 64
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class PassSnapshot:
     """What `watch` gets: the step, and the updates of the S runs of this pass layer by layer."""
 
     step: int
@@ -115,9 +115,8 @@ class StackedPass:
         lost = [at for at, good in enumerate(finite) if not good]
         if self.task.kind == "generation":
             return [float(value) for value in logits], lost
-        labels = self.task.validation.labels.cpu().numpy()
         pairs = zip(logits, finite, strict=True)
-        return [float(self.task.score(run, labels)) if good else float("nan") for run, good in pairs], lost
+        return [validation_score(self.task, run) if good else float("nan") for run, good in pairs], lost
 
     def validation_logits(self) -> np.ndarray:
         """Return logits (S, N, outputs), in the order of the rows; for generation the mean losses (S,)."""

@@ -21,7 +21,7 @@ from compressible.finetuning.run import RunHistory
 from compressible.finetuning.stacked.adamw import StackedAdamW
 from compressible.finetuning.stacked.layers import StackedLinear, stacked_adapters
 from compressible.finetuning.stacked.model import overflown, stacked_heads
-from compressible.finetuning.stacked_pass import Snapshot, StackedPass
+from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
 from compressible.runtime import devices
 from compressible.runtime.checks import expect
 from compressible.runtime.devices import matmul_precision
@@ -80,7 +80,8 @@ class Trainer:
                 if step in evaluate_at and step not in kept.scores:
                     kept.scores[step], kept.lost = stacked.evaluate()
                 if step in watch_at and step not in kept.watched:
-                    kept.watched[step] = _watched(watch, Snapshot(step, stacked.runs, stacked.model), saved is not None)
+                    snapshot = PassSnapshot(step, stacked.runs, stacked.model)
+                    kept.watched[step] = _watched(watch, snapshot, saved is not None)
                 if step == self.steps:
                     kept.lost = sorted({*kept.lost, *overflown(stacked.model, len(stacked.runs))})
                 if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
@@ -128,7 +129,7 @@ class Trainer:
         """Every trained tensor and its runs' learning rates, as they broadcast against it."""
         runs = self.stacked.runs
         inner = torch.tensor([run.lr for run in runs], dtype=torch.float64)
-        outer = inner * torch.tensor([run.config.lr_ratio for run in runs], dtype=torch.float64)
+        outer = torch.tensor([run.config.outer_lr(run.lr) for run in runs], dtype=torch.float64)
         head = torch.tensor([run.lr if run.head_lr is None else run.head_lr for run in runs], dtype=torch.float64)
         chains = [(p, (outer if ends else inner)[of, None, None]) for p, of, ends in self.stacked.chains.parameters()]
         heads = [p for module in stacked_heads(self.stacked.model).values() for p in module.parameters()]
@@ -177,7 +178,8 @@ class _Graph:
 
 
 @torch.no_grad()
-def _watched(watch: Callable, snapshot: Snapshot, storable: bool) -> list[Any]:
+def _watched(watch: Callable | None, snapshot: PassSnapshot, storable: bool) -> list[Any]:
+    assert watch is not None  # fine_tune asks for it where steps are watched
     values, runs = list(watch(snapshot)), len(snapshot.runs)
     expect("watch", f"{len(values)} values", len(values) == runs, f"one for each of the pass's {runs} runs")
     if storable:  # said now: the first checkpoint may be long in coming

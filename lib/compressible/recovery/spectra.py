@@ -11,27 +11,6 @@ import torch
 from torch import Tensor
 
 
-def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the leading left (..., m, rank) and right (..., n, rank) singular vectors of gradients (..., m, n).
-
-    From the eigenvectors of the smaller Gram matrix in float64, which a GPU finds many times faster than an SVD; the
-    other side is its image, made orthonormal again.
-    """
-    kind, tall = gradient.dtype, gradient.shape[-2] > gradient.shape[-1]
-    wide = (gradient.mT if tall else gradient).double()
-    scale = wide.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    wide = wide / scale
-    finite = wide.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # one diverged run must not stop the others
-    wide = torch.where(finite, wide, 0.0)
-    small = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1)
-    other = torch.linalg.qr(wide.mT @ small)
-    signs = other.R.diagonal(dim1=-2, dim2=-1).sign()
-    large = other.Q * torch.where(signs == 0, 1.0, signs)[..., None, :]
-    left, right = (large, small) if tall else (small, large)
-    left, right = (torch.where(finite, side, torch.nan).to(kind) for side in (left, right))
-    return left, right
-
-
 @dataclass
 class Evolution:
     """How the singular triplets of a (..., T, d, d) path move; the middle block is one subspace.

@@ -1,4 +1,4 @@
-"""seed, step, place -> mask"""
+"""The hash of (seed, step, place, coordinates) that decides what dropout keeps, on 32-bit words."""
 
 from __future__ import annotations
 

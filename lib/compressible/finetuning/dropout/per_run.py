@@ -1,8 +1,8 @@
 """Dropout whose masks depend on the run, the step, the place in the network and the element, and on nothing else.
 
-Torch draws masks from one stream, so a run's masks would depend on which other runs share its pass. Here each mask is a
-hash of (seed, step, place, coordinates): stateless, so that a run gets the same masks alone and in a stack, under
-other padding, after a resume, and in a CUDA graph.
+Torch draws all masks from one generator, so a run's masks would depend on which other runs share its pass. Here each
+mask is a hash of (seed, step, place, coordinates): stateless, so that a run gets the same masks alone and in a stack,
+under other padding, after a resume, and in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from compressible.finetuning.batches import PassRows
 from compressible.finetuning.dropout.hash import AXES, _axis, _mix, _word
 from compressible.runtime.devices import has_triton, tensor_float_32
 
-STREAMLESS = (
+UNDRAWN = (  # per run
     functional.multi_head_attention_forward, functional.alpha_dropout, functional.feature_alpha_dropout,
     functional.dropout1d, functional.dropout2d, functional.dropout3d,
 )  # fmt: skip
@@ -29,7 +29,7 @@ LARGEST = 128  # queries, keys and head size up to which one program of the kern
 
 
 class PerRunDropout(TorchFunctionMode):
-    """While entered, dropout (in attention, too) of batches (S * B, ...) draws from one stream a run.
+    """While entered, dropout (in attention, too) of batches (S * B, ...) is drawn for each run by itself.
 
     seeds (S,) one a run; step () int64 tensor, the step's number, which may live in a CUDA graph. Places are counted
     from each entry on. rows: what first axes must have, where that is known.
@@ -42,9 +42,10 @@ class PerRunDropout(TorchFunctionMode):
         self.step = step
         self.room = 0  # bytes of shared memory for the kernel of attention; asked for here, where no compiler reads
         if step.is_cuda and has_triton():
-            from compressible.finetuning.dropout import triton_attention as attention_kernel  # noqa: F401  registers its operators
+            from compressible.finetuning.dropout import triton_attention  # noqa: F401  registers its operators
 
-            self.room = torch.cuda.get_device_properties(step.device).shared_memory_per_block_optin
+            properties: Any = torch.cuda.get_device_properties(step.device)  # whose stubs lack what it is asked for
+            self.room = properties.shared_memory_per_block_optin
         self.begin()
 
     def begin(self) -> None:
@@ -63,8 +64,8 @@ class PerRunDropout(TorchFunctionMode):
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func in STREAMLESS and _drops(func, args, kwargs):
-            raise ValueError(f"{func.__name__} draws from one stream for all runs, expected dropout or sdpa attention")
+        if func in UNDRAWN and _drops(func, args, kwargs):
+            raise ValueError(f"{func.__name__} draws for all runs at once, expected dropout or sdpa attention")
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -148,8 +149,8 @@ class PerRunDropout(TorchFunctionMode):
     def _keep(self, shape: torch.Size, threshold: int, device: torch.device) -> Tensor:
         """A mask (S * B, ...), True with probability 1 - threshold / 2^31."""
         runs = len(self.seeds)
-        stream = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
-        word = (stream[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)
+        drawn = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
+        word = (drawn[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)
         for axis in range(1, len(shape)):
             word = word[..., None] + _axis(shape[axis], axis, device)
         return (_mix(word) & 0x7FFFFFFF) >= threshold

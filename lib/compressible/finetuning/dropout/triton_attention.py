@@ -1,8 +1,11 @@
-"""Attention with dropout by hash (streams.py) as one Triton kernel forwards and one backwards.
+"""Attention with dropout by hash (hash.py) as one Triton kernel forwards and one backwards.
 
 A program holds all weights of one head of one row, so that they never reach memory. The backward pass makes the weights
 and the mask again from its inputs: nothing but these is kept.
 """
+
+# Triton's compiler reads the kernels; Python does not run them.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -198,7 +201,8 @@ def _fresh(like: Tensor) -> Tensor:
 
 def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return x, *x.stride()[:3]
+    row, head, line = x.stride()[:3]
+    return x, row, head, line
 
 
 def _inputs(

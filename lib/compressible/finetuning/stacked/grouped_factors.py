@@ -7,6 +7,7 @@ one shape is one trained tensor (layers, S', ., .); layers see slices of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,12 +61,16 @@ class _Group:
             for chains in zip(*stacks, strict=True)
         ]
         for layer, adapter in enumerate(members):
-            adapter.source = lambda layer=layer: [[factor[layer] for factor in chain] for chain in self.chains]
+            adapter.source = partial(self.of, layer)
+
+    def of(self, layer: int) -> list[Chain]:
+        """Return the factors of one layer, views (S', ., .) by span of runs."""
+        return [[factor[layer] for factor in chain] for chain in self.chains]
 
     def contract(self) -> None:
         first = self.members[0]
         lower, upper = halves(self.chains, first.scalings, first.embedding)
         if not (first.embedding or first.dense):  # there the update is added up in the factors' own precision
             lower, upper = lower.to(first.weight.dtype), upper.to(first.weight.dtype)
-        for adapter, *held in zip(self.members, lower.unbind(), upper.unbind(), strict=True):
-            adapter.held = tuple(held)
+        for adapter, below, above in zip(self.members, lower.unbind(), upper.unbind(), strict=True):
+            adapter.held = below, above

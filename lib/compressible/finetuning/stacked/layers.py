@@ -20,9 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from compressible.adapters.compressed_init import GradientSink, compressed_chain, finish
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.layer import is_transposed
+from compressible.adapters.layer import Layer, is_transposed, product
 from compressible.finetuning.batches import PassRows
-from compressible.recovery.factors import product, stack_factors
 
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
 
@@ -33,9 +32,10 @@ class StackedAdapter(nn.Module):
     Its factors lie in a `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
     """
 
-    def __init__(
-        self, base: nn.Module, configs: Sequence[DeepLoraConfig], shape: tuple[int, int], rows: PassRows
-    ) -> None:
+    base: Layer
+    source: Callable[[], list[Chain]]
+
+    def __init__(self, base: Layer, configs: Sequence[DeepLoraConfig], shape: tuple[int, int], rows: PassRows) -> None:
         super().__init__()
         self.rows = rows
         self.base, self.configs, self.shape = base, list(configs), shape
@@ -43,8 +43,7 @@ class StackedAdapter(nn.Module):
         self.spans: list[tuple[int, int]] = []
         self.inner = 0
         self.scalings: list[Tensor] = []
-        self.source: Callable[[], list[Chain]] | None = None
-        self.sink: Callable | None = None
+        self.sink: Callable[[Tensor, Tensor], Tensor] | None = None
         self.held: tuple[Tensor, Tensor] | None = None
 
     def stacked(self, starts: Sequence[Chain]) -> list[Chain]:
@@ -61,7 +60,7 @@ class StackedAdapter(nn.Module):
         scalings = torch.tensor([config.scaling for config in self.configs], dtype=kind, device=device)
         self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
         widened = [_widened(start, self.inner) for start in starts]
-        return [stack_factors(widened[begin:end]) for begin, end in self.spans]
+        return [[torch.stack(part) for part in zip(*widened[begin:end], strict=True)] for begin, end in self.spans]
 
     @property
     def runs(self) -> int:
@@ -249,7 +248,7 @@ def compressed_starts(
             adapter.sink = None
     finish(sinks)
     # On the CPU: thousands of small decompositions that a GPU would only wait for.
-    frames = {name: [side.cpu() for side in sink.frames] for name, sink in sinks.items()}
+    frames = {name: [side.cpu() for side in sink.frames or ()] for name, sink in sinks.items()}
     return {
         run: {name: _start(adapter, run, frames[name], at, generator) for name, adapter in adapters.items()}
         for at, (run, generator) in enumerate(zip(which, generators, strict=True))
