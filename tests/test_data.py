@@ -257,6 +257,22 @@ def test_bad_manifest_is_refused(tmp_path, name, change, message):
         data.load_manifest(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("files = 3", "files is 3: .* valid dictionary"),
+        ("[files]\n'a/b' = 3", r"files\.a/b is 3: .* valid dictionary"),
+        ("[file.'a/b']", "file is {'a/b': {}}: Extra inputs"),
+        ("[sets.a]\nrows = 1", r"sets\.a\.licence: Field required; .*sets\.a\.items: Field required"),
+        ("[files", "cannot read the data manifest .*bad"),
+    ],
+)
+def test_what_is_no_manifest_is_refused(tmp_path, content, message):
+    (tmp_path / "bad.toml").write_text(content)
+    with pytest.raises(data.DataError, match=message):
+        data.load_sets(tmp_path / "bad.toml")
+
+
 def test_the_projects_manifest_is_valid_and_says_on_what_terms():
     entries = data.load_manifest()
     assert len(entries) >= 13 and all(entry.licence and entry.citation for entry in entries.values())

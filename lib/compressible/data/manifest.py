@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import filelock
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from compressible.data.sources import SOURCE, read, shared_archives
 from compressible.runtime.checks import one_line, unknown
@@ -62,23 +62,27 @@ class DataSet(Terms, frozen=True):
 
 
 class _Manifest(BaseModel, extra="forbid"):
-    sets: dict[str, DataSet] = {}
-    terms: dict[str, Terms] = {}
-    files: dict[str, Entry] = {}
+    sets: dict[str, DataSet]
+    terms: dict[str, Terms]
+    files: dict[str, Entry]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _inherit(cls, tables: dict[str, Any]) -> dict[str, Any]:
-        """Give every table its name, and a file the terms of the set, or of the terms, that its folder names."""
-        sets, files = tables.get("sets", {}), tables.get("files", {})
-        kept = {name: {key: table[key] for key in Terms.model_fields if key in table} for name, table in sets.items()}
-        owners = tables.get("terms", {}) | kept
-        return tables | {
-            "sets": {name: {"name": name} | table for name, table in sets.items()},
-            "files": {
-                name: {"name": name} | owners.get(name.partition("/")[0], {}) | table for name, table in files.items()
-            },
+
+class _Written(BaseModel, extra="forbid"):
+    """The tables of a manifest as they are written."""
+
+    sets: dict[str, dict[str, Any]] = {}
+    terms: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
+
+    def complete(self) -> _Manifest:
+        """Every table has its name, a file the terms of the set, or of the terms, that its folder names."""
+        kept = {name: {key: of[key] for key in Terms.model_fields if key in of} for name, of in self.sets.items()}
+        owners = self.terms | kept
+        sets = {name: {"name": name} | table for name, table in self.sets.items()}
+        files = {
+            name: {"name": name} | owners.get(name.partition("/")[0], {}) | table for name, table in self.files.items()
         }
+        return _Manifest.model_validate({"sets": sets, "terms": self.terms, "files": files})
 
 
 def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
@@ -150,7 +154,7 @@ def cached_path(name: str) -> Path:
 def _read(path: str | Path | None) -> _Manifest:
     file = Path(path) if path is not None else resources.files("compressible.data") / "manifest.toml"
     try:
-        return _Manifest.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return _Written(**tomllib.loads(file.read_text(encoding="utf-8"))).complete()
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot read the data manifest {file}: {error}") from error
     except ValidationError as error:
