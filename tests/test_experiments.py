@@ -7,8 +7,10 @@ import torch
 import compressible as cd
 from compressible.experiments.burer_monteiro import linear_convergence, over_ranked_law
 from compressible.experiments.components import draw_stack, leading_alignment, learning_order, triplets, watch
+from compressible.experiments.fits import summary
 from compressible.experiments.outcomes import held, outcomes, stays_above
 from compressible.experiments.outer_ratios import arrivals, crossing, limits, pace, savings
+from compressible.experiments.recommend import Fit
 from compressible.experiments.starts import completion_starts, random_completion, start_names
 
 SETTINGS = {"dimension": 12, "rank": 2, "observed": 0.6, "depth": 3, "init_scale": 0.1, "step_size": 2.0}
@@ -84,6 +86,15 @@ def test_the_components_of_a_factorization_are_found_the_largest_first():
     assert (order["extra"] < 1e-2).all()
 
 
+def test_a_value_that_never_rises_has_no_alignment():
+    values = np.array([[[0.1, 0.1, 0.0], [2.0, 0.1, 0.0], [2.0, 0.5, 0.0]]] * 2)
+    sides = np.array([[[0.3, 0.9], [0.8, 0.9], [1.0, 0.7]]] * 2)
+    curves = {"values": values, "left": sides, "right": sides, "components": values[..., :2]}
+    target = np.array([[2.0, 1.0], [9.0, 9.0]])
+    aligned = learning_order(curves | {"iterations": np.arange(3)}, target)["aligned"]
+    np.testing.assert_array_equal(aligned, [0.8, np.nan])
+
+
 def test_the_outer_factors_turn_to_the_leading_component():
     problem, factors = draw_stack([_factorization], seed=0, seeds=2)
     curves = watch(problem, factors, leading_alignment(problem.target), 2.0, 6000, 1000, tolerance=1e-12)
@@ -135,6 +146,20 @@ def test_limits_are_those_of_the_theory():
 def test_pace_is_seconds_of_an_iteration():
     found = pace(_build, seed=0, record_every=10, steps=20, repeats=2)
     assert set(found) == {"original/pace", "compressed/pace"} and all(0 < value < 1 for value in found.values())
+
+
+# ratings
+
+
+def test_summary_of_fits_keeps_the_first_curves_and_the_scores_of_all():
+    iterations, seconds, error = np.arange(3), np.array([0.0, 1.0, 2.0]), np.array([4.0, 1.0, 2.0])
+    first = Fit(iterations, seconds, error, {"rmse": 2.0}, {"rmse": 1.0}, 1, {"ridge": 3.0})
+    second = Fit(iterations, 2 * seconds, error - 1, {"rmse": 4.0}, {"rmse": 3.0}, 1, {"step_fraction": 0.5})
+    out = summary([first, second])
+    assert out["error"] is error and out["iterations"] is iterations and out["seconds"] is seconds
+    expected = {"final/rmse": [2, 4], "stopped/rmse": [1, 3], "setting": [3, 0.5], "time": [2, 4], "best": [1, 0]}
+    for key, values in expected.items():
+        np.testing.assert_array_equal(out[key], values)
 
 
 # two factors

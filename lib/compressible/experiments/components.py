@@ -74,20 +74,22 @@ def learning_order(curves: Mapping[str, np.ndarray], target: np.ndarray) -> dict
 
     "first" (S, r), the iteration at which each value passes its half; "ordered", whether they do so one after another;
     "pairs" and "components", the share of pairs i < j in order, of the values and of the components on the target's own
-    triplets; "aligned", the mean alignment of the i-th vectors when the i-th value has reached 90 %; "extra", the
-    largest sigma_(r+1) ever over s_1.
+    triplets; "aligned", the mean alignment of the i-th vectors when the i-th value has reached 90 %, over those that
+    do; "extra", the largest sigma_(r+1) ever over s_1.
     """
     rank, time = target.shape[1], curves["iterations"]
     values, extra = curves["values"][..., :rank], curves["values"][..., rank]
     first = first_passage(values, target / 2, time)
-    risen = (values > 0.9 * target[:, None]).argmax(1)[:, None]
-    aligned = [np.take_along_axis(curves[side], risen, 1)[:, 0] for side in ("left", "right")]
+    risen = values > 0.9 * target[:, None]
+    when = risen.argmax(1)[:, None]
+    sides = [np.take_along_axis(curves[side], when, 1)[:, 0] for side in ("left", "right")]
+    aligned = np.ma.masked_array(np.mean(sides, 0), ~risen.any(1))
     return {
         "first": first,
         "ordered": (np.diff(first) >= 0).all(1),
         "pairs": pairs_in_order(first),
         "components": pairs_in_order(first_passage(curves["components"], target / 2, time)),
-        "aligned": np.mean(aligned, 0).mean(1),
+        "aligned": aligned.mean(1).filled(np.nan),
         "extra": (extra / target[:, :1]).max(1),
     }
 
