@@ -34,7 +34,7 @@ def test_same_seed_same_start_and_global_state_untouched():
     before = torch.get_rng_state()
     a = cd.orthogonal_factors((6, 6), generator=torch.Generator().manual_seed(5))
     b = cd.orthogonal_factors((6, 6), generator=torch.Generator().manual_seed(5))
-    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -54,7 +54,7 @@ def test_padding_is_exact():
         alone = cd.descend(problem, run, 2.0, 400, engine="reference")
         torch.testing.assert_close(stacked.loss[index], alone.loss, rtol=1e-11, atol=0)
         width = run[0].shape[0]
-        assert stacked.factors[0][index, width:].abs().max().nan_to_num() == 0 if width < 12 else True
+        assert not stacked.factors[0][index, width:].any()
         torch.testing.assert_close(stacked.factors[0][index, :width], alone.factors[0], rtol=1e-9, atol=1e-12)
 
 

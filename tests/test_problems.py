@@ -73,7 +73,8 @@ def test_sensing_error_is_relative_and_nan_without_target():
 def test_sensing_holds_the_operator_once():
     operators = torch.randn(9, 4, 4, dtype=torch.float64)
     sensing = cd.MatrixSensing(operators, torch.zeros(9, dtype=torch.float64))
-    assert sensing._rows.data_ptr() == operators.data_ptr()
+    held = {part.untyped_storage().data_ptr() for part in vars(sensing).values() if isinstance(part, torch.Tensor)}
+    assert held == {operators.untyped_storage().data_ptr(), sensing.measurements.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("kind", ["observed", "factorization", "sensing"])

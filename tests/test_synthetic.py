@@ -1,4 +1,4 @@
-"""Targets, masks and operators as drawn."""
+"""Synthetic data: targets, masks and operators as drawn."""
 
 import pytest
 import torch
