@@ -161,6 +161,24 @@ def test_band_draws_a_line_and_its_interval() -> None:
     assert len(ax.collections) == 1
 
 
+@pytest.mark.parametrize(("scale", "middle"), [("linear", [2.5, 2.0]), ("log", [2.0, 2.0])])
+def test_seaborn_draws_the_mean_over_seeds_and_its_t_interval(scale: str, middle: list[float]) -> None:
+    values = np.array([[1.0, 2.0], [4.0, 2.0]])  # (seeds, n)
+    _, ax = figures.panels()
+    ax.set_yscale(scale)
+    line = figures.over_seeds(ax, [1, 2], values, figures.COLORS["original"], "original", marker="o")
+    assert (line.get_label(), line.get_color(), line.get_marker()) == ("original", figures.COLORS["original"], "o")
+    np.testing.assert_allclose(line.get_ydata(), middle)
+    on_scale = np.log10(values) if scale == "log" else values
+    ends = np.stack(figures.interval(on_scale)[1:])
+    drawn = ax.collections[0].get_paths()[0].vertices
+    expected = 10**ends if scale == "log" else ends
+    for place in (1, 2):
+        heights = drawn[drawn[:, 0] == place][:, 1]
+        np.testing.assert_allclose([heights.min(), heights.max()], expected[:, place - 1])
+    assert figures.over_seeds(ax, [1, 2], values[:1], "black", "one seed").get_ydata().tolist() == [1.0, 2.0]
+
+
 def test_fingerprint_is_strict_json_and_leaves_out_seconds() -> None:
     figure, (left, right) = figures.panels(2)
     left.plot([1, 2, 3], [0.12345, np.inf, 9.87654], label="a")

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -25,17 +26,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
 from compressible.companion import claims, parameters, runs
-from compressible.companion.claims.rules import interval
+from compressible.companion.claims import interval
 from compressible.runtime import paths
 
-if TYPE_CHECKING:
-    from compressible.companion.runs import Result
-
-
 __all__ = [
-    "COLORS", "PALETTE", "STYLE", "band", "fingerprint", "interval", "label_lines", "panels", "plain_log_ticks",
+    "COLORS",
+    "PALETTE",
+    "STYLE",
+    "band",
+    "fingerprint",
+    "interval",
+    "label_lines",
+    "over_seeds",
+    "panels",
+    "plain_log_ticks",
     "save",
-]  # fmt: skip
+]
 
 WIDTH = 6.75  # inches, both columns of the papers
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale for lines and labels.
@@ -50,28 +56,30 @@ COLORS = {
     "secondary": "#56B4E9",
     "reference": "#000000",
 }
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
+# Seaborn's theme for papers, and what this project wants otherwise.
+STYLE: Any = {
+    **sns.axes_style("whitegrid"),
+    **sns.plotting_context("paper"),
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelsize": 8,
-    "axes.prop_cycle": mpl.cycler(color=PALETTE),
+    "axes.edgecolor": "black",
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.6,
-    "lines.linewidth": 1.5,
     "lines.markersize": 4,
     "legend.frameon": False,
+    "legend.fontsize": 8,
+    "xtick.bottom": True,
     "xtick.labelsize": 7.5,
+    "ytick.left": True,
     "ytick.labelsize": 7.5,
     "figure.dpi": 110,
-    "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08,
@@ -100,6 +108,20 @@ def band(ax: Axes, x: Any, mean: Any, low: Any, high: Any, color: str, label: st
     return line
 
 
+def over_seeds(ax: Axes, x: Any, values: Any, color: str, label: str, **options: Any) -> Line2D:
+    """The mean of `values`, (seeds, n), with its 95 % t interval as a band, by seaborn. Returns the line.
+
+    Seaborn takes the statistics on the scale of the axis: where it is logarithmic by then, the mean is geometric.
+    """
+    values = np.atleast_2d(np.asarray(values, float))
+    places = np.broadcast_to(np.asarray(x), values.shape)
+    sns.lineplot(
+        x=places.ravel(), y=values.ravel(), errorbar=lambda found: interval(found)[1:], err_kws={"linewidth": 0},
+        color=color, label=label, legend=False, ax=ax, **options,
+    )  # fmt: skip
+    return ax.get_lines()[-1]
+
+
 def label_lines(ax: Axes, lines: Sequence[Line2D] | None = None, gap: float = 4.0) -> list[Annotation]:
     """Write each line's label beside its end, in its colour, moved vertically just enough not to overlap.
 
@@ -110,7 +132,7 @@ def label_lines(ax: Axes, lines: Sequence[Line2D] | None = None, gap: float = 4.
     ends = [(line, end) for line in shown if (end := _last_point(ax, line)) is not None]
     with mpl.rc_context(STYLE):
         notes = [_note(ax, line, end, gap) for line, end in ends]
-        ax.figure.draw_without_rendering()
+        cast(Figure, ax.figure).draw_without_rendering()
     boxes = [note.get_window_extent() for note in notes]
     for group in _columns(boxes):
         _spread(ax, [notes[i] for i in group], [boxes[i] for i in group])
@@ -129,7 +151,7 @@ def plain_log_ticks(axis: Axis) -> None:
 
 
 def save(
-    figure: Figure, id: str, preset: str, result: Result, verdicts: Iterable[claims.Verdict] | None = None
+    figure: Figure, id: str, preset: str, result: runs.Result, verdicts: Iterable[claims.Verdict] | None = None
 ) -> Path:
     """Write <figures>/<preset>/<id>.pdf, .png and .json; returns the record's path.
 
@@ -212,7 +234,7 @@ def _last_point(ax: Axes, line: Line2D) -> np.ndarray | None:
 
 def _note(ax: Axes, line: Line2D, end: np.ndarray, gap: float) -> Annotation:
     return ax.annotate(
-        str(line.get_label()), ax.transAxes.inverted().transform(end), xycoords="axes fraction",
+        str(line.get_label()), tuple(ax.transAxes.inverted().transform(end)), xycoords="axes fraction",
         xytext=(gap, 0), textcoords="offset points", va="center", ha="left", color=line.get_color(),
         annotation_clip=False, path_effects=[withStroke(linewidth=2, foreground="white")],
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The vocabulary of notebook parameters: one line a name, checked before any work starts.
+"""The vocabulary of notebook parameters: what each name may hold, checked before any work starts.
 
-A name means the same thing in every notebook. To add one, add a line to `VOCABULARY`; to relate two
-(the first never above the second), add a line to `AT_MOST`.
+What a name means, its unit and usual range are said by the comment in the parameters cell of each notebook; here is
+only what is checked. To add one, put it into a line of `_NAMES`; to relate two (the first never above the second), add
+a line to `AT_MOST`.
 """
 
 from __future__ import annotations
@@ -24,15 +25,13 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """What a name stands for: element type, allowed values, unit, meaning, and whether it is a list.
+    """What a name may hold: element type, allowed values, and whether it is a list of them.
 
     `allowed` is an interval such as "(0, 1]" for numbers and a regular expression for text.
     """
 
     kind: type
-    allowed: str
-    unit: str
-    meaning: str
+    allowed: str = ""
     many: bool = False
 
     def expected(self) -> str:
@@ -43,104 +42,41 @@ class Parameter:
         return f"{each}{words}{where}{self.allowed}"
 
 
-POSITIVE, NOT_NEGATIVE, COUNT = "(0, inf)", "[0, inf)", "[1, inf)"
-
-VOCABULARY: dict[str, Parameter] = {
-    "preset": Parameter(str, r"[a-z][a-z0-9_-]*", "", "label under which figures are saved"),
-    # the problem
-    "dimension": Parameter(int, COUNT, "rows", "side d of a square target"),
-    "dimensions": Parameter(int, COUNT, "rows", "sides d to compare", many=True),
-    "large_dimension": Parameter(int, COUNT, "rows", "side d of the large square target"),
-    "sparse_dimension": Parameter(int, COUNT, "rows", "side d of the target of which only entries are held"),
-    "entries": Parameter(int, COUNT, "", "observed entries of the sparse target"),
-    "rank": Parameter(int, COUNT, "", "true rank r of the target"),
-    "ranks": Parameter(int, COUNT, "", "ranks to compare", many=True),
-    "observed": Parameter(float, "(0, 1]", "fraction", "share of the entries that are observed"),
-    "entry_counts": Parameter(int, COUNT, "", "numbers of observed entries to compare", many=True),
-    "large_observed": Parameter(float, "(0, 1]", "fraction", "share of the large target's entries that are observed"),
-    "measurements": Parameter(int, COUNT, "", "number of linear measurements"),
-    "smallest_value": Parameter(float, "(0, 1]", "", "smallest singular value of the target over its largest"),
-    "noise": Parameter(float, NOT_NEGATIVE, "std", "standard deviation of the noise on what is observed"),
-    "noises": Parameter(float, NOT_NEGATIVE, "std", "standard deviations of the noise to compare", many=True),
-    "noise_ratios": Parameter(float, NOT_NEGATIVE, "", "noise over the target's root mean square entry", many=True),
-    "skews": Parameter(float, NOT_NEGATIVE, "", "exponents of non-uniform observation, 0 is uniform", many=True),
-    # the factorization
-    "depth": Parameter(int, "[2, inf)", "factors", "number L of factors"),
-    "depths": Parameter(int, "[2, inf)", "factors", "numbers of factors to compare", many=True),
-    "width": Parameter(int, COUNT, "columns", "hidden width w"),
-    "widths": Parameter(int, COUNT, "columns", "hidden widths to compare", many=True),
-    "inner_widths": Parameter(int, COUNT, "columns", "inner widths k of the compressed network to compare", many=True),
-    "guess": Parameter(int, COUNT, "", "rank that the compression assumes"),
-    "rank_guesses": Parameter(int, COUNT, "", "assumed ranks to compare", many=True),
-    "init_scale": Parameter(float, POSITIVE, "", "scale eps of the orthogonal initial factors"),
-    "init_scales": Parameter(float, POSITIVE, "", "initial scales eps to compare", many=True),
-    "product_scale": Parameter(float, POSITIVE, "", "scale eps^L at which the product of the factors starts"),
-    # the descent
-    "step_size": Parameter(float, POSITIVE, "", "gradient step of the inner factors"),
-    "step_fraction": Parameter(float, POSITIVE, "", "gradient step over the stability limit"),
-    "step_sizes": Parameter(float, POSITIVE, "", "gradient steps to compare", many=True),
-    "step_fractions": Parameter(float, POSITIVE, "", "step sizes to choose from, over the stability limit", many=True),
-    "depth2_step_size": Parameter(float, POSITIVE, "", "gradient step of the two-factor run"),
-    "outer_ratio": Parameter(float, NOT_NEGATIVE, "", "step of the outer factors over that of the inner"),
-    "outer_ratios": Parameter(float, NOT_NEGATIVE, "", "outer step ratios to compare", many=True),
-    "weight_decay": Parameter(float, NOT_NEGATIVE, "", "weight decay lambda of every factor"),
-    "steps": Parameter(int, NOT_NEGATIVE, "iterations", "iterations of gradient descent at most"),
-    "record_every": Parameter(int, COUNT, "iterations", "iterations between two records"),
-    "frames": Parameter(int, COUNT, "", "number of snapshots of the factors along the way"),
-    "tolerance": Parameter(float, NOT_NEGATIVE, "", "training loss at which a run stops"),
-    "depth2_init_scale": Parameter(float, POSITIVE, "", "scale of the two-factor start"),
-    # repetition and machinery
-    "seed": Parameter(int, NOT_NEGATIVE, "", "seed of the random numbers"),
-    "seeds": Parameter(int, COUNT, "", "number of independent seeds"),
-    "trials": Parameter(int, COUNT, "", "number of repeated trials"),
-    "stacks": Parameter(int, "[2, inf)", "problems", "numbers of problems in a stack to compare", many=True),
-    "precisions": Parameter(str, "float64|float32", "", "precisions to compare, the main one first", many=True),
-    "measure_seconds": Parameter(float, POSITIVE, "s", "time that each engine is measured for in steady state"),
-    "device": Parameter(str, r"auto|cpu|cuda(:\d+)?", "", "where tensors live"),
-    "engine": Parameter(str, r"auto|reference|fused|compiled|graphed|tiled|persistent", "", "what takes the steps"),
-    # fine-tuning
-    "encoder": Parameter(str, r"[\w./-]+", "", "pretrained model: minilm, a folder, or a name on the hub"),
-    "task": Parameter(str, r"[a-z0-9-]+", "", "text task to fine-tune on, such as stsb or vader-tweets"),
-    "protocol": Parameter(str, "authors|clean", "", "the authors' frozen head and subsets, or a trained head"),
-    "matrices": Parameter(str, r"[\w.-]+", "", "ends of the names of adapted layers, or all-dense", many=True),
-    "max_length": Parameter(int, "[3, inf)", "word pieces", "longest example"),
-    "validation_rows": Parameter(int, NOT_NEGATIVE, "", "validation examples to take, 0 for all"),
-    "sample_sizes": Parameter(int, COUNT, "", "numbers of training examples to compare", many=True),
-    "batch_size": Parameter(int, COUNT, "rows", "examples in a run's training batch"),
-    "adapter_rank": Parameter(int, COUNT, "", "inner width r of LoRA and of thin and compressed adapters"),
-    "learning_rate": Parameter(float, POSITIVE, "", "peak rate of AdamW"),
-    "inner_learning_rate": Parameter(float, POSITIVE, "", "rate of the inner factors of compressed adapters"),
-    "control_learning_rate": Parameter(float, POSITIVE, "", "second rate of LoRA's standard start, a control"),
-    "inner_control_rate": Parameter(float, POSITIVE, "", "second inner rate of compressed adapters, a control"),
-    "decay_ratio": Parameter(float, "[0, 1]", "", "rate at the end over the rate at the start, linear between"),
-    "snapshots": Parameter(int, NOT_NEGATIVE, "steps", "steps at which the updates are looked at", many=True),
-    "filter_step": Parameter(int, NOT_NEGATIVE, "steps", "snapshot at which the authors choose layers"),
-    "evaluate_at": Parameter(int, NOT_NEGATIVE, "steps", "steps at which the validation score is taken", many=True),
-    "precision": Parameter(str, "float32|tf32|bfloat16", "", "precision of the frozen model's products"),
-    "max_stack": Parameter(int, COUNT, "runs", "most runs in one pass"),
-    "encoders": Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", "", "encoders; bert-base is that shape", many=True),
-    "run_counts": Parameter(int, COUNT, "runs", "numbers of runs in a pass to compare", many=True),
-    "full_runs": Parameter(int, COUNT, "runs", "runs of the full variant in a pass"),
-    "tuning_precisions": Parameter(str, "float32|tf32|bfloat16", "", "precisions, the main one first", many=True),
-    "length": Parameter(int, "[3, inf)", "tokens", "length of every row"),
-    "compiled": Parameter(bool, "", "", "whether torch.compile is measured, too"),
-    "few_rows": Parameter(int, COUNT, "rows", "rows to learn from"),
-    "deep_rates": Parameter(float, POSITIVE, "", "learning rates of Deep LoRA's inner factors", many=True),
-    "lora_rates": Parameter(float, POSITIVE, "", "learning rates of LoRA", many=True),
-    "budget_seconds": Parameter(float, POSITIVE, "s", "time after which no other measurement begins"),
-    # ratings
-    "users": Parameter(int, COUNT, "", "users with the most ratings to keep"),
-    "items": Parameter(int, COUNT, "", "items with the most ratings to keep"),
-    "tables": Parameter(str, r"movielens-[a-z0-9-]+", "", "rating sets of the data manifest to fit", many=True),
-    "split": Parameter(str, r"auto|u[1-5]|seed\d+", "", "named split into training and test ratings"),
-    "splits": Parameter(str, r"auto|u[1-5]|seed\d+", "", "named splits to average over", many=True),
-    "validation_fraction": Parameter(float, "(0, 1)", "fraction", "share of training ratings to tune on"),
-    "centring": Parameter(str, r"none|global|user_item", "", "what is subtracted from the ratings"),
-    "ridge": Parameter(float, NOT_NEGATIVE, "", "ridge penalty of the untuned baseline"),
-    "ridges": Parameter(float, NOT_NEGATIVE, "", "ridge penalties to choose from", many=True),
-    "epochs": Parameter(int, COUNT, "", "passes over the training ratings"),
-    "sweeps": Parameter(int, COUNT, "", "alternating sweeps over both factors"),
+_COUNT, _NOT_NEGATIVE, _POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
+_PRECISIONS = "float32|tf32|bfloat16"
+_NAMES: dict[Parameter, str] = {
+    Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
+    " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows",
+    Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
+    " run_counts",
+    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step",
+    Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
+    Parameter(int, "[2, inf)"): "depth",
+    Parameter(int, "[2, inf)", many=True): "depths stacks",
+    Parameter(int, "[3, inf)"): "length max_length",
+    Parameter(float, _POSITIVE): "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
+    " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds",
+    Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates",
+    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge",
+    Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges",
+    Parameter(float, "(0, 1]"): "observed large_observed smallest_value",
+    Parameter(float, "(0, 1)"): "validation_fraction",
+    Parameter(float, "[0, 1]"): "decay_ratio",
+    Parameter(bool): "compiled",
+    Parameter(str, r"[a-z][a-z0-9_-]*"): "preset",
+    Parameter(str, r"auto|cpu|cuda(:\d+)?"): "device",
+    Parameter(str, "float64|float32", many=True): "precisions",
+    Parameter(str, _PRECISIONS): "precision",
+    Parameter(str, _PRECISIONS, many=True): "tuning_precisions",
+    Parameter(str, r"[\w./-]+"): "encoder",
+    Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True): "encoders",
+    Parameter(str, r"[a-z0-9-]+"): "task",
+    Parameter(str, "authors|clean"): "protocol",
+    Parameter(str, r"[\w.-]+", many=True): "matrices",
+    Parameter(str, r"movielens-[a-z0-9-]+", many=True): "tables",
+    Parameter(str, r"auto|u[1-5]|seed\d+", many=True): "splits",
 }
+VOCABULARY = {name: entry for entry, names in _NAMES.items() for name in names.split()}
 
 AT_MOST = (
     ("rank", ("dimension", "dimensions", "large_dimension", "sparse_dimension", "users", "items", "width", "widths")),
@@ -189,14 +125,6 @@ def validate(values: Mapping[str, Any], allowed: Iterable[str] | None = None) ->
     if problems:
         raise ParameterError(problems[0] if len(problems) == 1 else "\n  ".join(["parameters:", *problems]))
     return checked
-
-
-def help_text() -> str:
-    """One line for each known name: what it must be, its unit and its meaning."""
-    return "\n".join(
-        f"{name}: {entry.meaning}{f' [{entry.unit}]' if entry.unit else ''}; {entry.expected()}"
-        for name, entry in VOCABULARY.items()
-    )
 
 
 _PLAIN = (int, float, str, bool, list, tuple, np.generic)
