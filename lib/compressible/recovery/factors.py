@@ -33,8 +33,7 @@ def orthogonal_factors(
         width: w, inner width; max(m, n) unless given.
         scale: the papers' eps > 0, usually 1e-3 to 1.
         generator: of the draw, which is made on the CPU, so that a seed means the same start on every device.
-        dtype: of the factors.
-        device: of the factors.
+        dtype, device: of the factors.
         batch_shape: leading dimensions, a start for each problem of a stack.
 
     Returns:

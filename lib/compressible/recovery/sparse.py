@@ -74,8 +74,7 @@ class SparseCompletion(Problem):
     Args:
         observed: torch sparse COO or CSR tensor or anything scipy.sparse knows, (m, n); stored zeros count as observed.
         hidden: such a matrix of other entries, whose mean is the recovery error; without it the error is NaN.
-        dtype: float32 or float64; that of the values unless given.
-        device: that of the tensors unless given.
+        dtype, device: those of the values unless given; float32 or float64.
 
     Raises:
         ValueError: on shapes that differ, entries given twice, values that are not finite, or nothing observed.

@@ -27,8 +27,7 @@ def low_rank_target(
         rank: r, from 1 to min(m, n).
         batch_shape: leading dimensions, a target for each problem of a stack.
         generator: of the draw.
-        dtype: of the target; it is drawn and cut in float64.
-        device: of the target.
+        dtype, device: of the target; it is drawn and cut in float64 on the CPU.
 
     Returns:
         Phi (..., m, n) of exact rank r.
@@ -68,8 +67,7 @@ def random_mask(
         observed: p, the observed fraction in (0, 1]; the papers take 0.2 or 0.3.
         batch_shape: leading dimensions, a mask for each problem of a stack.
         generator: of the draw.
-        dtype: of the mask.
-        device: of the mask.
+        dtype, device: of the mask.
         weights: (m, n) > 0; entries are drawn one after another in proportion to their weight (Efraimidis and
             Spirakis). Without weights all are equally likely.
 
@@ -173,8 +171,7 @@ def gaussian_operators(
         count: k, number of measurements, at least 1.
         shape: (m, n).
         generator: of the draw.
-        dtype: of the operators; P2's 4000 x 200 x 200 take 1.3 GB in float64.
-        device: of the operators.
+        dtype, device: of the operators; P2's 4000 x 200 x 200 take 1.3 GB in float64.
 
     Returns:
         A (k, m, n), for `MatrixSensing`.
