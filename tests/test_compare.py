@@ -9,11 +9,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import compressible as cd
 from compressible.experiments.compare import (
-    _groups,
     compare_starts,
     factors_at,
     first_below,
     milestones,
+    share_stacks,
     stack_starts,
     stacking_gain,
     worst_ratio,
@@ -93,8 +93,8 @@ def test_stacked_starts_are_the_serial_ones(build):
 
 def test_starts_share_a_stack_only_where_padding_is_cheap():
     _, starts = _sweep(torch.Generator().manual_seed(0))
-    assert _groups(starts) == [["two"], ["wide"], ["k=9", "k=5"], ["k=2"]]
-    assert _groups({"a": starts["k=2"], "b": starts["k=5"]}) == [["b", "a"]]
+    assert share_stacks(starts) == [["two"], ["wide"], ["k=9", "k=5"], ["k=2"]]
+    assert share_stacks({"a": starts["k=2"], "b": starts["k=5"]}) == [["b", "a"]]
 
 
 def test_stacking_gain_counts_every_run():

@@ -24,12 +24,34 @@ PADDING = 4  # widths share a stack up to this ratio: padding costs work in prop
 
 
 def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
-    """Descend from every start of `build(generator)` for each of `seeds` seeds and return the curves as arrays.
+    """Descend from several starts on the problems of several seeds, one run after the other.
 
-    build returns a problem and {name: (factors, step_size, outer_ratio)}; `options` go to `descend`. The arrays are
-    "<name>/iterations" (R,), "<name>/loss", "<name>/error" and "<name>/seconds" (seeds, R), padded with NaN where a
-    run stopped early, "<name>/stopped" and "<name>/diverged" (seeds,), "<name>/parameters" (1,). A run whose loss
-    stops being finite is kept up to there and marked.
+    Args:
+        build: function of a `torch.Generator` that returns a problem (m, n) and its starts, {name: (factors, step size,
+            outer ratio)}, the same names for every seed.
+        seed: first seed, >= 0; the others follow it.
+        seeds: number S of seeds, usually 1 to 20.
+        **options: what else `descend` takes: steps, record_every, tolerance, engine, ...
+
+    Returns:
+        Arrays "<name>/iterations" (R,); "<name>/loss", "<name>/error" and "<name>/seconds" (S, R), NaN after the end of
+        a run that stopped early; "<name>/stopped" (S,) in iterations, "<name>/diverged" (S,), True where the loss
+        stopped being finite, the run kept up to there, and "<name>/parameters" (1,), the number of factors' entries.
+
+    Raises:
+        ValueError: what `descend` refuses.
+
+    Example:
+        >>> import compressible as cd
+        >>> def build(generator):
+        ...     problem = cd.MatrixFactorization(cd.low_rank_target((6, 6), 1, generator=generator))
+        ...     return problem, {"small": (cd.compress_spectral(problem, 2), 2.0, 1.0)}
+        >>> curves = cd.compare_starts(build, seed=0, seeds=3, steps=100, record_every=50)
+        >>> curves["small/error"].shape, curves["small/iterations"].tolist()
+        ((3, 3), [0, 50, 100])
+
+    Reference:
+        Kwon et al. (2024), whose recovery figures set original beside compressed networks.
     """
     histories: dict[str, list[History]] = {}
     sizes: dict[str, int] = {}
@@ -48,15 +70,38 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
 
 
 def stack_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[str, np.ndarray]:
-    """Run what `compare_starts` runs, all seeds and starts at once in stacks, and return the same arrays.
+    """Run what `compare_starts` runs, seeds and starts at once in stacks: for sweeps where only iterations matter.
 
     Starts of one depth whose widths differ by at most a factor of 4 share a stack, padded with zeros, which is exact.
-    "<name>/seconds" are those of the whole stack. Raises ValueError where the seeds' problems cannot be stacked.
+
+    Args:
+        build: as for `compare_starts`; the problems of all seeds have one shape.
+        seed: first seed, >= 0; the others follow it.
+        seeds: number S of seeds, usually 1 to 100.
+        **options: what else `descend` takes: steps, record_every, tolerance, engine, ...
+
+    Returns:
+        The arrays of `compare_starts`, but "<name>/seconds" are those of the whole stack.
+
+    Raises:
+        ValueError: where the problems of the seeds cannot be stacked, and what `descend` refuses.
+
+    Example:
+        >>> import compressible as cd
+        >>> def build(generator):
+        ...     problem = cd.MatrixFactorization(cd.low_rank_target((6, 6), 1, generator=generator))
+        ...     return problem, {f"k = {k}": (cd.compress_spectral(problem, k), 2.0, 1.0) for k in (1, 2)}
+        >>> curves = cd.stack_starts(build, seed=0, seeds=20, steps=100, record_every=50)
+        >>> curves["k = 1/loss"].shape, bool((curves["k = 2/loss"][:, -1] < curves["k = 2/loss"][:, 0]).all())
+        ((20, 3), True)
+
+    Reference:
+        Kwon et al. (2024), whose recovery figures set original beside compressed networks.
     """
     built = [build(torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
     problems, runs = [problem for problem, _ in built], [starts for _, starts in built]
     arrays: dict[str, np.ndarray] = {}
-    for names in _groups(runs[0]):
+    for names in share_stacks(runs[0]):
         history = _descend_together(problems, [[starts[name] for name in names] for starts in runs], **options)
         arrays |= _unstack(history, names, runs[0])
     return arrays
@@ -71,10 +116,10 @@ def stacking_gain(build: Build, seed: int, seeds: int, steps: int = 200, **optio
     serial, stacked = (compare(build, seed, seeds, **options) for compare in (compare_starts, stack_starts))
     names = [key.removesuffix("/seconds") for key in serial if key.endswith("/seconds")]
     one = sum(float(serial[f"{name}/seconds"][:, -1].sum()) for name in names)
-    stacks = _groups(build(torch.Generator().manual_seed(seed))[1])
+    stacks = share_stacks(build(torch.Generator().manual_seed(seed))[1])
     all_at_once = sum(float(stacked[f"{names[0]}/seconds"][0, -1]) for names in stacks)
-    return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once,
-            "runs": float(seeds * len(names))}  # fmt: skip
+    runs = float(seeds * len(names))
+    return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once, "runs": runs}
 
 
 def milestones(curves: Mapping[str, np.ndarray], names: Sequence[str], level: float) -> dict[str, np.ndarray]:
@@ -150,8 +195,8 @@ def _gather(runs: Sequence[History]) -> dict[str, np.ndarray]:
     return gathered
 
 
-def _groups(starts: Mapping[str, Start]) -> list[list[str]]:
-    """Names of the starts that share a stack: one depth, widths within a factor of `PADDING`, widest first."""
+def share_stacks(starts: Mapping[str, Start]) -> list[list[str]]:
+    """Return the names of the starts in each stack: one depth, widths within a factor of `PADDING`, widest first."""
     groups: list[list[str]] = []
     for name in sorted(starts, key=lambda name: (len(starts[name][0]), -_width(starts[name]))):
         first = starts[groups[-1][0]] if groups else None

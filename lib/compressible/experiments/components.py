@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressible.experiments.compare import Build
-from compressible.experiments.trajectories import first_passage, pairs_in_order, stretches
+from compressible.experiments.trajectories import first_passage, iterates, pairs_in_order
 from compressible.recovery.factors import Factors, product, stack_factors
 from compressible.recovery.problems import Problem, stack_problems
 from compressible.recovery.spectra import alignment
@@ -35,7 +35,8 @@ def watch(
     "iterations" (T,) say when. A problem whose loss is below `tolerance` stays where it is; the descent ends when all
     have stopped.
     """
-    path = [look(state, loss) for _, state, loss in stretches(problem, factors, step_size, steps, every, tolerance)]
+    visited = iterates(problem, (factors, step_size, 1.0), range(0, steps + 1, every), tolerance)
+    path = [look(state, loss) for _, state, loss in visited]
     curves = {name: torch.stack([seen[name] for seen in path], 1).numpy() for name in path[0]}
     return curves | {"iterations": every * np.arange(len(path))}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from compressible.descent.gradient_descent import DivergenceError, descend
@@ -16,33 +16,31 @@ from compressible.recovery.problems import Problem
 from compressible.runtime.progress import progress
 
 
-def stretches(
+def iterates(
     problem: Problem,
-    factors: Sequence[Tensor],
-    step_size: float | Tensor,
-    steps: int,
-    every: int,
+    start: tuple[Sequence[Tensor], float | Tensor, float | Tensor],
+    marks: Iterable[float],
     tolerance: float = 0.0,
     show_progress: bool | None = None,
     **options: Any,
 ) -> Iterator[tuple[int, Factors, Tensor]]:
-    """Yield (iteration, factors, training loss (...)) at 0 and after each `every` iterations of `descend`.
+    """Yield (iteration, factors, training loss (...)) of one descent at each of the iterations `marks`.
 
-    For a look at every state where `snapshots` would hold them all in memory. A problem whose loss is below `tolerance`
-    stays where it is, and the walk ends with `steps` or when all have stopped. `options` go to `descend`. Raises
-    ValueError unless `every` >= 1 divides `steps`, and what `descend` raises, iterations counted within the stretch.
+    Each is given as the descent gets there and none is kept: `descend`'s snapshots hold all at once, gigabytes where
+    the factors are wide. start: factors, step size, outer ratio. A problem whose loss is below `tolerance` at a mark
+    stays where it is, and the descent ends where all are. `options` go to `descend`. Raises ValueError where `marks` do
+    not ascend from 0 on, and DivergenceError, iterations counted from the mark before.
     """
-    if every < 1 or steps % every:
-        raise ValueError(f"every is {every}, expected a divisor of steps = {steps}")
-    options |= {"record_every": every, "tolerance": tolerance, "show_progress": False}
-    with torch.no_grad():
-        loss = problem.evaluate_factors(factors)[0]
-    yield 0, list(factors), loss
-    with progress(steps, "descent", enabled=show_progress) as bar:
-        for done in range(every, steps + 1, every):
-            factors, loss = _stretch(problem, factors, step_size, every, done - every, options)
-            bar.update(every)
-            yield done, factors, loss
+    ends = [int(mark) for mark in marks]
+    if any(first > second for first, second in pairwise([0, *ends])):
+        raise ValueError(f"marks are {ends}, expected iterations >= 0 in ascending order")
+    factors, step_size, ratio = start
+    options |= {"outer_ratio": ratio, "tolerance": tolerance, "show_progress": False}
+    with progress(max(ends, default=0), "descent", enabled=show_progress) as bar:
+        for done, mark in pairwise([0, *ends]):
+            factors, loss = _advance(problem, factors, step_size, done, mark, options)
+            bar.update(mark - done)
+            yield mark, factors, loss
             if bool((loss < tolerance).all()):
                 return
 
@@ -63,9 +61,12 @@ def pairs_in_order(first: np.ndarray) -> np.ndarray:
     return ((gap > 0) + 0.5 * (gap == 0)).mean(1)
 
 
-def _stretch(problem, factors, step_size, steps: int, done: int, options: dict) -> tuple[Factors, Tensor]:
+def _advance(
+    problem: Problem, factors: Sequence[Tensor], step_size: float | Tensor, done: int, mark: int, options: dict
+) -> tuple[Factors, Tensor]:
+    steps = mark - done
     try:
-        history = descend(problem, factors, step_size, steps, **options)
+        history = descend(problem, factors, step_size, steps, record_every=max(steps, 1), **options)
     except DivergenceError as error:
         error.add_note(f"counted from iteration {done}")
         raise
