@@ -1,4 +1,4 @@
-"""Counting by hand, the loops against the reference, and that every engine is timed or says why not."""
+"""Counting by hand, the peers against the reference, every engine timed or saying why not, and how cost grows."""
 
 import math
 
@@ -8,10 +8,8 @@ import torch
 
 import compressible as cd
 from compressible.descent.engines.reference import Reference
-from compressible.experiments.speed import engines as measure
-from compressible.experiments.speed import roofline as floors
-from compressible.experiments.speed import scaling, workloads
-from compressible.experiments.speed.peers import Autograd, JaxLoop
+from compressible.experiments.speed import engines, roofline, scaling, workloads
+from compressible.experiments.speed.peers import Autograd, Jax
 from compressible.runtime import devices
 
 CPU = {"rank": 2, "dtype": torch.float64, "device": "cpu", "seed": 0}
@@ -23,38 +21,38 @@ def _small(**options):
 
 def test_operations_and_bytes_of_a_small_step_by_hand():
     # m = 2, n = 3, k = 1, L = 2: three products of 2 * 6, residual 2 * 6, updates 2 * 5; target 6, factors 5 numbers
-    assert floors.count_step((2, 3), 1, 2, 8) == floors.Work(3 * 12 + 12 + 10, 8 * (6 + 10))
+    assert roofline.count_step((2, 3), 1, 2, 8) == roofline.Work(3 * 12 + 12 + 10, 8 * (6 + 10))
     # m = n = 4, k = 2, L = 3: 3 * 2 * 16 * 2, inner 3 * 2 * 4 * 4, residual 32, parameters 8 + 4 + 8
-    assert floors.count_step((4, 4), 2, 3, 4, stack=5) == floors.Work(5 * (192 + 96 + 32 + 40), 5 * 4 * (16 + 40))
+    assert roofline.count_step((4, 4), 2, 3, 4, stack=5) == roofline.Work(5 * (192 + 96 + 32 + 40), 5 * 4 * (16 + 40))
     # the same with 7 entries: 3 * 2 * 7 * 2, inner as before, residual 14; 16 bytes an entry
-    assert floors.count_sparse_step((4, 4), 7, 2, 3, 8) == floors.Work(84 + 96 + 14 + 40, 7 * 16 + 8 * 40)
+    assert roofline.count_sparse_step((4, 4), 7, 2, 3, 8) == roofline.Work(84 + 96 + 14 + 40, 7 * 16 + 8 * 40)
     six_products = 6 * 2 * 100**3
-    assert floors.count_step((100, 100), 100, 3, 8).operations == six_products + 2 * 100**2 + 2 * 3 * 100**2
+    assert roofline.count_step((100, 100), 100, 3, 8).operations == six_products + 2 * 100**2 + 2 * 3 * 100**2
 
 
-def test_the_floor_is_the_longer_of_arithmetic_and_memory():
-    work = floors.Work(operations=600, bytes=100)
-    assert work.floor(operations_rate=100, bytes_rate=100) == 6
-    assert work.floor(operations_rate=1000, bytes_rate=100) == 1
+def test_the_bound_is_the_longer_of_arithmetic_and_memory():
+    work = roofline.Work(operations=600, bytes=100)
+    assert work.bound(operations_rate=100, bytes_rate=100) == 6
+    assert work.bound(operations_rate=1000, bytes_rate=100) == 1
 
 
 def test_measured_rates_are_of_this_world():
-    assert 1e8 < floors.bytes_rate("cpu", size=2**20, seconds=0.01, trials=2) < 1e13
-    assert 1e7 < floors.gemm_rate((64, 64, 64), torch.float64, "cpu", seconds=0.01, trials=2) < 1e15
-    assert 0 < floors.launch_seconds("cpu", seconds=0.01, trials=2) < 1e-2
+    assert 1e8 < roofline.bytes_rate("cpu", size=2**20, seconds=0.01, trials=2) < 1e13
+    assert 1e7 < roofline.gemm_rate((64, 64, 64), torch.float64, "cpu", seconds=0.01, trials=2) < 1e15
+    assert 0 < roofline.launch_seconds("cpu", seconds=0.01, trials=2) < 1e-2
 
 
 def test_calls_are_repeated_to_fill_the_time_and_waited_for():
     calls = []
-    times = floors.time_calls(lambda: calls.append("call"), lambda: calls.append("wait"), 0.0, 3)
+    times = roofline.time_calls(lambda: calls.append("call"), lambda: calls.append("wait"), 0.0, 3)
     assert times.shape == (3,) and (times >= 0).all()
     assert calls[0] == "call" and calls[-1] == "wait" and calls.count("wait") == 2 * (1 + 3)
 
 
-@pytest.mark.parametrize("kind", [Autograd, pytest.param(JaxLoop, id="jax")])
+@pytest.mark.parametrize("kind", [Autograd, pytest.param(Jax, id="jax")])
 @pytest.mark.parametrize("options", [{}, {"stack": 3}, {"full": True}, {"dtype": torch.float32}], ids=str)
-def test_the_loops_take_the_reference_steps(kind, options):
-    if kind is JaxLoop:
+def test_the_peers_take_the_reference_steps(kind, options):
+    if kind is Jax:
         pytest.importorskip("jax", reason="jax is not installed, and need not be")
     work = _small(**options)
     slow = Reference(work.problem, work.factors, work.rates, 0.02)
@@ -71,10 +69,10 @@ def test_the_loops_take_the_reference_steps(kind, options):
     torch.testing.assert_close(loop.evaluate(), slow.evaluate(), **close)
 
 
-@pytest.mark.parametrize("kind", [Autograd, pytest.param(JaxLoop, id="jax")])
+@pytest.mark.parametrize("kind", [Autograd, pytest.param(Jax, id="jax")])
 @pytest.mark.parametrize("stack", [0, 2])
-def test_the_loops_stop_where_descend_does(kind, stack):
-    if kind is JaxLoop:
+def test_the_peers_stop_where_descend_does(kind, stack):
+    if kind is Jax:
         pytest.importorskip("jax", reason="jax is not installed, and need not be")
     work = _small(stack=stack)
     ratio = work.outer_ratio
@@ -110,17 +108,17 @@ def test_sparse_workload_holds_the_entries_of_one_low_rank_matrix():
     assert [tuple(factor.shape) for factor in work.factors] == [(4, 40), (4, 4), (40, 4)]
 
 
-@pytest.mark.parametrize("name", measure.ENGINES)
+@pytest.mark.parametrize("name", engines.ENGINES)
 def test_every_engine_is_timed_or_says_why_not(name):
     for work in (_small(stack=2), workloads.sparse_completion(30, entries=90, width=4, **CPU)):
-        timing = measure.time_engine(name, work, every=4, seconds=0.01, trials=3)
+        timing = engines.time_engine(name, work, every=4, seconds=0.01, trials=3)
         if timing.skipped:
             assert name in ("jax", "fused", "compiled", "graphed", "tiled", "persistent")
             assert len(timing.skipped) > 15 and not len(timing.step)
         else:
             assert timing.step.shape == (3,) and (timing.step > 0).all()
             assert timing.setup >= 0 and timing.compilation >= 0 and timing.engine
-        keys = measure.rows({name: timing}, [name])
+        keys = engines.rows({name: timing}, [name])
         assert set(keys) == (
             {f"{name}/skipped"} if timing.skipped
             else {f"{name}/{key}" for key in ("step", "setup", "compilation", "memory", "engine")}
@@ -128,8 +126,8 @@ def test_every_engine_is_timed_or_says_why_not(name):
 
 
 def test_loading_takes_its_time_once():
-    assert measure.load_engines("cpu") > 0
-    assert measure.load_engines("cpu") < 5
+    assert engines.load_engines("cpu") > 0
+    assert engines.load_engines("cpu") < 5
 
 
 def test_an_engine_that_breaks_loses_none_of_the_others(monkeypatch):
@@ -138,9 +136,9 @@ def test_an_engine_that_breaks_loses_none_of_the_others(monkeypatch):
 
     monkeypatch.setattr(Reference, "advance", breaks)
     monkeypatch.setattr(Autograd, "until", breaks)
-    monkeypatch.setattr(measure, "SOLVERS", ("auto", "autograd", "reference"))
-    monkeypatch.setattr(measure, "recording_share", breaks)
-    found = measure.survey(_small(), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    monkeypatch.setattr(engines, "SOLVERS", ("auto", "autograd", "reference"))
+    monkeypatch.setattr(engines, "recording_share", breaks)
+    found = engines.survey(_small(), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
     assert found["reference/skipped"] == "failed: RuntimeError: out of memory" == found["unrecorded"]
     assert found["autograd/unsolved"] == "failed: RuntimeError: out of memory" and found["autograd/step"] > 0
     assert found["auto/iterations"] == 20 and "reference/total" not in found and "recording" not in found
@@ -148,20 +146,20 @@ def test_an_engine_that_breaks_loses_none_of_the_others(monkeypatch):
 
 def test_unknown_engine_is_refused():
     with pytest.raises(ValueError, match="engine is 'warp'"):
-        measure.time_engine("warp", _small(), 4, 0.01, 2)
+        engines.time_engine("warp", _small(), 4, 0.01, 2)
 
 
 def test_timing_leaves_the_start_as_it_was():
     work = _small()
     before = [factor.clone() for factor in work.factors]
     for name in ("autograd", "reference", "auto"):
-        measure.time_engine(name, work, every=4, seconds=0.01, trials=2)
+        engines.time_engine(name, work, every=4, seconds=0.01, trials=2)
     assert all(torch.equal(one, other) for one, other in zip(work.factors, before, strict=True))
 
 
 def test_solutions_agree_on_the_iterations():
     work = _small()
-    found = {name: measure.solve(name, work, 3000, 20, 1e-4) for name in ("auto", "reference", "autograd")}
+    found = {name: engines.solve(name, work, 3000, 20, 1e-4) for name in ("auto", "reference", "autograd")}
     assert len({solution.iterations for solution in found.values()}) == 1
     assert all(solution.loss < 1e-4 for solution in found.values())
     assert len({round(solution.error, 8) for solution in found.values()}) == 1
@@ -171,15 +169,15 @@ def test_solutions_agree_on_the_iterations():
 
 def test_survey_gives_plain_values_and_a_row_of_trials():
     work = _small(stack=2)
-    found = measure.survey(work, every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    found = engines.survey(work, every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
     assert found["operations"] == work.work.operations and found["stack"] == 2 and "recording" not in found
     assert found["auto/steps"].shape == (2,) and found["auto/iterations"] == 20 == found["reference/iterations"]
-    one = measure.survey(_small(dtype=torch.float32), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
+    one = engines.survey(_small(dtype=torch.float32), every=5, steps=20, tolerance=1e-3, seconds=0.004, trials=2)
     assert "auto/total" not in one and one["reference/step"] > 0
 
 
 def test_ceilings_name_every_precision():
-    found = floors.ceilings("cpu", ["float64", "float32"], 16, seconds=0.002, trials=2)
+    found = roofline.ceilings("cpu", ["float64", "float32"], 16, seconds=0.002, trials=2)
     assert set(found) == {"bytes/s", "launch"} | {
         f"{precision}/{key}" for precision in ("float64", "float32") for key in ("gemm", "gemm of d")
     }
@@ -187,7 +185,7 @@ def test_ceilings_name_every_precision():
 
 
 def test_recording_share_is_a_number_a_trial():
-    shares = measure.recording_share(_small(), step=1e-4, every=10, seconds=0.01, trials=3)
+    shares = engines.recording_share(_small(), step=1e-4, every=10, seconds=0.01, trials=3)
     assert shares.shape == (3,) and np.isfinite(shares).all() and (shares > -1).all()
 
 
@@ -218,7 +216,7 @@ def test_held_bytes_count_every_array_once():
     ],
 )
 def test_curves_have_a_value_for_each_count_and_trial(device):
-    seconds, size = scaling.curve([200, 400], 10, 4, 3, device)
+    seconds, size = scaling.cost_curve([200, 400], 10, 4, 3, device)
     assert seconds.shape == (3, 2) and (seconds > 0).all() and size.shape == (2,) and (size > 0).all()
 
 

@@ -1,6 +1,6 @@
 """How fast an engine takes its steps: set-up, compilation and steady state apart, and seconds to a tolerance.
 
-Names are those of `descend`'s engines and of the loops that they are measured against, "autograd" and "jax".
+Names are those of `descend`'s engines and of the peers that they are measured against, "autograd" and "jax".
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import torch
 from compressible.descent.engines.base import Engine
 from compressible.descent.engines.choose import NAMES, choose, few_threads
 from compressible.descent.gradient_descent import descend
-from compressible.experiments.speed.peers import Autograd, JaxLoop, Loop
+from compressible.descent.history import History
+from compressible.experiments.speed.peers import Autograd, Jax, Peer
 from compressible.experiments.speed.roofline import time_calls
 from compressible.experiments.speed.workloads import Workload, completion
 from compressible.runtime import devices
 
-LOOPS: dict[str, type[Loop]] = {"jax": JaxLoop, "autograd": Autograd}
-ENGINES = ("auto", *LOOPS, *(name for name in NAMES if name != "auto"))  # first bears what is compiled first
+PEERS: dict[str, type[Peer]] = {"jax": Jax, "autograd": Autograd}
+ENGINES = ("auto", *PEERS, *(name for name in NAMES if name != "auto"))  # first bears what is compiled first
 BASELINES = ("jax", "autograd", "reference")  # plain loops that `auto` is compared with
 SOLVERS = ("auto", "jax", "reference")  # which run to the tolerance
 
@@ -153,25 +154,41 @@ def solve(name: str, workload: Workload, steps: int, every: int, tolerance: floa
     What can be compiled is compiled before the clock starts, by a first call; set-up is in the total. Raises ValueError
     where the engine cannot take the workload.
     """
-    wait = _waiting(None, str(workload.problem.device))
-    if name not in LOOPS:
-        options = {"outer_ratio": workload.outer_ratio, "record_every": every, "engine": name, "show_progress": False}
-        descend(workload.problem, workload.factors, workload.step_size, 2 * every, **options)
-        wait()
-        began = time.perf_counter()
-        history = descend(workload.problem, workload.factors, workload.step_size, steps, tolerance=tolerance, **options)
-        wait()
-        total = time.perf_counter() - began
-        ends = (float(history.final(curve).max()) for curve in ("loss", "error"))
-        return Solution(total, float(history.seconds[-1]), int(history.stopped.max()), *ends)
-    loop = _build(name, workload)
-    loop.until(steps, every, float("inf"))  # compiles, and stops at once
+    if name in PEERS:
+        return _solve_by_peer(PEERS[name], workload, steps, every, tolerance)
+
+    def run(steps: int, tolerance: float) -> History:
+        history = descend(
+            workload.problem,
+            workload.factors,
+            workload.step_size,
+            steps,
+            workload.outer_ratio,
+            record_every=every,
+            tolerance=tolerance,
+            engine=name,
+            show_progress=False,
+        )
+        devices.synchronize(str(workload.problem.device))
+        return history
+
+    run(2 * every, 0.0)
     began = time.perf_counter()
-    iterations = loop.until(steps, every, tolerance)
-    loop.wait()
+    history = run(steps, tolerance)
     total = time.perf_counter() - began
-    ends = loop.evaluate().reshape(-1, 2).amax(0).tolist()
-    return Solution(total, total, iterations, *ends)
+    loss, error = (float(history.final(curve).max()) for curve in ("loss", "error"))
+    return Solution(total, float(history.seconds[-1]), int(history.stopped.max()), loss, error)
+
+
+def _solve_by_peer(kind: type[Peer], workload: Workload, steps: int, every: int, tolerance: float) -> Solution:
+    peer = kind(workload.problem, workload.factors, workload.rates, 0.0)
+    peer.until(steps, every, float("inf"))  # compiles, and stops at once
+    began = time.perf_counter()
+    iterations = peer.until(steps, every, tolerance)
+    peer.wait()
+    total = time.perf_counter() - began
+    loss, error = peer.evaluate().reshape(-1, 2).amax(0).tolist()
+    return Solution(total, total, iterations, loss, error)
 
 
 def recording_share(
@@ -184,22 +201,22 @@ def recording_share(
     """
     steps = every * max(4, round(seconds / (every * step)))
 
-    def seconds(record_every: int) -> float:
-        history = descend(workload.problem, workload.factors, workload.step_size, steps, workload.outer_ratio,
-                          record_every=record_every, engine=engine, show_progress=False)  # fmt: skip
+    def timed(record_every: int) -> float:
+        start = workload.factors, workload.step_size, steps, workload.outer_ratio
+        history = descend(workload.problem, *start, record_every=record_every, engine=engine, show_progress=False)
         return float(history.seconds[-1])
 
-    pairs = [(seconds(every), seconds(steps)) for _ in range(trials + 1)][1:]
+    pairs = [(timed(every), timed(steps)) for _ in range(trials + 1)][1:]
     return np.array([often / never - 1 for often, never in pairs])
 
 
 def _build(name: str, workload: Workload) -> Engine:
-    kind = LOOPS[name] if name in LOOPS else choose(name, workload.problem, workload.factors)
+    kind = PEERS[name] if name in PEERS else choose(name, workload.problem, workload.factors)
     return kind(workload.problem, workload.factors, workload.rates, 0.0)
 
 
-def _waiting(engine: Engine | None, device: str) -> Callable[[], None]:
-    return engine.wait if isinstance(engine, Loop) else lambda: devices.synchronize(device)
+def _waiting(engine: Engine, device: str) -> Callable[[], None]:
+    return engine.wait if isinstance(engine, Peer) else lambda: devices.synchronize(device)
 
 
 def _steady(engine: Engine, wait: Callable[[], None], every: int, seconds: float, trials: int) -> np.ndarray:
@@ -207,7 +224,7 @@ def _steady(engine: Engine, wait: Callable[[], None], every: int, seconds: float
     plain = isinstance(engine, Autograd)
     with nullcontext() if plain else torch.inference_mode():
         length = every
-        if not isinstance(engine, JaxLoop):  # whose other lengths would have to be compiled
+        if not isinstance(engine, Jax):  # whose other lengths would have to be compiled
             once = float(np.median(time_calls(lambda: engine.advance(1), wait, 0.0, 1)))
             length = min(every, max(1, int(seconds / trials / once)))
         return time_calls(lambda: engine.advance(length), wait, seconds, trials) / length
@@ -220,11 +237,10 @@ def rows(timings: dict[str, Timing], names: Sequence[str] = ENGINES) -> dict[str
     """
     out: dict[str, float | str] = {}
     for name in names:
-        timing = timings[name]
-        if timing.skipped:
-            out[f"{name}/skipped"] = timing.skipped
-            continue
-        values = {"step": float(np.median(timing.step)), "setup": timing.setup, "compilation": timing.compilation,
-                  "memory": timing.memory, "engine": timing.engine}  # fmt: skip
+        values = asdict(timings[name])
+        if reason := values.pop("skipped"):
+            values = {"skipped": reason}
+        else:
+            values["step"] = float(np.median(values["step"]))
         out |= {f"{name}/{key}": value for key, value in values.items()}
     return out

@@ -1,6 +1,6 @@
 """What the engines are measured against: the loop as it is usually written in PyTorch, and the authors' in JAX.
 
-`Autograd` is a loss, `backward()` and `torch.optim.SGD`. `JaxLoop` is our own version of the authors' algorithm: the
+`Autograd` is a loss, `backward()` and `torch.optim.SGD`. `Jax` is our own version of the authors' algorithm: the
 gradient by `jax.grad`, the steps inside one `jax.jit`. JAX is imported only here and only where it is asked for; the
 project does not depend on it.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.recovery.factors import product
-from compressible.recovery.problems import MatrixCompletion, MatrixSensing, Problem
+from compressible.recovery.problems import MatrixCompletion, MatrixFactorization, Problem
 from compressible.recovery.sparse import SparseCompletion
 from compressible.runtime import devices
 
 
-class Loop(Engine):
+class Peer(Engine):
     """An engine outside `descend`: it can be waited for and run to a tolerance by itself."""
 
     device: torch.device
@@ -44,19 +44,19 @@ class Loop(Engine):
         return taken
 
 
-class Autograd(Loop):
+class Autograd(Peer):
     """Plain PyTorch: leaves that require gradients, a loss, `backward`, `SGD` with a group a factor."""
 
     name = "autograd"
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
-        if isinstance(problem, MatrixSensing) or any(isinstance(rate, Tensor) for rate in rates):
-            raise ValueError("the autograd loop takes entrywise problems and one step size a factor")
+        if any(isinstance(rate, Tensor) for rate in rates):
+            raise ValueError("the autograd loop got a step size for each problem, expected one step size a factor")
+        self._loss = _loss(problem)
         self.problem, self.device = problem, problem.device
         self.factors = [factor.detach().clone().requires_grad_() for factor in factors]
         groups = [{"params": [factor], "lr": rate} for factor, rate in zip(self.factors, rates, strict=True)]
         self._optimizer = torch.optim.SGD(groups, lr=1.0, weight_decay=decay)
-        self._loss = _sparse_loss(problem) if isinstance(problem, SparseCompletion) else _entrywise_loss(problem)
 
     def advance(self, steps: int) -> None:
         """Take `steps` gradient steps."""
@@ -72,7 +72,7 @@ class Autograd(Loop):
         return torch.stack(self.problem.evaluate_factors(self.factors), -1)
 
 
-class JaxLoop(Loop):
+class Jax(Peer):
     """The authors' algorithm: jit over whole stretches, `jax.grad` of the loss, plain gradient descent.
 
     Raises ValueError for another problem than dense completion, and where JAX or its device is missing.
@@ -81,7 +81,8 @@ class JaxLoop(Loop):
     name = "jax"
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
-        if reason := without_jax(problem):
+        reason = without_jax(problem)
+        if reason or not isinstance(problem, MatrixCompletion):
             raise ValueError(reason)
         self._jax, self.device = _import_jax(), problem.device
         place = self._jax.devices("gpu" if problem.device.type == "cuda" else "cpu")[problem.device.index or 0]
@@ -94,9 +95,14 @@ class JaxLoop(Loop):
         if problem.mean_over == "all":
             counts = torch.full_like(counts, problem.shape[0] * problem.shape[1])
         self._weights = tuple(move(factor) for factor in factors)
-        self._data = {"target": move(problem.target), "mask": move(problem.mask), "count": move(counts),
-                      "weights": move(problem.weights), "rates": [move(rate) for rate in rates],
-                      "decay": move(decay)}  # fmt: skip
+        self._data = {
+            "target": move(problem.target),
+            "mask": move(problem.mask),
+            "count": move(counts),
+            "weights": move(problem.weights),
+            "rates": [move(rate) for rate in rates],
+            "decay": move(decay),
+        }
         self._compiled: dict[tuple, Callable] = {}
 
     @property
@@ -121,7 +127,7 @@ class JaxLoop(Loop):
         return torch.from_numpy(np.array(self._once("look", self._look)(self._weights, self._data)))
 
     def until(self, steps: int, every: int, tolerance: float) -> int:
-        """As `Loop.until`, the whole of it one compiled loop that keeps every record; `steps` are rounded up."""
+        """As `Peer.until`, the whole of it one compiled loop that keeps every record; `steps` are rounded up."""
 
         def run(weights: Sequence[Any], data: dict[str, Any], level: float) -> tuple:
             return self._whole(weights, data, level, steps, every)
@@ -177,7 +183,7 @@ class JaxLoop(Loop):
 
 
 def without_jax(problem: Problem) -> str:
-    """Return why `JaxLoop` cannot take a problem here, "" where it can."""
+    """Return why `Jax` cannot take a problem here, "" where it can."""
     if importlib.util.find_spec("jax") is None:
         return "jax is not installed"
     if not isinstance(problem, MatrixCompletion):
@@ -198,12 +204,16 @@ def _import_jax() -> Any:
     return jax
 
 
-def _entrywise_loss(problem: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
+def _loss(problem: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
+    if isinstance(problem, SparseCompletion):
+        return _sparse_loss(problem)
     if isinstance(problem, MatrixCompletion):
         target, weight = problem.target, problem.observed_weight
         return lambda factors: (weight * (product(factors) - target).square()).sum() / 2
-    target = problem.target
-    return lambda factors: (product(factors) - target).square().mean((-2, -1)).sum() / 2
+    if isinstance(problem, MatrixFactorization):
+        whole = problem.target
+        return lambda factors: (product(factors) - whole).square().mean((-2, -1)).sum() / 2
+    raise ValueError(f"the autograd loop got {type(problem).__name__}, expected an entrywise problem")
 
 
 def _sparse_loss(problem: SparseCompletion) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -1,6 +1,6 @@
-"""What one gradient step must do at least: its operations and bytes, and the machine's rates measured beside it.
+"""The roofline of a gradient step: its operations and bytes, and the machine's rates measured beside it.
 
-The floor of a step is the longer of two times: its operations at the rate of a large matrix product, and its bytes at
+The bound of a step is the longer of two times: its operations at the rate of a large matrix product, and its bytes at
 the rate of a large copy. Both rates are measured, on the device and in the precision of the step. A step of a small
 problem is bound by neither: each needs the one before, so it costs at least a kernel that waits for another.
 """
@@ -28,7 +28,7 @@ class Work:
     operations: int
     bytes: int
 
-    def floor(self, operations_rate: float, bytes_rate: float) -> float:
+    def bound(self, operations_rate: float, bytes_rate: float) -> float:
         """Return the least seconds of the step, at rates in operations and bytes per second."""
         return max(self.operations / operations_rate, self.bytes / bytes_rate)
 
@@ -38,8 +38,8 @@ def count_step(shape: tuple[int, int], width: int, depth: int, itemsize: int, st
 
     Operations: 2 k an entry for each of X, W_L^T E and E P^T, over all m n entries, and 2 k^2 n for each of W_l P,
     W_l^T B and B P^T, for the depth - 2 inner factors; two an entry for the residual, two a parameter for the update.
-    Bytes: the target once, NaN where nothing is observed, every factor
-    read once and written once; X, the residual and partial sums never leave the chip.
+    Bytes: the target once, NaN where nothing is observed, every factor read once and written once; X, the residual and
+    partial sums never leave the chip.
     """
     m, n = shape
     inner = depth - 2
@@ -93,11 +93,9 @@ def gemm_rate(
 ) -> float:
     """Return operations per second of the product (m, k) times (k, n) for `sizes` (m, n, k)."""
     m, n, k = sizes
-    like = {"dtype": dtype, "device": devices.resolve_device(device)}
-    left, right, out = (torch.randn(*shape, **like) for shape in ((m, k), (k, n), (m, n)))  # ones would draw less power
-    times = time_calls(
-        lambda: torch.mm(left, right, out=out), lambda: devices.synchronize(device), seconds, trials
-    )  # fmt: skip
+    shapes, place = ((m, k), (k, n), (m, n)), devices.resolve_device(device)
+    left, right, out = (torch.randn(shape, dtype=dtype, device=place) for shape in shapes)  # ones would draw less power
+    times = time_calls(lambda: torch.mm(left, right, out=out), lambda: devices.synchronize(device), seconds, trials)
     return 2 * m * n * k / float(np.median(times))
 
 

@@ -31,7 +31,7 @@ def step_seconds(
     return np.array(seconds)
 
 
-def measure(
+def step_cost(
     count: int, lines: int, width: int, trials: int, device: str = "auto", work: int = 1_000_000
 ) -> tuple[np.ndarray, int]:
     """Return seconds a step (trials,) and the bytes that descending takes, from `count` entries of a square matrix.
@@ -51,11 +51,11 @@ def measure(
         return seconds, peak() if place != "cpu" else held_bytes(problem, factors)
 
 
-def curve(
+def cost_curve(
     counts: Sequence[int], a_line: float, width: int, trials: int, device: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return seconds a step (trials, n) and bytes (n,), as `measure`, for n `counts` of entries, `a_line` a line."""
-    taken = [measure(count, round(count / a_line), width, trials, device) for count in counts]
+    """Return seconds a step (trials, n) and bytes (n,), as `step_cost`, for n `counts` of entries, `a_line` a line."""
+    taken = [step_cost(count, round(count / a_line), width, trials, device) for count in counts]
     return np.stack([seconds for seconds, _ in taken], 1), np.array([float(size) for _, size in taken])
 
 
@@ -70,8 +70,6 @@ def held_bytes(problem: SparseCompletion, factors: Sequence[Tensor]) -> int:
 
 def log_slope(x: Sequence[float], y: np.ndarray) -> np.ndarray:
     """Return the exponent (...) of y (..., n) ~ x^exponent by least squares on logarithms; ValueError if n < 2."""
-    x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} value, expected at least two for a slope")
-    x = x - x.mean()
-    return (y * x).sum(-1) / (x * x).sum()
+    return np.polyfit(np.log(x), np.log(y).reshape(-1, len(x)).T, 1)[0].reshape(np.shape(y)[:-1])

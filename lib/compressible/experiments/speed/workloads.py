@@ -58,15 +58,18 @@ def completion(
         factors = orthogonal_factors(shape, DEPTH, None, SCALE, generator, batch_shape=batch)
     else:
         factors = compress_spectral(problem, 2 * rank, DEPTH, SCALE)
-    like = {"dtype": dtype, "device": device}
-    problem = MatrixCompletion(problem.target.to(**like), problem.mask.to(**like))
+    problem = MatrixCompletion(problem.target.to(device, dtype), problem.mask.to(device, dtype))
     width = dimension if full else 2 * rank
     kind, count = "full width" if full else "compressed", f"{stack} x " if stack else ""
     return Workload(
-        f"{count}d={dimension} {kind} {_short(dtype)}", problem, [factor.to(**like) for factor in factors],
-        STEP * (dimension / 100) ** (4 / 3), 1.0 if full else 5.0,
-        count_step(shape, width, DEPTH, dtype.itemsize, max(stack, 1)), max(stack, 1),
-    )  # fmt: skip
+        name=f"{count}d={dimension} {kind} {_short(dtype)}",
+        problem=problem,
+        factors=[factor.to(device, dtype) for factor in factors],
+        step_size=STEP * (dimension / 100) ** (4 / 3),
+        outer_ratio=1.0 if full else 5.0,
+        work=count_step(shape, width, DEPTH, dtype.itemsize, max(stack, 1)),
+        stack=max(stack, 1),
+    )
 
 
 def sparse_completion(
@@ -82,9 +85,13 @@ def sparse_completion(
     observed = sparse_low_rank(shape, rank, entries, generator, hidden=1, dtype=dtype)[0].to(device)
     factors = orthogonal_factors(shape, DEPTH, width, SCALE, generator, dtype, device)
     return Workload(
-        f"d={dimension} sparse {_short(dtype)}", SparseCompletion(observed), factors,
-        STEP * (dimension / 100) ** (2 / 3), 1.0, count_sparse_step(shape, entries, width, DEPTH, dtype.itemsize),
-    )  # fmt: skip
+        name=f"d={dimension} sparse {_short(dtype)}",
+        problem=SparseCompletion(observed),
+        factors=factors,
+        step_size=STEP * (dimension / 100) ** (2 / 3),
+        outer_ratio=1.0,
+        work=count_sparse_step(shape, entries, width, DEPTH, dtype.itemsize),
+    )
 
 
 def all_workloads(
@@ -101,10 +108,10 @@ def all_workloads(
     device: str,
     seed: int,
 ) -> Iterator[Workload]:
-    """Yield the notebook's workloads one by one, so that only one is held at a time.
+    """Yield a workload of every kind, one by one, so that only one is held at a time.
 
-    The sparse one, first so that its peak of memory is its own, then both dimensions: compressed in each of
-    `precisions`, of full width and stacked in the first of them.
+    The sparse one of `entries` and `width`, first so that its peak of memory is its own; then both dimensions:
+    compressed in each of `precisions`, of full width and, the smaller one, in `stacks` in the first of them.
     """
     kinds = [getattr(torch, name) for name in precisions]
     yield sparse_completion(sparse_dimension, rank, entries, width, kinds[0], device, seed)
