@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 import compressible as cd
 from compressible.experiments.compare import (
     compare_starts,
-    factors_at,
     first_below,
     milestones,
     share_stacks,
@@ -55,21 +54,6 @@ def test_first_below_and_worst_ratio_ignore_padding():
     error = np.array([[3.0, 1.0, np.nan]])
     assert first_below(error, 2.0, np.array([0, 5, 10]))[0] == 5
     assert worst_ratio(error, np.array([[1.5, 2.0]]))[0] == pytest.approx(2.0)
-
-
-def test_factors_on_the_way_are_the_snapshots_of_one_descent():
-    problem, starts = _build(torch.Generator().manual_seed(0))
-    start, marks = (starts["small"][0], 2.0, 0.3), [0, 7, 7, 40, 100]
-    whole = cd.descend(problem, start[0], 2.0, 100, outer_ratio=0.3, snapshots=marks)
-    way = list(factors_at(problem, start, marks))
-    for mark, factors in zip(marks, way, strict=True):
-        torch.testing.assert_close(factors, whole.snapshots[mark], rtol=1e-13, atol=1e-15)
-    assert not torch.equal(way[-1][1], way[0][1])
-    for wrong in ([5, 3], [-1, 3]):
-        with pytest.raises(ValueError, match="ascending"):
-            next(factors_at(problem, start, wrong))
-    with pytest.raises(cd.DivergenceError):
-        list(factors_at(problem, starts["wild"], [300]))
 
 
 def _sweep(generator):

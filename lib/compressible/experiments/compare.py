@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,23 +152,6 @@ def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper."""
     common = min(upper.shape[-1], lower.shape[-1])
     return np.nanmax(lower[:, :common] / upper[:, :common], -1)
-
-
-def factors_at(problem: Problem, start: Start, marks: Sequence[int], **options: Any) -> Iterator[Factors]:
-    """Yield the factors of one start at the iterations `marks`, each as the descent gets there, and keep none of them.
-
-    `descend`'s snapshots hold all of them at once: gigabytes, where the factors are of full width. `options` go to
-    `descend`. Raises ValueError where `marks` do not ascend from 0 on, and DivergenceError.
-    """
-    marks = [int(mark) for mark in marks]
-    if any(first > second for first, second in pairwise([0, *marks])):
-        raise ValueError(f"marks are {marks}, expected iterations >= 0 in ascending order")
-    factors, step_size, ratio = start
-    for first, second in pairwise([0, *marks]):
-        steps = second - first
-        history = descend(problem, factors, step_size, steps, ratio, record_every=max(steps, 1), **options)
-        factors = history.factors
-        yield factors
 
 
 def descend_to_divergence(

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.experiments.compare import Build, Start, factors_at, first_below
+from compressible.experiments.compare import Build, Start, first_below
 from compressible.experiments.stops import Curves
+from compressible.experiments.trajectories import iterates
 from compressible.recovery.factors import product
 from compressible.recovery.problems import DenseProblem
 from compressible.recovery.spectra import principal_coordinates
@@ -28,7 +29,7 @@ def paths_in_plane(build: Build, curves: Curves, seed: int, frames: int) -> dict
     drop = np.nan_to_num(first_below(errors, 0.99 * errors[0, 0], times)[0])
     marks = [int(mark) for mark in np.linspace(0.95 * drop, 1.05 * curves[f"{first}/stopped"][0], frames)]
     names = [name for name in starts if not curves[f"{name}/diverged"][0]]
-    paths = [torch.stack([product(f) for f in factors_at(problem, starts[name], marks)]) for name in names]
+    paths = [torch.stack([product(f) for _, f, _ in iterates(problem, starts[name], marks)]) for name in names]
     coordinates, shares = principal_coordinates(*paths)
     return {f"{name}/trajectory": path for name, path in zip(names, coordinates, strict=True)} | {"shares": shares}
 
@@ -64,9 +65,9 @@ def crowded_marks(end: int, frames: int) -> np.ndarray:
 
 def _gap(problem: DenseProblem, wide: Start, small: Start, marks: Sequence[int]) -> tuple[np.ndarray, float]:
     """Norms (2, T) of the difference of two products and of the first, over the target's; and the target's."""
-    pairs = zip(factors_at(problem, wide, marks), factors_at(problem, small, marks), strict=True)
+    pairs = zip(iterates(problem, wide, marks), iterates(problem, small, marks), strict=True)
     norms = []
-    for one, two in pairs:
+    for (_, one, _), (_, two, _) in pairs:
         first = product(one)
         norms.append(torch.stack([(first - product(two)).norm(), first.norm()]))
     size = problem.surrogate().norm()
