@@ -144,9 +144,16 @@ def fit_descent(
     begun = _begin(task.whole, width, depth, start, limit)
     options |= {"outer_ratio": outer_ratio, "snapshots": (stop,)}
     history = descend(task.whole, begun.scaled(scale), fraction * begun.limit, **options)
-    curves = (np.asarray(curve) for curve in (history.iterations, history.seconds + begun.seconds, history.error))
-    scores = task.score(history.factors), task.score(history.snapshots[stop])
-    return Fit(*curves, *scores, stop, {"init_scale": scale, "step_fraction": fraction}, begun.seconds)
+    return Fit(
+        iterations=history.iterations.numpy(),
+        seconds=history.seconds.numpy() + begun.seconds,
+        error=history.error.numpy(),
+        final=task.score(history.factors),
+        stopped=task.score(history.snapshots[stop]),
+        stop=stop,
+        settings={"init_scale": scale, "step_fraction": fraction},
+        start_seconds=begun.seconds,
+    )
 
 
 def fit_sweeps(
@@ -174,9 +181,16 @@ def fit_sweeps(
     errors = torch.stack([solve(task.trial, ridge, starts[0]).error for ridge in ridges]).nan_to_num(torch.inf)
     row, stop = divmod(int(errors.argmin()), sweeps + 1) if stop is None else (int(errors[:, stop].argmin()), stop)
     result = solve(task.whole, ridges[row], starts[1], (stop,))
-    scores = task.score(result.factors), task.score(result.snapshots[stop])
-    return Fit(np.arange(sweeps + 1), result.seconds.numpy(), result.error.numpy(), *scores, stop,
-               {"ridge": ridges[row]}, float(result.seconds[0]))  # fmt: skip
+    return Fit(
+        iterations=np.arange(sweeps + 1),
+        seconds=result.seconds.numpy(),
+        error=result.error.numpy(),
+        final=task.score(result.factors),
+        stopped=task.score(result.snapshots[stop]),
+        stop=stop,
+        settings={"ridge": ridges[row]},
+        start_seconds=float(result.seconds[0]),
+    )
 
 
 def fit_deep(
