@@ -43,7 +43,7 @@ def fit_all(
 
 def fit_drawn(task: recommend.Task, rank: int, **fit: Any) -> dict[str, Any]:
     """Fit all methods to entries of a drawn matrix: "drawn/<method>/<what>", as `gather`, and "drawn/rms"."""
-    return recommend.gather("drawn", [fit_all(task, rank, **fit)]) | {"drawn/rms": recommend.rms(task.whole)}
+    return recommend.gather("drawn", [fit_all(task, rank, **fit)]) | {"drawn/rms": recommend.rms(task)}
 
 
 def fit_table(name: str, rank: int, fraction: float, seeds: int, device: str, **fit: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def growth(counts: Sequence[int], entries: int, a_line: float, width: int, trial
     On a GPU also "measured over dense", the bytes at `entries` over those of one matrix, and on an H200 what its goals
     are set for.
     """
-    seconds, size = scaling.curve(counts, a_line, width, trials, device)
+    seconds, size = scaling.cost_curve(counts, a_line, width, trials, device)
     large = slice(len(counts) // 2, None)
     out = {
         "entries": np.array(counts),

@@ -257,9 +257,9 @@ def gather(name: str, runs: Sequence[dict[str, Fit]]) -> dict[str, np.ndarray | 
     return out
 
 
-def rms(problem: SparseCompletion) -> float:
-    """Return the root mean square of the hidden entries."""
-    return float(_hidden(problem).rows.values.square().mean().sqrt())
+def rms(task: Task) -> float:
+    """Return the root mean square of the test entries."""
+    return float(task.test.rows.values.square().mean().sqrt())
 
 
 @dataclass(frozen=True, eq=False)
