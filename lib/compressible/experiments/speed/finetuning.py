@@ -12,15 +12,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.merge import first_output
 from compressible.data import hub
 from compressible.data.pretrained import load_encoder
+from compressible.data.tasks import Examples, Task
 from compressible.experiments.speed.engines import Timing, failed
 from compressible.experiments.speed.roofline import LARGE, count_operations, gemm_rate, time_calls
 from compressible.finetuning.losses import run_losses
@@ -35,7 +37,7 @@ METHODS = ("peft", "compressed", "thin", "lora", "full")
 MODES = ("eager", "graph", "compiled")
 RANK, STEPS, LR = 8, 1024, 1e-5
 GOAL = 20  # runs of the goal
-HEAD = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+HEAD: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
 
 
 @dataclass(frozen=True)
@@ -59,35 +61,13 @@ class Case:
         return f"{self.encoder}/{self.precision}/{self.runs} x {self.method}"
 
 
-@dataclass(frozen=True)
-class RandomRows:
-    """Rows of random tokens (N, T), none padded, and random labels (N,)."""
-
-    tokens: dict[str, Tensor]
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class RandomTask:
-    """A regression on random rows."""
-
-    train: RandomRows
-    validation: RandomRows
-    kind: str = "regression"
-    name: str = "random tokens"
-
-    def score(self, logits: Tensor, labels: Tensor) -> float:
-        """Nothing is learned here: NaN."""
-        return float("nan")
-
-
-def random_task(vocabulary: int, rows: int, length: int, seed: int = 0) -> RandomTask:
-    """Return a task of `rows` random rows of `length` tokens, all of them attended to."""
+def random_task(vocabulary: int, rows: int, length: int, seed: int = 0) -> Task:
+    """Return a regression on `rows` random rows of `length` tokens, all of them attended to."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (rows, length), generator=generator)
     labels = torch.rand(rows, generator=generator)
-    part = RandomRows({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels)
-    return RandomTask(part, part)
+    part = Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, texts=())
+    return Task("random tokens", "regression", 1, "pearson", part, part)
 
 
 def load_shape(name: str, seed: int = 0) -> nn.Module:
@@ -96,15 +76,16 @@ def load_shape(name: str, seed: int = 0) -> nn.Module:
         return load_encoder(name, 1, "clean", seed)[0]
     from transformers import BertConfig, BertForSequenceClassification
 
+    head: dict[str, Any] = {"num_labels": 1, "attn_implementation": "sdpa"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return BertForSequenceClassification(BertConfig(num_labels=1, attn_implementation="sdpa")).eval()
+        return BertForSequenceClassification(BertConfig(**head)).eval()
 
 
-def all_cases(
+def cases(
     encoders: Sequence[str], run_counts: Sequence[int], precisions: Sequence[str], full_runs: int, compiled: bool
 ) -> Iterator[Case]:
-    """Yield the notebook's cases, those that its claims need first.
+    """Yield the cases of a survey, those that tell most first.
 
     Per encoder: peft in all precisions, then compressed with the fewest runs and GOAL (or the most) in the first one.
     What takes long to compile comes after that, sweeps over run_counts in the first two precisions last.
@@ -128,19 +109,21 @@ def all_cases(
         yield from (Case(encoder, precision, "compressed", count) for count in run_counts for encoder in encoders)
 
 
-def survey_tuning(
-    cases: Sequence[Case], batch_size: int, length: int, device: str, seconds: float, trials: int, budget: float
+def survey(
+    chosen: Sequence[Case], batch_size: int, length: int, device: str, seconds: float, trials: int, budget: float
 ) -> dict[str, float | str | np.ndarray]:
-    """Time all cases and return "<case>/<mode>/<what>", what in steps (T,) seconds a pass, compilation, memory.
+    """Time the chosen cases and return "<case>/<mode>/<what>", what in steps (T,) seconds a pass, compilation, memory.
 
     Also "<case>/setup", "<encoder>/operations" of the matrix products of one step of one run, and
     "<precision>/gemm", operations a second. What breaks has "<case>/<mode>/skipped", the reason, in its place; so has
     what had not begun after `budget` seconds.
     """
     began, place = time.perf_counter(), devices.resolve_device(device)
-    out: dict = {f"{name}/gemm": _gemm(name, place, trials) for name in dict.fromkeys(case.precision for case in cases)}
+    out: dict = {
+        f"{name}/gemm": _gemm(name, place, trials) for name in dict.fromkeys(case.precision for case in chosen)
+    }
     models: dict[str, nn.Module] = {}
-    for case in cases:
+    for case in chosen:
         if time.perf_counter() - began > budget:
             out |= {f"{case.name}/{mode}/skipped": f"not begun after {budget:g} s" for mode in case.modes}
             continue
@@ -153,15 +136,13 @@ def survey_tuning(
     return out
 
 
-def time_case(
-    case: Case, model: nn.Module, batch_size: int, length: int, seconds: float, trials: int
-) -> dict[str, Timing]:
+def time_case(case: Case, model: Any, batch_size: int, length: int, seconds: float, trials: int) -> dict[str, Timing]:
     """Time one case on a model that is on its device, and return a Timing a mode; what breaks says so in `skipped`."""
     task = random_task(model.config.vocab_size, 4 * batch_size, length)
     modes = case.modes if next(model.parameters()).is_cuda else tuple(_on_cpu(case.modes))
     found: dict[str, Timing] = {}
     try:
-        take = _peft if case.method == "peft" else _stacked
+        take = time_peft if case.method == "peft" else _time_stacked
         for mode, timing in take(case, modes, model, task, batch_size, seconds, trials):
             found[mode] = timing
     except Exception as failure:
@@ -170,10 +151,10 @@ def time_case(
     return found
 
 
-def count_step(model: nn.Module, batch_size: int, length: int) -> int:
+def count_step(model: Any, batch_size: int, length: int) -> int:
     """Return the operations of the matrix products in one step of one run, adapters of rank 8 included."""
     task = random_task(model.config.vocab_size, batch_size, length)
-    trainer = Trainer(StackedPass(model, _runs("thin", 1), task, STEPS, batch_size))
+    trainer = Trainer(StackedPass(model, runs_of("thin", 1), task, STEPS, batch_size))
     return count_operations(lambda: trainer.advance(0))
 
 
@@ -199,23 +180,20 @@ def _on_cpu(modes: Sequence[str]) -> Iterator[str]:
     yield from dict.fromkeys("eager" if mode == "graph" else mode for mode in modes)
 
 
-def _runs(method: str, count: int, real: bool = False) -> list[FineTuningRun]:
-    if method == "lora":
-        chosen = {"variant": "thin", "depth": 2}
-    elif method == "compressed" and not real:
-        chosen = {"variant": "thin", "depth": 5}  # the chain of a compressed run of depth 3
-    else:
-        chosen = {"variant": method}
-    return [FineTuningRun(DeepLoraConfig(r=RANK, **chosen, **HEAD), LR, seed) for seed in range(count)]
+def runs_of(method: str, count: int, real: bool = False) -> list[FineTuningRun]:
+    """Return `count` runs of a method; compressed ones that are not real are thin ones with chains as long."""
+    known = {"lora": ("thin", 2)} | ({} if real else {"compressed": ("thin", 5)})
+    variant, depth = known.get(method, (method, 3))
+    return [FineTuningRun(DeepLoraConfig(RANK, depth, variant=variant, **HEAD), LR, seed) for seed in range(count)]
 
 
-def _stacked(
-    case: Case, modes: Sequence[str], model: nn.Module, task: RandomTask, batch_size: int, seconds: float, trials: int
+def _time_stacked(
+    case: Case, modes: Sequence[str], model: nn.Module, task: Task, batch_size: int, seconds: float, trials: int
 ) -> Iterator[tuple[str, Timing]]:
     device = str(next(model.parameters()).device)
     wait = lambda: devices.synchronize(device)  # noqa: E731
     began = time.perf_counter()
-    runs = _runs(case.method, case.runs, case.real)
+    runs = runs_of(case.method, case.runs, case.real)
     trainer = Trainer(StackedPass(model, runs, task, STEPS, batch_size, case.precision))
     wait()
     setup = time.perf_counter() - began if case.real or case.method != "compressed" else float("nan")
@@ -224,7 +202,7 @@ def _stacked(
         _let_go()
         try:
             trainer.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
-            yield mode, _steady(_Endless(trainer), wait, device, case.precision, setup, mode, seconds, trials)
+            yield mode, _steady(Endless(trainer), wait, device, case.precision, setup, mode, seconds, trials)
         except Exception as failure:
             yield mode, Timing(skipped=failed(failure))
         if mode == "compiled":
@@ -232,8 +210,8 @@ def _stacked(
             torch.compiler.reset()  # which lets go of the code of this shape, and of its count of recompilations
 
 
-def _peft(
-    case: Case, modes: Sequence[str], model: nn.Module, task: RandomTask, batch_size: int, seconds: float, trials: int
+def time_peft(
+    case: Case, modes: Sequence[str], model: nn.Module, task: Task, batch_size: int, seconds: float, trials: int
 ) -> Iterator[tuple[str, Timing]]:
     """Stock LoRA as its users run it: get_peft_model, AdamW (fused on a GPU), batches on the device beforehand."""
     from peft import LoraConfig, get_peft_model
@@ -274,8 +252,8 @@ def _steady(
         return Timing(setup, compilation, steps, peak() if device != "cpu" else 0, mode)
 
 
-class _Endless:
-    """Steps of a pass without end: its data and its losses start again."""
+class Endless:
+    """Steps of a trainer without end: its data and its losses start again."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.at = trainer, int(trainer.stacked.step)
@@ -291,7 +269,12 @@ class _Endless:
 def _values(key: str, timing: Timing) -> dict[str, float | str | np.ndarray]:
     if timing.skipped:
         return {f"{key}/skipped": timing.skipped}
-    named = {"setup": timing.setup, "compilation": timing.compilation, "memory": timing.memory, "steps": timing.step}
+    named: dict[str, Any] = {
+        "setup": timing.setup,
+        "compilation": timing.compilation,
+        "memory": timing.memory,
+        "steps": timing.step,
+    }
     return {f"{key}/{what}": value for what, value in named.items() if not np.isnan(value).all()}
 
 

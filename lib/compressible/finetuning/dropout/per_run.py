@@ -63,7 +63,7 @@ class PerRunDropout(TorchFunctionMode):
         if func is functional.dropout:
             return self._dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+            return self.attention(*args, **kwargs)
         if func in UNDRAWN and _drops(func, args, kwargs):
             raise ValueError(f"{func.__name__} draws for all runs at once, expected dropout or sdpa attention")
         return func(*args, **kwargs)
@@ -75,7 +75,7 @@ class PerRunDropout(TorchFunctionMode):
         self.place += 1
         if p == 1:
             return input.mul_(0) if inplace else input * 0
-        kept = (self._fused if self._fusible(input) else self._plain)(input, round(p * 2**31))
+        kept = (self._fused if self._fusible(input) else self.written_out)(input, round(p * 2**31))
         return input.copy_(kept) if inplace else kept
 
     def _fusible(self, input: Tensor) -> bool:
@@ -87,11 +87,12 @@ class PerRunDropout(TorchFunctionMode):
 
         return Dropped.apply(input, self.seeds, self.step, self.place, threshold, AXES)
 
-    def _plain(self, input: Tensor, threshold: int) -> Tensor:
-        kept = self._keep(input.shape, threshold, input.device)
+    def written_out(self, input: Tensor, threshold: int) -> Tensor:
+        """Return input (S * B, ...) with a share threshold / 2^31 of it at 0, in plain operations."""
+        kept = self.keep(input.shape, threshold, input.device)
         return torch.where(kept, input * (2**31 / (2**31 - threshold)), 0)
 
-    def _attention(
+    def attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
@@ -106,7 +107,7 @@ class PerRunDropout(TorchFunctionMode):
                 query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        if dropout_p < 1 and not enable_gqa and self._attendable(query, key, value, attn_mask):
+        if dropout_p < 1 and not enable_gqa and self.attendable(query, key, value, attn_mask):
             self._check(query.shape)
             self.place += 1
             return torch.ops.compressible.dropped_attention(
@@ -125,7 +126,7 @@ class PerRunDropout(TorchFunctionMode):
             scores = scores + attn_mask
         return self._dropout(scores.softmax(-1), dropout_p) @ value
 
-    def _attendable(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    def attendable(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
         """Whether one Triton kernel does this attention, compiled or not: short, and in TF32 or half precision."""
         if not self.room or query.dim() != 4 or query.shape[:2] != key.shape[:2] or key.shape != value.shape:
             return False
@@ -146,8 +147,8 @@ class PerRunDropout(TorchFunctionMode):
         if len(shape) > len(AXES):
             raise ValueError(f"dropout got {tuple(shape)}, expected at most {len(AXES)} axes")
 
-    def _keep(self, shape: torch.Size, threshold: int, device: torch.device) -> Tensor:
-        """A mask (S * B, ...), True with probability 1 - threshold / 2^31."""
+    def keep(self, shape: Sequence[int], threshold: int, device: torch.device) -> Tensor:
+        """Return a mask (S * B, ...), True with probability 1 - threshold / 2^31."""
         runs = len(self.seeds)
         drawn = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
         word = (drawn[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)

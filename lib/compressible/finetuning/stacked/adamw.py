@@ -50,15 +50,17 @@ class StackedAdamW:
         (first, second), fused = self.betas, self.value.is_cuda and has_triton()
         self.count += 1
         root, scaled = (1 - second**self.count).sqrt(), factor / (1 - first**self.count)
-        (self._fused if fused else self._plain)(root, scaled)
+        (self.step_fused if fused else self.step_plain)(root, scaled)
 
-    def _fused(self, root: Tensor, scaled: Tensor) -> None:
+    def step_fused(self, root: Tensor, scaled: Tensor) -> None:
+        """Take one step as one kernel, by sqrt(1 - b2^t) () and factor / (1 - b1^t) ()."""
         from compressible.finetuning.stacked.triton_adamw import fused_adam
 
         torch.stack([root, scaled], out=self.scalars[2:4])
         fused_adam(self.value, self.gradient, self.mean, self.square, self.rate, self.scalars)
 
-    def _plain(self, root: Tensor, scaled: Tensor) -> None:
+    def step_plain(self, root: Tensor, scaled: Tensor) -> None:
+        """The same in plain operations."""
         (first, second), kind = self.betas, self.value.dtype
         self.mean.lerp_(self.gradient, 1 - first)
         self.square.mul_(second).addcmul_(self.gradient, self.gradient, value=1 - second)
