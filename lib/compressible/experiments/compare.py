@@ -17,7 +17,7 @@ from compressible.recovery.factors import Factors, stack_factors
 from compressible.recovery.problems import DenseProblem, Problem, stack_problems
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
-Build = Callable[[torch.Generator], tuple[Problem, Mapping[str, Start]]]
+Build = Callable[[torch.Generator], tuple[DenseProblem, Mapping[str, Start]]]
 
 PADDING = 4  # widths share a stack up to this ratio: padding costs work in proportion to the largest
 
@@ -193,13 +193,10 @@ def _width(start: Start) -> int:
     return max(factor.shape[-2] for factor in start[0][:-1])
 
 
-def _descend_together(problems: Sequence[Problem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
+def _descend_together(problems: Sequence[DenseProblem], runs: Sequence[Sequence[Start]], **options: Any) -> History:
     """One stack (seeds, starts): runs[i][j] is start j on problems[i]."""
     first = torch.zeros(1, dtype=torch.int64)
-    dense = [problem for problem in problems if isinstance(problem, DenseProblem)]
-    if len(dense) < len(problems):
-        raise ValueError(f"cannot stack {type(problems[0]).__name__}, expected problems with dense arrays")
-    problem = stack_problems([problem.select(first, ()) for problem in dense])  # (seeds, 1), broadcast over starts
+    problem = stack_problems([problem.select(first, ()) for problem in problems])  # (seeds, 1), broadcast over starts
     shape = (len(runs), len(runs[0]))
     factors = [f.unflatten(0, shape) for f in stack_factors([start[0] for starts in runs for start in starts])]
     step, ratio = (torch.tensor([[s[i] for s in starts] for starts in runs], dtype=torch.float64) for i in (1, 2))
