@@ -113,7 +113,7 @@ def test_every_engine_is_timed_or_says_why_not(name):
     for work in (_small(stack=2), workloads.sparse_completion(30, entries=90, width=4, **CPU)):
         timing = engines.time_engine(name, work, every=4, seconds=0.01, trials=3)
         if timing.skipped:
-            assert name in ("jax", "fused", "compiled", "graphed", "tiled", "persistent")
+            assert name not in ("auto", "autograd", "reference")  # which take everything
             assert len(timing.skipped) > 15 and not len(timing.step)
         else:
             assert timing.step.shape == (3,) and (timing.step > 0).all()

@@ -2,7 +2,7 @@
 
 One step of every engine is plain gradient descent, with E = dLoss/dX at X = W_L ... W_1:
     W_l <- (1 - rate_l lambda) W_l - rate_l (W_L ... W_{l+1})^T E (W_{l-1} ... W_1)^T.
-An engine owns copies of the factors. A new one is a class in a file of its own and a line in choose.py.
+An engine owns copies of the factors. A new one is a class in a file of its own and an entry in choose.py.
 """
 
 from __future__ import annotations

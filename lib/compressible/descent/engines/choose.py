@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from compressible.descent.engines.reference import Reference
 from compressible.recovery.problems import DenseProblem, MatrixSensing, Problem
 from compressible.runtime import devices
 
-NAMES = ("auto", "reference", "fused", "compiled", "graphed", "tiled", "persistent")
 NARROW = 64  # width up to which a tile of X costs less to make again than to read
 SMALL_PERSISTENT = (256, 32)  # columns and width up to which one program holds W_1 in registers
 DEEPEST = 5  # factors that the kernels are written out for
@@ -39,11 +39,7 @@ def choose(name: str, problem: Problem, factors: Sequence[Tensor]) -> type[Engin
         return _sparse(name, problem)
     if name == "auto":
         name = _fastest(problem, factors)
-    if name == "fused":
-        return Fused
-    if name == "compiled":
-        return _compiled(problem)
-    return _on_cuda(name, problem, factors)
+    return _DENSE[name](problem, factors)
 
 
 @contextmanager
@@ -85,7 +81,11 @@ def _fastest(problem: DenseProblem, factors: Sequence[Tensor]) -> str:
     return "compiled" if small and stacked and entrywise else "fused"
 
 
-def _compiled(problem: DenseProblem) -> type[Engine]:
+def _fused(problem: DenseProblem, factors: Sequence[Tensor]) -> type[Engine]:
+    return Fused
+
+
+def _compiled(problem: DenseProblem, factors: Sequence[Tensor]) -> type[Engine]:
     if isinstance(problem, MatrixSensing) or problem.device.type != "cpu":
         kind = type(problem).__name__
         raise ValueError(f'engine "compiled" got {kind} on {problem.device}, expected entrywise on the CPU')
@@ -115,3 +115,12 @@ def _on_cuda(name: str, problem: DenseProblem, factors: Sequence[Tensor]) -> typ
 
 def _width(factors: Sequence[Tensor]) -> int:
     return max(factor.shape[-2] for factor in factors[:-1])
+
+
+# The engines of dense problems: what returns the class of one, or raises ValueError where it cannot do the problem.
+_DENSE: dict[str, Callable[[DenseProblem, Sequence[Tensor]], type[Engine]]] = {
+    "fused": _fused,
+    "compiled": _compiled,
+    **{name: partial(_on_cuda, name) for name in ("graphed", "tiled", "persistent")},
+}
+NAMES = ("auto", "reference", *_DENSE)
