@@ -9,6 +9,9 @@ STAMP := $(VENV)/.stamp
 EXTRAS ?= lab,batch,adapters,test
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+GPU_PYTHON ?= python3
+GPU_JOBS ?=
+
 PRESET ?= quick
 LABEL ?= $(PRESET)
 JOBS ?= 2
@@ -26,11 +29,11 @@ SNAKEMAKE = $(RUN) snakemake --cores $(JOBS) --resources gpu=$(GPUS) --keep-goin
 # snakemake takes quotes off the end of a value, hence the space.
 PASSED = $(if $(ARGS),args='$(ARGS) ')
 
-.PHONY: help setup figures figure paper test lab list claims notebooks clean distclean
+.PHONY: help setup figures figure paper lint test tests test-gpu lab list claims notebooks clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@echo "  variables: PRESET=$(PRESET) LABEL=$(LABEL) JOBS=$(JOBS) GPUS=$(GPUS) (figures), GPU=1 (set-up with CUDA),"
 	@echo "             ID=paper/name, ARGS='-p name value -f file.yaml', PYTHON=$(PYTHON)"
 
@@ -76,13 +79,25 @@ figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
 paper: PRESET = paper
 paper: figures  ## all figures with the papers' own parameters
 
-# The figures of a test go to a folder of their own, so that the checkout stays as it was.
-test: $(STAMP)  ## ruff, unit tests, every notebook against its stored outputs
+lint: $(STAMP)  ## ruff, format, imports between the rooms, types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+# The figures of a test go to a folder of their own, so that the checkout stays as it was.
+test: lint tests  ## lint, unit tests, every notebook against its stored outputs
+
+tests: $(STAMP)
 	@figures=$$(mktemp -d); trap 'rm -rf "$$figures"' EXIT; \
 	$(RUN) COMPRESSIBLE_FIGURES="$$figures/figures" HF_HUB_OFFLINE=1 python -m pytest tests notebooks -q \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile
+
+# On a GPU host as it is: PyTorch, Triton and pytest are all that these need, and nothing is set up.
+test-gpu:  ## the tests that run on a GPU: GPU_PYTHON, GPU_JOBS (with pytest-xdist)
+	PYTHONPATH=lib$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q -m "cuda and not slow" --durations=10 \
+		$(if $(GPU_JOBS),-n $(GPU_JOBS) --dist worksteal) $$(grep -l "mark.cuda" tests/test_*.py)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)

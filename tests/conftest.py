@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
 import pytest
 
 # Without a GPU the Triton kernels run in its interpreter, which has to be chosen before triton is first imported.
@@ -58,6 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> None:
     """Write a notebook of a parameters cell and some code cells."""
+    import nbformat  # a GPU host has PyTorch and pytest alone
+
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
