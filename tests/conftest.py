@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,13 @@ ENTRY = """\
   quick: {{minutes: 0.1}}
   paper: {{minutes: 2, parameters: {{rank: 5, step_size: 1e-3}}}}
 """
+
+
+def few(values: Iterable[Any], count: int) -> list[Any]:
+    """The first `count` values of a parametrisation, and the rest as slow ones: each is a compilation on a GPU."""
+    values = list(values)
+    first, rest = values[:count], values[count:]
+    return [*first, *(pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in rest)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -262,6 +262,7 @@ def test_auto_picks_by_problem():
         choose("tiled", small, one)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("batch", [(), (3,)])

@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.descent.engines.choose import choose
@@ -17,6 +16,7 @@ from compressible.descent.history import History, raise_if_diverged
 from compressible.descent.records import Records
 from compressible.recovery.factors import Factors
 from compressible.recovery.problems import DenseProblem, Problem
+from compressible.runtime.progress import Bar
 
 
 class Solver:
@@ -57,7 +57,7 @@ class Solver:
         self.setup_seconds = setup_seconds + time.perf_counter() - began
         self.records.begin()
 
-    def run(self, records: list[int], until: int, tolerance: float, bar: tqdm) -> None:
+    def run(self, records: list[int], until: int, tolerance: float, bar: Bar) -> None:
         """Go on to iteration `until` with a record at each of the iterations `records`, retiring what stops."""
         while records and len(self.active):
             ahead = records[: self.engine.ahead]

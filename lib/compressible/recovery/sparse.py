@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -162,6 +161,8 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as the spectrum's gap.
     """
     if matrix.device.type == "cpu":
+        import scipy.sparse.linalg
+
         arrays = tuple(part.numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
         csr = scipy.sparse.csr_array(arrays, shape=tuple(matrix.shape))
         start = np.random.default_rng(seed).standard_normal(min(csr.shape))
@@ -186,6 +187,8 @@ def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int
         coo = matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse_coo()
         indices = coo._indices()
         return indices[0], indices[1], coo._values(), (matrix.shape[0], matrix.shape[1])
+    import scipy.sparse
+
     if scipy.sparse.issparse(matrix) and matrix.ndim == 2:
         coo = matrix.tocoo()
         rows, columns, values = (torch.from_numpy(np.ascontiguousarray(x)) for x in (coo.row, coo.col, coo.data))

@@ -2,84 +2,42 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import io
-import sys
 from collections.abc import Iterable
-from typing import Any
-
-from tqdm import tqdm
+from typing import Any, Protocol
 
 DELAY, INTERVAL = 1.0, 0.2  # seconds: before anything shows, and between two updates
-# nbval compares every output that a cell ever showed, removed or not, but pictures: so the line comes
-# into being as one transparent pixel, turns into text by updates, and is cleared at the end.
-_PIXEL = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-)
 
 
-def progress(work: Iterable[Any] | int, description: str = "", enabled: bool | None = None) -> tqdm:
+class Bar(Protocol):
+    """What a loop asks of a bar."""
+
+    def update(self, n: float = 1) -> Any:
+        """Count `n` steps more."""
+
+
+def progress(work: Iterable[Any] | int, description: str = "", enabled: bool | None = None) -> Any:
     """A bar over an iterable, or over a number of steps counted by `bar.update(n)` and closed by `with`.
 
     It shows after a second, at most five times a second: in a terminal, and as one line in a notebook,
     where clearing it takes along what the same cell showed before. `enabled` overrides the choice.
     """
+    try:
+        from compressible.runtime.kernel_bar import KernelBar, cell, kernel, tqdm
+    except ModuleNotFoundError:  # tqdm is no need of the mathematics: a GPU host may have PyTorch alone
+        return _NoBar() if isinstance(work, int) else work
     counted = isinstance(work, int)
     options: dict[str, Any] = {"total": work} if counted else {"iterable": work}
     options |= {"desc": description, "leave": False, "delay": DELAY, "mininterval": INTERVAL}
-    if _kernel() is not None:
-        hidden = enabled is False or _KernelBar.busy_in == _cell()
-        return _KernelBar(**options, file=io.StringIO(), ncols=80, disable=hidden)
+    if kernel() is not None:
+        hidden = enabled is False or KernelBar.busy_in == cell()
+        return KernelBar(**options, file=io.StringIO(), ncols=80, disable=hidden)
     return tqdm(**options, dynamic_ncols=True, disable=None if enabled is None else not enabled)
 
 
-class _KernelBar(tqdm):
-    """A bar whose text goes to one display of the running cell."""
+class _NoBar(contextlib.nullcontext):
+    """Nothing to see."""
 
-    monitor_interval = 0  # a display from another thread would reach the wrong cell
-    disable: bool  # tqdm's own
-    busy_in: tuple[int, int] | None = None  # the cell whose outermost bar is open; bars inside stay silent
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._handle: Any = None
-        self._cell = None if options.get("disable") else _cell()
-        if self._cell is not None:
-            _KernelBar.busy_in = self._cell
-        super().__init__(*args, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Show the line, or its next state; tqdm calls this."""
-        from IPython.display import DisplayHandle
-
-        if self._handle is None:
-            self._handle = DisplayHandle()
-            self._handle.display({"image/png": base64.b64encode(_PIXEL).decode()}, raw=True)
-        self._handle.update({"text/plain": msg or str(self)}, raw=True)
-
-    def clear(self, *_: Any, **__: Any) -> None:
-        """Nothing to wipe before a message of another bar: each has its own display."""
-
-    def close(self) -> None:
-        """Remove the line, if it ever showed, and let the next bar show."""
-        from IPython.display import clear_output
-
-        if self.disable:
-            return
-        self.disable = True
-        self._decr_instances(self)
-        if _KernelBar.busy_in == self._cell:
-            _KernelBar.busy_in = None
-        if self._handle is not None:
-            clear_output()
-
-
-def _kernel() -> Any:
-    """The notebook kernel's shell, or None in a terminal."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell if hasattr(shell, "kernel") else None
-
-
-def _cell() -> tuple[int, int]:
-    shell = _kernel()
-    return id(shell), shell.execution_count
+    def update(self, n: float = 1) -> None:
+        """Count nothing."""

@@ -1,0 +1,97 @@
+"""The public names: which there are and where they live, what their docstrings say, and that the examples run."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+import subprocess
+import sys
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+
+import compressible as cd
+
+# What others call; a name goes only with a new major version.
+PUBLIC = {
+    "recovery": [
+        "MatrixCompletion", "MatrixFactorization", "MatrixSensing", "SparseCompletion", "stack_problems",
+        "low_rank_target", "random_mask", "sparse_low_rank", "gaussian_operators",
+        "orthogonal_factors", "product", "stack_factors", "compress_from_gradient", "compress_spectral",
+    ],
+    "descent": ["descend", "DivergenceError", "History"],
+    "adapters": [
+        "DeepLoraConfig", "get_deep_lora_model", "param_groups", "compress_adapters", "merge_and_unload",
+        "save_adapter", "load_adapter", "save_peft_adapter",
+    ],
+    "finetuning": ["FineTuningRun", "RunHistory", "fine_tune"],
+    "data": [
+        "Examples", "Task", "load_task", "load_encoder", "load_for_task", "load_seq2seq", "load_tokenizer",
+        "head_layers",
+    ],
+    "experiments": ["compare_starts", "stack_starts"],
+}  # fmt: skip
+NAMES = [name for names in PUBLIC.values() for name in names]
+HEADS = {"function": ("Args", "Returns", "Raises", "Example"), "class": ("Args", "Example")}
+FROM_PAPERS = ("recovery", "descent", "adapters", "finetuning")  # these say which equation or section they are
+
+
+def room(name: str) -> str:
+    return getattr(cd, name).__module__.split(".")[1]
+
+
+def sections(name: str) -> set[str]:
+    return set(
+        re.findall(r"^(Args|Returns|Raises|Example|Reference)s?:$", inspect.getdoc(getattr(cd, name)) or "", re.M)
+    )
+
+
+def test_every_public_name_lives_in_its_room():
+    found = [name for name in cd.__all__ if not isinstance(getattr(cd, name), ModuleType)]
+    assert sorted(found) == sorted(NAMES)
+    assert {name: room(name) for name in NAMES} == {name: home for home, names in PUBLIC.items() for name in names}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_says_what_a_caller_must_know(name):
+    item = getattr(cd, name)
+    wanted = set(HEADS["class" if isinstance(item, type) else "function"])
+    wanted |= {"Reference"} if room(name) in FROM_PAPERS else set()
+    if isinstance(item, type) and issubclass(item, Exception):
+        wanted -= {"Example", "Reference"}
+    assert wanted - sections(name) == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_names_every_argument(name):
+    item = getattr(cd, name)
+    taken = [key for key in inspect.signature(item).parameters if key not in ("self", "args", "kwargs")]
+    said = inspect.getdoc(item) or ""
+    assert [key for key in taken if not re.search(rf"\b{key}\b", said)] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_runs(name):
+    item = getattr(cd, name)
+    found = doctest.DocTestFinder(recurse=False).find(item, name, globs={}, module=import_module(item.__module__))
+    examples = [test for test in found if test.examples]
+    assert examples or (isinstance(item, type) and issubclass(item, Exception)), "no example"
+    for test in examples:
+        output: list[str] = []
+        result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(
+            test, out=output.append
+        )
+        assert result.failed == 0, "".join(output)
+
+
+def test_the_command_line_starts_without_pytorch():
+    """The batch asks it for every notebook, and PyTorch takes seconds to import."""
+    code = "import compressible.__main__, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_unknown_name_is_told_with_the_known_ones():
+    with pytest.raises(AttributeError, match=r"no attribute 'decend'.*descend"):
+        _ = cd.decend
