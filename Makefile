@@ -10,7 +10,8 @@ EXTRAS ?= lab,batch,adapters,test
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 GPU_PYTHON ?= python3
-GPU_JOBS ?=
+GPU_JOBS ?= 8
+SLOW ?=
 
 PRESET ?= quick
 LABEL ?= $(PRESET)
@@ -95,9 +96,11 @@ tests: $(STAMP)
 		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile
 
 # On a GPU host as it is: PyTorch, Triton and pytest are all that these need, and nothing is set up.
-test-gpu:  ## the tests that run on a GPU: GPU_PYTHON, GPU_JOBS (with pytest-xdist)
-	PYTHONPATH=lib$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q -m "cuda and not slow" --durations=10 \
-		$(if $(GPU_JOBS),-n $(GPU_JOBS) --dist worksteal) $$(grep -l "mark.cuda" tests/test_*.py)
+test-gpu:  ## the tests of a GPU, a minute or two: GPU_PYTHON, SLOW=1 (all of them), GPU_JOBS (with pytest-xdist)
+	@export PYTHONPATH=lib$${PYTHONPATH:+:$$PYTHONPATH}; \
+	spread=$$($(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS) --dist worksteal"); \
+	$(GPU_PYTHON) -m pytest -q -m "cuda$(if $(SLOW),, and not slow)" --durations=10 $$spread \
+		$$(grep -l "mark.cuda" tests/test_*.py)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)

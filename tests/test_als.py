@@ -7,13 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("pydantic")  # a GPU host may have PyTorch, Triton and pytest alone
 from reference_als import alternate_densely, solve_rows
 
 import compressible as cd
 from compressible.recovery.als import alternate
 
 CUDA = torch.cuda.is_available()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))]
+ON_CUDA = (pytest.mark.cuda, pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

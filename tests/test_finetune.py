@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+pytest.importorskip("transformers")  # a GPU host may have PyTorch, Triton and pytest alone
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -24,16 +26,14 @@ from compressible.adapters.layer import adapters
 from compressible.adapters.merge import merge_and_unload
 from compressible.finetuning import stacked_pass
 from compressible.finetuning.batches import PassRows
-from compressible.finetuning.dropout.hash import AXES
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses
 from compressible.finetuning.reference import reference_fine_tune
 from compressible.finetuning.run import FineTuningDivergenceError, data_order
-from compressible.finetuning.stacked.adamw import StackedAdamW
 from compressible.finetuning.stacked.layers import StackedAdapter, StackedLinear, stacked_adapters
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.update_spectra import watch_spectra
-from compressible.runtime.devices import interpreted, matmul_precision, tensor_float_32
+from compressible.runtime.devices import matmul_precision, tensor_float_32
 
 VOCABULARY, LENGTH = 50, 24
 
@@ -73,12 +73,12 @@ def task(kind: str = "regression", train: int = 40, validation: int = 11) -> Tas
     return Task(kind, rows(train, kind, 0), rows(validation, kind, 1))
 
 
-def bert(outputs: int = 1, dropout: float = 0.1, layers: int = 2) -> nn.Module:
+def bert(outputs: int = 1, dropout: float = 0.1, layers: int = 2, attention: str = "sdpa") -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=40,
         max_position_embeddings=LENGTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-        num_labels=outputs, attn_implementation="sdpa",
+        num_labels=outputs, attn_implementation=attention,
     )  # fmt: skip
     return BertForSequenceClassification(config).double().eval()
 
@@ -427,7 +427,9 @@ def test_compiled_steps_equal_eager_ones(compiler, monkeypatch):
     whole = {"backend": compiler, "fullgraph": True}
     monkeypatch.setattr(torch, "compile", lambda call, **options: compile_(call, **whole, **options))
     runs = [mixed()[i] for i in (0, 1)]
-    model, data = bert(layers=2 if compiler == "eager" else 1), task()  # two: the first must get its gradients
+    # Two layers: the first must get its gradients. PyTorch 2.11's inductor takes sdpa's float64 on a CPU for float32.
+    model = bert(layers=2) if compiler == "eager" else bert(layers=1, attention="eager")
+    data = task()
     for rows_ in (data.train, data.validation):
         rows_.tokens["attention_mask"][:, :] = 1  # one length, one compilation
     torch._dynamo.reset()
@@ -461,56 +463,6 @@ def test_masks_have_their_rate_differ_between_everything_and_do_not_depend_on_pa
     step -= 1
     alone = draw(one[:32, :20], PerRunDropout([1], step))[0]
     torch.testing.assert_close(alone, first[32:, :20])
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered")  # words wrap around, in numpy where interpreted
-@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(6, 5), (6, 3, 700), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
-def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
-    from compressible.finetuning.dropout.triton_dropout import Dropped
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not interpreted():
-        pytest.skip("needs a CUDA device or Triton's interpreter")
-    per_run = PerRunDropout([3, 9], torch.tensor(5, device=device))
-    per_run.place = 4
-    x = torch.randn(shape, dtype=kind, device=device, requires_grad=True)
-    expected = per_run.written_out(x, round(0.3 * 2**31))
-    found = Dropped.apply(x, per_run.seeds, per_run.step, per_run.place, round(0.3 * 2**31), AXES)
-    torch.testing.assert_close(found, expected)
-    weight = torch.randn(shape, dtype=kind, device=device)
-    slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected)]
-    torch.testing.assert_close(*slopes)
-
-
-@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
-def test_the_kernel_of_adamw_takes_the_plain_steps_and_torchs(kind):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not interpreted():
-        pytest.skip("needs a CUDA device or Triton's interpreter")
-    start = [torch.randn(2, 3, 5, dtype=kind, device=device), torch.randn(2, 4, dtype=kind, device=device)]
-    rates = torch.tensor([1e-2, 3e-2], dtype=torch.float64)
-    shaped = [rates[:, None, None], rates[:, None]]
-    given = [[(nn.Parameter(p.clone()), r) for p, r in zip(start, shaped, strict=True)] for _ in range(2)]
-    fused, plain = (StackedAdamW(pairs) for pairs in given)
-    own = [nn.Parameter(p[run].clone()) for run in (0, 1) for p in start]
-    groups = [{"params": own[2 * run : 2 * run + 2], "lr": rates[run].item()} for run in (0, 1)]
-    torchs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
-    for _ in range(4):
-        gradient = torch.randn(fused.value.shape, dtype=kind, device=device)
-        parts = gradient[:30].view(2, 3, 5), gradient[30:].view(2, 4)
-        for run in (0, 1):
-            for at, part in enumerate(parts):
-                own[2 * run + at].grad = part[run].clone()
-        factor = torch.tensor(1.0, dtype=torch.float64, device=device)
-        for adam, name in ((fused, "step_fused"), (plain, "step_plain")):
-            adam.gradient.copy_(gradient)
-            adam.step_fused = adam.step_plain = getattr(adam, name)
-            adam.step(factor)
-        torchs.step()
-    torch.testing.assert_close(fused.value, plain.value)
-    both = torch.cat([torch.stack([own[0], own[2]]).flatten(), torch.stack([own[1], own[3]]).flatten()])
-    torch.testing.assert_close(fused.value, both.detach())
 
 
 def test_attention_with_dropout_equals_torchs_in_the_mean_and_without_dropout_exactly():
@@ -727,6 +679,8 @@ def test_relative_positions_of_a_t5_are_refused_unless_excluded_and_go_alone():
         assert_equal(found, expected, 1e-8)
 
 
+@pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_graphed_steps_on_a_gpu_equal_eager_ones(compiled):
@@ -750,6 +704,8 @@ def test_chains_of_one_shape_are_one_tensor_and_contract_as_layer_by_layer():
     assert all(adapter.held is None for adapter in layers.values())
 
 
+@pytest.mark.cuda
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel of attention needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import time
@@ -11,16 +10,15 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from conftest import REPOSITORY
 from nbclient import NotebookClient
 
 from compressible.runtime.progress import progress
 
-# A copy under another name: kernels and processes start in a second without the package, which needs torch.
-SOURCE = Path(sys.modules[progress.__module__].__file__)
 LOOP = """\
 import time
 from IPython.display import DisplayHandle
-from progress_line import progress
+from compressible.runtime.progress import progress
 shown, update = [], DisplayHandle.update
 def spy(self, content, **settings):
     shown.append(content["text/plain"])
@@ -37,10 +35,9 @@ SPEAK = "print(len(shown) > 0, all(text.startswith('outer') for text in shown), 
 
 
 @pytest.fixture(autouse=True)
-def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let other processes import the copy."""
-    shutil.copy(SOURCE, tmp_path / "progress_line.py")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let other processes import this checkout's library."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "lib"))
 
 
 @pytest.fixture
@@ -77,7 +74,8 @@ def test_line_leaves_nothing_under_papermill(notebook: Path, tmp_path: Path) -> 
 
 
 def test_nothing_is_written_into_a_pipe() -> None:
-    code = "import time\nfrom progress_line import progress\nfor _ in progress(range(12)): time.sleep(0.1)"
+    loop = "for _ in progress(range(12)): time.sleep(0.1)"
+    code = f"import time\nfrom compressible.runtime.progress import progress\n{loop}"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
@@ -99,3 +97,10 @@ def test_short_loops_show_nothing_and_long_ones_do(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().err
     assert "long" in shown
     assert shown.rstrip("\r").rpartition("\r")[2].strip() == ""  # the line was wiped at the end
+
+
+def test_without_tqdm_loops_run_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "compressible.runtime.kernel_bar", None)
+    with progress(3, "steps") as bar:
+        bar.update(2)
+    assert list(progress(range(3))) == [0, 1, 2]

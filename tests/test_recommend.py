@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("pydantic")  # a GPU host may have PyTorch, Triton and pytest alone
 from reference_als import factorise_with_biases
 
 import compressible as cd
@@ -15,7 +17,8 @@ from compressible.experiments import recommend
 from compressible.recovery.theory import invariants as theory
 
 CUDA = torch.cuda.is_available()
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))]
+ON_CUDA = (pytest.mark.cuda, pytest.mark.slow, pytest.mark.skipif(not CUDA, reason="needs a CUDA device"))
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 REAL = os.environ.get("COMPRESSIBLE_DATA", "")
 needs_real = pytest.mark.skipif(
     not REAL or not (Path(REAL) / "movielens-100k" / "u1_test.csv.gz").is_file(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -36,8 +35,14 @@ def progress(work: Iterable[Any] | int, description: str = "", enabled: bool | N
     return tqdm(**options, dynamic_ncols=True, disable=None if enabled is None else not enabled)
 
 
-class _NoBar(contextlib.nullcontext):
+class _NoBar:
     """Nothing to see."""
 
     def update(self, n: float = 1) -> None:
         """Count nothing."""
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""
