@@ -47,6 +47,8 @@ def compress_adapters(
 
     Example:
         >>> import compressible as cd
+        >>> import torch
+        >>> from torch import nn
         >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), cd.DeepLoraConfig(r=2))
         >>> x = torch.arange(24.0).reshape(3, 8)
         >>> report = cd.compress_adapters(model, lambda: model(x).square().mean())

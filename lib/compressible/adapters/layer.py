@@ -115,6 +115,7 @@ def get_deep_lora_model(
 
     Example:
         >>> import compressible as cd
+        >>> from torch import nn
         >>> config = cd.DeepLoraConfig(r=2, depth=3, variant="thin")
         >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
         >>> [tuple(factor.shape) for factor in model[0].factors]

@@ -35,6 +35,8 @@ def merge_and_unload(
 
     Example:
         >>> import compressible as cd
+        >>> import torch
+        >>> from torch import nn
         >>> config = cd.DeepLoraConfig(r=2, variant="thin")
         >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
         >>> cd.merge_and_unload(model, inputs=torch.ones(3, 8))

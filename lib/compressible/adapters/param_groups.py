@@ -27,6 +27,7 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
 
     Example:
         >>> import compressible as cd
+        >>> from torch import nn
         >>> config = cd.DeepLoraConfig(r=2, variant="thin", outer_ratio=0.1)
         >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
         >>> [(group["name"], round(group["lr"], 4)) for group in cd.param_groups(model, lr=1e-2)]

@@ -92,7 +92,7 @@ def fine_tune(
         [((3,), 4), ((3,), 4), ((3,), 4), ((3,), 4)]
 
     Reference:
-        P1 (Yaras et al. 2024), section 5 and appendix: few-shot fine-tuning of BERT.
+        P1 (Yaras et al. 2024), Table 1 and Figures 6 to 9: fine-tuning with few samples.
     """
     check_settings(steps, batch_size, decay_ratio, precision, max_stack, checkpoint_every)
     evaluate_at, watch_at = checked_marks("evaluate_at", evaluate_at, steps), checked_marks("watch_at", watch_at, steps)

@@ -39,7 +39,7 @@ class FineTuningRun:
         [0, 1, 2]
 
     Reference:
-        P1 (Yaras et al. 2024), section 5, few-shot fine-tuning.
+        P1 (Yaras et al. 2024), Table 1 and Figures 6 to 9, fine-tuning of BERT and T5.
     """
 
     config: DeepLoraConfig
@@ -73,7 +73,22 @@ class RunHistory:
         FineTuningDivergenceError: by `model` and `check`, for a run that diverged.
 
     Example:
-        See `fine_tune`.
+        >>> import compressible as cd
+        >>> import torch
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, num_labels=1))
+        >>> run = cd.FineTuningRun(cd.DeepLoraConfig(r=2, variant="thin", target_modules=["query"]), lr=1e-3)
+        >>> rows = cd.Examples({"input_ids": torch.arange(48).reshape(8, 6)}, torch.rand(8), texts=())
+        >>> task = cd.Task("random", "regression", 1, "pearson", train=rows, validation=rows)
+        >>> [history] = cd.fine_tune(model, [run], task, steps=3, batch_size=4, evaluate_at=[3], show_progress=False)
+        >>> history.losses.shape, list(history.scores), history.divergence
+        ((3,), [3], None)
+        >>> cd.merge_and_unload(history.model()) is not model  # history.model() merges or exports
+        True
+
+    Reference:
+        P1 (Yaras et al. 2024), Figure 6: training loss and validation metric over the steps.
     """
 
     run: FineTuningRun
