@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from compressible.runtime.checks import _inside, _is_integer, expect
+from compressible.runtime.checks import expect, is_integer, is_number
 
 VARIANTS = ("compressed", "thin", "full")
 KAIMING = ("standard", "peft")
@@ -88,12 +88,12 @@ class DeepLoraConfig:
     task_type: str | None = None
 
     def __post_init__(self) -> None:
-        expect("r", self.r, _is_integer(self.r) and self.r >= 1, "an integer >= 1")
-        expect("depth", self.depth, _is_integer(self.depth) and self.depth >= 2, "an integer >= 2")
-        expect("init_scale", self.init_scale, _inside(self.init_scale, 0), "a finite number > 0")
+        expect("r", self.r, is_integer(self.r, numpys=False) and self.r >= 1, "an integer >= 1")
+        expect("depth", self.depth, is_integer(self.depth, numpys=False) and self.depth >= 2, "an integer >= 2")
+        expect("init_scale", self.init_scale, is_number(self.init_scale, 0), "a finite number > 0")
         expect("variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
         dropout = self.lora_dropout
-        expect("lora_dropout", dropout, dropout == 0 or (_inside(dropout, 0) and dropout < 1), "a number in [0, 1)")
+        expect("lora_dropout", dropout, dropout == 0 or (is_number(dropout, 0) and dropout < 1), "a number in [0, 1)")
         for name in ("embeddings", "use_rslora"):
             expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         expect("task_type", self.task_type, self.task_type in (None, *TASKS), f"None or one of {', '.join(TASKS)}")
@@ -139,7 +139,7 @@ class DeepLoraConfig:
         if self.outer_ratio is None:
             self.outer_ratio = 0.01 if self.variant == "compressed" else 1.0
         ratio = self.outer_ratio
-        expect("outer_ratio", ratio, ratio == 0 or _inside(ratio, 0), "a finite number >= 0")
+        expect("outer_ratio", ratio, ratio == 0 or is_number(ratio, 0), "a finite number >= 0")
         expect("outer_ratio", ratio, not lora or ratio == 1, "1 with depth = 2, which has no inner factors")
 
     def _check_lora(self, lora: bool) -> None:
@@ -155,7 +155,7 @@ class DeepLoraConfig:
             self.lora_alpha = float(self.r)
         alpha = self.lora_alpha
         expect("lora_alpha", alpha, alpha is None or standard, 'None without the "standard" start')
-        expect("lora_alpha", alpha, alpha is None or _inside(alpha, 0), "a finite number > 0")
+        expect("lora_alpha", alpha, alpha is None or is_number(alpha, 0), "a finite number > 0")
         expect("use_rslora", self.use_rslora, not self.use_rslora or standard, 'False without the "standard" start')
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.losses import KINDS
 from compressible.finetuning.run import FineTuningRun
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, is_integer, is_number
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -24,10 +22,10 @@ def check_settings(
     """Raise ValueError for a setting of a call that is impossible."""
     counts = {"steps": steps, "batch_size": batch_size, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
-        expect(name, value, _is_integer(value) and value >= 1, "an integer >= 1")
-    fits = max_stack is None or (_is_integer(max_stack) and max_stack >= 1)
+        expect(name, value, is_integer(value) and value >= 1, "an integer >= 1")
+    fits = max_stack is None or (is_integer(max_stack) and max_stack >= 1)
     expect("max_stack", max_stack, fits, "None or an integer >= 1")
-    expect("decay_ratio", decay_ratio, _is_number(decay_ratio) and 0 <= decay_ratio <= 1, "a number in [0, 1]")
+    expect("decay_ratio", decay_ratio, is_number(decay_ratio) and 0 <= decay_ratio <= 1, "a number in [0, 1]")
     expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
 
@@ -36,7 +34,7 @@ def checked_marks(name: str, marks: Iterable[int], steps: int) -> list[int]:
     listed = marks.tolist() if hasattr(marks, "tolist") else marks
     expect(name, marks, isinstance(listed, Iterable) and not isinstance(listed, str), "integers, such as (0, 100)")
     listed = list(listed)
-    expect(name, listed, all(_is_integer(mark) for mark in listed), "integers")
+    expect(name, listed, all(is_integer(mark) for mark in listed), "integers")
     expect(name, listed, all(0 <= mark <= steps for mark in listed), f"steps from 0 to {steps}")
     return sorted({int(mark) for mark in listed})
 
@@ -65,8 +63,8 @@ def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> Non
     for run in runs:
         expect("runs", run, isinstance(run, FineTuningRun), "each a FineTuningRun")
         for name, rate in (("lr", run.lr), ("head_lr", run.lr if run.head_lr is None else run.head_lr)):
-            expect(name, rate, _is_number(rate) and 0 < rate < math.inf, "a finite number > 0")
-        expect("seed", run.seed, _is_integer(run.seed) and run.seed >= 0, "an integer >= 0")
+            expect(name, rate, is_number(rate, above=0), "a finite number > 0")
+        expect("seed", run.seed, is_integer(run.seed) and run.seed >= 0, "an integer >= 0")
         own = torch.arange(rows) if run.subset is None else _subset(run.subset)
         expect("subset", f"{len(own)} rows", len(own) >= batch_size, f"at least one batch of {batch_size}")
         expect("subset", run.subset, int(own.min()) >= 0 and int(own.max()) < rows, f"rows from 0 to {rows - 1}")
@@ -97,11 +95,3 @@ def _subset(subset: Any) -> Tensor:
     whole = not (rows.is_floating_point() or rows.is_complex()) or rows.shape == (0,)
     expect("subset", subset, rows.dim() == 1 and whole, "integers in one dimension, the numbers of rows")
     return rows
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

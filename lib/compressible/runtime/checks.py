@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -15,13 +15,14 @@ def expect(name: str, value: object, holds: bool, expected: str) -> None:
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_integer(value: object, numpys: bool = True) -> bool:
+    """Whether a value is an integer, of numpy, too, unless it goes to a file as it is; truth values are none."""
+    return isinstance(value, Integral if numpys else int) and not isinstance(value, bool)
 
 
-def _inside(value: object, low: float) -> bool:
-    """Whether a value is a finite number above `low`; text and truth values are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and low < float(value) < math.inf
+def is_number(value: object, above: float = -math.inf) -> bool:
+    """Whether a value is a finite number above `above`; text and truth values are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
