@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("transformers")  # a GPU host may have PyTorch, Triton and pytest alone
+from reference_finetune import reference_fine_tune
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,7 +29,6 @@ from compressible.finetuning import stacked_pass
 from compressible.finetuning.batches import PassRows
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import run_losses
-from compressible.finetuning.reference import reference_fine_tune
 from compressible.finetuning.run import FineTuningDivergenceError, data_order
 from compressible.finetuning.stacked.layers import StackedAdapter, StackedLinear, stacked_adapters
 from compressible.finetuning.stacked_pass import StackedPass

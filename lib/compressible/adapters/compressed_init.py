@@ -23,9 +23,12 @@ from compressible.runtime import devices
 
 
 def compress_adapters(
-    model: nn.Module, loss_step: Callable[[], Tensor], batches: int = 1, generator: torch.Generator | None = None,
+    model: nn.Module,
+    loss_step: Callable[[], Tensor],
+    batches: int = 1,
+    generator: torch.Generator | None = None,
     restart: bool = False,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Give every adapter of variant "compressed" its factors from the gradients of `batches` calls of `loss_step`.
 
     With one batch each layer's gradient lives only until its SVD; with several, one gradient a layer is held on its
@@ -65,8 +68,8 @@ def compress_adapters(
     if not found:
         raise ValueError(f"{type(model).__name__} has no adapter of variant 'compressed', expected at least one")
     if any(len(adapter.factors) for adapter in found.values()) and not restart:
-        raise ValueError("the adapters have their factors already, expected none: restart=True draws new ones, after "
-                         "which an optimiser must be made anew")  # fmt: skip
+        anew = "restart=True draws new ones, after which an optimiser must be made anew"
+        raise ValueError(f"the adapters have their factors already, expected none: {anew}")
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     sinks = {name: GradientSink(adapter.base, adapter.config.r // 2, shared=True) for name, adapter in found.items()}

@@ -156,8 +156,8 @@ def _check_model(model: nn.Module, config: DeepLoraConfig, found: dict[str, list
         for parameter in module.parameters():
             outside = [at for at, _ in held[id(parameter)] if at != name and not at.startswith(f"{name}.")]
             if outside:
-                raise ValueError(f"modules_to_save {name!r} shares its weight with {outside[0]!r}, expected one of its "
-                                 "own: peft would train a copy; untie them first")  # fmt: skip
+                shared = f"modules_to_save {name!r} shares its weight with {outside[0]!r}"
+                raise ValueError(f"{shared}, expected one of its own: peft would train a copy; untie them first")
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
@@ -222,9 +222,12 @@ def adapted(model: nn.Module) -> nn.Module:
 
 
 def starting_factors(
-    shape: tuple[int, int], config: DeepLoraConfig, generator: torch.Generator | None, device: torch.device,
+    shape: tuple[int, int],
+    config: DeepLoraConfig,
+    generator: torch.Generator | None,
+    device: torch.device,
     embedding: bool = False,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Return the factors of an (m, n) update as the config starts them, none yet for "compressed"."""
     (m, n), r = shape, config.r
     if config.variant == "compressed":

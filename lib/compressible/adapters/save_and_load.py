@@ -49,7 +49,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     model = adapted(model)
     config: DeepLoraConfig = vars(model)["deep_lora_config"]
     tensors = {
-        f"{name}.factors.{i}": factor.detach().contiguous()
+        f"{name}.factors.{i}": factor
         for name, adapter in adapters(model).items()
         for i, factor in enumerate(adapter.ready())
     }
@@ -124,10 +124,8 @@ def _check_fit(
         sizes, shape = (chain[len(chain) - 1].shape[0], chain[0].shape[1]), layer_shape(model.get_submodule(name))
         if sizes != shape:
             raise ValueError(f"{path} holds an update of {sizes} for {name!r}, expected {shape}")
-    theirs = {f"{name}.{key}": value for name, module in saved_modules(model, config)
-              for key, value in module.state_dict().items()}  # fmt: skip
-    odd = sorted(key for key in saved.keys() | theirs.keys()
-                 if key not in saved or key not in theirs or saved[key].shape != theirs[key].shape)  # fmt: skip
+    ours, theirs = ({key: value.shape for key, value in of.items()} for of in (saved, _saved(model, config)))
+    odd = sorted({key for key, _ in ours.items() ^ theirs.items()})
     if odd:
         raise ValueError(f"{path} and the model differ in {len(odd)} saved tensors, the first {odd[0]!r}")
 
@@ -173,7 +171,7 @@ def save_peft_adapter(model: nn.Module, path: str | Path, base_model_name: str |
         a, b = balanced(adapter)
         embedding = isinstance(adapter.base, nn.Embedding)
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
-        tensors |= {f"base_model.model.{name}.{key}": part.clone() for key, part in zip(keys, (a, b), strict=True)}
+        tensors |= {f"base_model.model.{name}.{key}": part for key, part in zip(keys, (a, b), strict=True)}
     tensors |= {f"base_model.model.{key}": value for key, value in _whole(model, saved).items()}
     about = {
         "peft_type": "LORA", "task_type": config.task_type, "base_model_name_or_path": base_model_name,
@@ -188,10 +186,8 @@ def save_peft_adapter(model: nn.Module, path: str | Path, base_model_name: str |
 def _alone(model: nn.Module, saved: list[str]) -> dict[str, Adapter]:
     """Adapters at every place where they are used, less those in modules that peft takes whole."""
     inside = tuple(f"{name}." for name in _taken(model, saved))
-    return {
-        name: module for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Adapter) and not f"{name}.".startswith(inside)
-    }  # fmt: skip
+    found = [(name, part) for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, Adapter)]
+    return {name: part for name, part in found if not f"{name}.".startswith(inside)}
 
 
 def _taken(model: nn.Module, saved: list[str]) -> list[str]:
@@ -210,7 +206,7 @@ def _whole(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
             elif not isinstance(model.get_submodule(at.rpartition(".")[0]), Adapter):
                 own = {**part._parameters, **part._buffers}
                 tensors |= {f"{at}.{key}": value for key, value in own.items() if value is not None}
-    return {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    return tensors
 
 
 @torch.no_grad()
@@ -222,19 +218,17 @@ def balanced(adapter: Adapter) -> tuple[Tensor, Tensor]:
     root = values.sqrt()
     spare = (0, len(last.mT) - len(root))  # a layer with fewer outputs or inputs than r keeps zeros
     a, b = root[:, None] * (v @ right.Q.mT), (left.Q @ u) * root
-    return functional.pad(a, (0, 0, *spare)).float().contiguous(), functional.pad(b, spare).float().contiguous()
+    return functional.pad(a, (0, 0, *spare)).float(), functional.pad(b, spare).float()
 
 
 def _saved(model: nn.Module, config: DeepLoraConfig) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.detach().clone().contiguous()
-        for name, module in saved_modules(model, config)
-        for key, value in module.state_dict().items()
-    }
+    found = saved_modules(model, config)
+    return {f"{name}.{key}": value for name, module in found for key, value in module.state_dict().items()}
 
 
 def _write(folder: Path, weights: str, tensors: dict[str, Tensor], settings: str, about: dict) -> None:
     text = json.dumps(about, indent=2) + "\n"
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}  # no two views of one
     with atomic_path(folder / weights) as temporary:
-        save_file({key: value.cpu() for key, value in tensors.items()}, temporary, metadata={"format": "pt"})
+        save_file(copies, temporary, metadata={"format": "pt"})
     write_atomic(folder / settings, text)

@@ -110,11 +110,8 @@ class Checkpoint:
 
 def digest(stacked: StackedPass, settings: list) -> str:
     """Return what must be equal for a state to be of use: of runs, data and model of a pass, and further `settings`."""
-    runs = [
-        {**asdict(run), "config": asdict(run.config),
-         "subset": None if run.subset is None else torch.as_tensor(run.subset).tolist()}
-        for run in stacked.runs
-    ]  # fmt: skip
+    subsets = [None if run.subset is None else torch.as_tensor(run.subset).tolist() for run in stacked.runs]
+    runs = [{**asdict(run), "subset": subset} for run, subset in zip(stacked.runs, subsets, strict=True)]
     model, task = stacked.source, stacked.task
     rows = [_bytes(tensor) for part in (task.train, task.validation) for tensor in (part.labels, *part.tokens.values())]
     weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}

@@ -1,8 +1,8 @@
 """Fine-tuning of S runs at once over one frozen model: seeds, learning rates, ranks and variants in one pass.
 
 The frozen model sees the runs' batches side by side; adapters and heads are stacked (stacked/), dropout is drawn per
-run (dropout/), and AdamW's state is one flat vector with a rate for every element. So a run goes as it would alone;
-`reference_fine_tune` in reference.py, a plain model and torch's AdamW for each run, is what this is tested against.
+run (dropout/), and AdamW's state is one flat vector with a rate for every element. So a run goes as it would alone:
+the tests hold it against a plain model and torch's AdamW for each run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.checks import check_model, check_runs, check_settings, check_task, checked_marks
 from compressible.finetuning.run import FineTuningRun, RunHistory
 from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
-from compressible.finetuning.trainer import Trainer
+from compressible.finetuning.trainer import Looks, Trainer
 from compressible.runtime.checks import expect
 
 
@@ -100,6 +100,7 @@ def fine_tune(
     check_task(task, scored=bool(evaluate_at))
     check_runs(runs, len(task.train.labels), batch_size)
     check_model(model, dropout)
+    looks = Looks(evaluate_at, watch_at, watch, checkpoint_every, keep_factors, show_progress)
     groups = list(_passes(model, runs, max_stack))
     found: dict[int, RunHistory] = {}
     for number, members in enumerate(groups):
@@ -108,9 +109,7 @@ def fine_tune(
         trainer = Trainer(stacked, decay_ratio)
         try:
             trainer.accelerate(compiled, graphed)
-            marks = (evaluate_at, watch_at, watch)
-            histories = trainer.train(*marks, place, checkpoint_every, show_progress, keep_factors)
-            found.update(zip(members, histories, strict=True))
+            found.update(zip(members, trainer.train(looks, place), strict=True))
         finally:
             trainer.release()
         del stacked, trainer
@@ -123,8 +122,8 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
     layers: dict[str, tuple] = {}
     for at, run in enumerate(runs):
         config = run.config
-        asked = repr((config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save,
-                      config.task_type))  # fmt: skip
+        places = config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save
+        asked = repr((*places, config.task_type))
         if asked not in layers:
             found = tuple(matching(model, config))
             if not found:

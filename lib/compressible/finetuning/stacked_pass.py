@@ -46,9 +46,15 @@ class StackedPass:
     """
 
     def __init__(
-        self, model: nn.Module, runs: list[FineTuningRun], task: TaskLike, steps: int, batch_size: int = 16,
-        precision: str = "float32", dropout: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        runs: list[FineTuningRun],
+        task: TaskLike,
+        steps: int,
+        batch_size: int = 16,
+        precision: str = "float32",
+        dropout: bool = True,
+    ) -> None:
         self.device = next(model.parameters()).device
         self.source, self.runs, self.task, self.precision, self.dropout = model, runs, task, precision, dropout
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)

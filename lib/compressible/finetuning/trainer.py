@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ from compressible.runtime.devices import matmul_precision
 from compressible.runtime.progress import progress
 
 BETAS, EPS = (0.9, 0.999), 1e-6  # the authors' AdamW, without weight decay
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What is looked at and written between steps, and what is kept of it: arguments of `fine_tune`."""
+
+    evaluate_at: Sequence[int]
+    watch_at: Sequence[int]
+    watch: Callable | None
+    checkpoint_every: int
+    keep_factors: bool
+    show_progress: bool | None
 
 
 class Trainer:
@@ -51,40 +63,34 @@ class Trainer:
         expect("graphed", graphed, not graphed or on_gpu, "False without a CUDA device")
         self.graphs = {} if graphed else None
 
-    def train(
-        self, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None = None,
-        checkpoint: Path | None = None, checkpoint_every: int = 100, show_progress: bool | None = None,
-        keep_factors: bool = True,
-    ) -> list[RunHistory]:  # fmt: skip
+    def train(self, looks: Looks, checkpoint: Path | None = None) -> list[RunHistory]:
         """Take all steps from where the checkpoint left them and return the histories."""
-        saved = None if checkpoint is None else self._checkpoint(checkpoint, keep_factors)
-        begin, kept = (0, Kept()) if saved is None else saved.resume(evaluate_at, watch_at)
+        saved = None if checkpoint is None else self._checkpoint(checkpoint, looks.keep_factors)
+        begin, kept = (0, Kept()) if saved is None else saved.resume(looks.evaluate_at, looks.watch_at)
         self.stacked.step.fill_(begin)
         device = str(self.stacked.device)
         with devices.peak_inside(device) as peak:
-            self._train(begin, evaluate_at, watch_at, watch, kept, saved, checkpoint_every, show_progress)
+            self._train(begin, looks, kept, saved)
             devices.synchronize(device)
             held = peak() if self.stacked.device.type == "cuda" else 0
-        scores, watched = {at: kept.scores[at] for at in evaluate_at}, {at: kept.watched[at] for at in watch_at}
+        scores = {at: kept.scores[at] for at in looks.evaluate_at}
+        watched = {at: kept.watched[at] for at in looks.watch_at}
         histories = self._histories(replace(kept, scores=scores, watched=watched), held)
-        return histories if keep_factors else [replace(history, chains=None, heads=None) for history in histories]
+        return histories if looks.keep_factors else [replace(each, chains=None, heads=None) for each in histories]
 
-    def _train(
-        self, begin: int, evaluate_at: Sequence[int], watch_at: Sequence[int], watch: Callable | None,
-        kept: Kept, saved: Checkpoint | None, checkpoint_every: int, show_progress: bool | None,
-    ) -> None:  # fmt: skip
+    def _train(self, begin: int, looks: Looks, kept: Kept, saved: Checkpoint | None) -> None:
         stacked = self.stacked
-        bar = progress(self.steps, f"{len(stacked.runs)} runs", enabled=show_progress)
+        bar = progress(self.steps, f"{len(stacked.runs)} runs", enabled=looks.show_progress)
         with bar, matmul_precision(stacked.precision):
             for step in range(begin, self.steps + 1):
-                if step in evaluate_at and step not in kept.scores:
+                if step in looks.evaluate_at and step not in kept.scores:
                     kept.scores[step], kept.lost = stacked.evaluate()
-                if step in watch_at and step not in kept.watched:
+                if step in looks.watch_at and step not in kept.watched:
                     snapshot = PassSnapshot(step, stacked.runs, stacked.model)
-                    kept.watched[step] = _watched(watch, snapshot, saved is not None)
+                    kept.watched[step] = _watched(looks.watch, snapshot, saved is not None)
                 if step == self.steps:
                     kept.lost = sorted({*kept.lost, *overflown(stacked.model, len(stacked.runs))})
-                if saved is not None and (step == self.steps or (step > begin and step % checkpoint_every == 0)):
+                if saved is not None and (step == self.steps or (step > begin and step % looks.checkpoint_every == 0)):
                     saved.save(step, kept)
                 if step < self.steps:
                     self.advance(step)
@@ -142,13 +148,11 @@ class Trainer:
         for at, run in enumerate(stacked.runs):
             lost = np.flatnonzero(~np.isfinite(losses[at]))
             divergence = int(lost[0]) if len(lost) else self.steps if at in kept.lost else None
-            history = RunHistory(
-                run, losses[at], {step: values[at] for step, values in kept.scores.items()},
-                {step: values[at] for step, values in kept.watched.items()}, divergence, seconds, peak,
-                len(stacked.runs), {name: adapter.chain(at) for name, adapter in adapters.items()},
-                {name: _own(head, at) for name, head in heads.items()}, stacked.source,
-            )  # fmt: skip
-            histories.append(history)
+            scores, watched = ({step: of[at] for step, of in what.items()} for what in (kept.scores, kept.watched))
+            chains = {name: adapter.chain(at) for name, adapter in adapters.items()}
+            left = chains, {name: _own(head, at) for name, head in heads.items()}, stacked.source
+            costs = seconds, peak, len(stacked.runs)
+            histories.append(RunHistory(run, losses[at], scores, watched, divergence, *costs, *left))
         return histories
 
 

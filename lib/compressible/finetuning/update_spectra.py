@@ -63,8 +63,7 @@ def cosines(watched: Mapping[int, Spectra], directions: int, side: str = "output
     The subspaces are those of the `directions` leading singular vectors; largest cosine first, which alone is what the
     authors drew (papers' trap T9).
     """
-    frames = _frames(watched, directions, side)
-    overlaps = [[now.mT @ end for now, end in zip(step, frames[-1], strict=True)] for step in frames]
+    overlaps = _overlaps(watched, directions, side)
     return np.array([[torch.linalg.svdvals(overlap).clamp(max=1).tolist() for overlap in step] for step in overlaps])
 
 
@@ -73,24 +72,21 @@ def captured(watched: Mapping[int, Spectra], directions: int, side: str = "outpu
 
     The share of sum s_i^2 over its `directions` leading singular values, so that a direction counts by its size.
     """
-    frames = _frames(watched, directions, side)
     weights = torch.as_tensor(watched[max(watched)].values[:, :directions]).square()
     weights = weights / weights.sum(1, keepdim=True)
-    overlaps = [[now.mT @ end for now, end in zip(step, frames[-1], strict=True)] for step in frames]
-    return np.array([
-        [float(overlap.square().sum(0) @ weight) for overlap, weight in zip(step, weights, strict=True)]
-        for step in overlaps
-    ])  # fmt: skip
+    shares = [[overlap.square().sum(0) for overlap in step] for step in _overlaps(watched, directions, side)]
+    return np.array([[float(s @ weight) for s, weight in zip(step, weights, strict=True)] for step in shares])
 
 
-def _frames(watched: Mapping[int, Spectra], directions: int, side: str) -> list[list[Tensor]]:
-    """Frames (d, directions) in float64 by step, in order, and layer."""
+def _overlaps(watched: Mapping[int, Spectra], directions: int, side: str) -> list[list[Tensor]]:
+    """Inner products (directions, directions) in float64 of each step's frames, in order, and the last; by layer."""
     if side not in SIDES:
         raise ValueError(f"side is {side!r}, expected one of {', '.join(SIDES)}")
     kept = min(watched[max(watched)].values.shape[1], *(f.shape[1] for f in getattr(watched[max(watched)], side)))
     if not 1 <= directions <= kept:
         raise ValueError(f"directions is {directions!r}, expected 1 to the {kept} that were kept")
-    return [[frame[:, :directions].double() for frame in getattr(watched[step], side)] for step in sorted(watched)]
+    frames = [[frame[:, :directions].double() for frame in getattr(watched[step], side)] for step in sorted(watched)]
+    return [[now.mT @ end for now, end in zip(step, frames[-1], strict=True)] for step in frames]
 
 
 def _even(values: list[Tensor]) -> list[list[float]]:

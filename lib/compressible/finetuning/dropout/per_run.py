@@ -22,9 +22,13 @@ from compressible.finetuning.dropout.hash import AXES, _axis, _mix, _word
 from compressible.runtime.devices import has_triton, tensor_float_32
 
 UNDRAWN = (  # per run
-    functional.multi_head_attention_forward, functional.alpha_dropout, functional.feature_alpha_dropout,
-    functional.dropout1d, functional.dropout2d, functional.dropout3d,
-)  # fmt: skip
+    functional.multi_head_attention_forward,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+)
 LARGEST = 128  # queries, keys and head size up to which one program of the kernel holds a head
 
 
@@ -75,17 +79,14 @@ class PerRunDropout(TorchFunctionMode):
         self.place += 1
         if p == 1:
             return input.mul_(0) if inplace else input * 0
-        kept = (self._fused if self._fusible(input) else self.written_out)(input, round(p * 2**31))
+        threshold = round(p * 2**31)
+        if torch.compiler.is_compiling() or not (input.is_cuda and has_triton()):  # a compiler reads the first only
+            kept = self.written_out(input, threshold)  # which it fuses with what is around it
+        else:
+            from compressible.finetuning.dropout.triton_dropout import Dropped
+
+            kept = Dropped.apply(input, self.seeds, self.step, self.place, threshold, AXES)
         return input.copy_(kept) if inplace else kept
-
-    def _fusible(self, input: Tensor) -> bool:
-        """Whether one Triton kernel does it; a compiler fuses the plain form with what is around it."""
-        return not torch.compiler.is_compiling() and input.is_cuda and has_triton()  # a compiler reads the first only
-
-    def _fused(self, input: Tensor, threshold: int) -> Tensor:
-        from compressible.finetuning.dropout.triton_dropout import Dropped
-
-        return Dropped.apply(input, self.seeds, self.step, self.place, threshold, AXES)
 
     def written_out(self, input: Tensor, threshold: int) -> Tensor:
         """Return input (S * B, ...) with a share threshold / 2^31 of it at 0, in plain operations."""
@@ -93,9 +94,16 @@ class PerRunDropout(TorchFunctionMode):
         return torch.where(kept, input * (2**31 / (2**31 - threshold)), 0)
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
         """Softmax attention in one kernel or written out where it drops weights; torch's own otherwise.
 
         A query to which a mask of bools leaves no key gets NaN, where torch's own gives 0.
@@ -110,10 +118,8 @@ class PerRunDropout(TorchFunctionMode):
         if dropout_p < 1 and not enable_gqa and self.attendable(query, key, value, attn_mask):
             self._check(query.shape)
             self.place += 1
-            return torch.ops.compressible.dropped_attention(
-                query, key, value, attn_mask, self.seeds, self.step, self.place,
-                round(dropout_p * 2**31), scale, is_causal,
-            )  # fmt: skip
+            drawn = self.seeds, self.step, self.place, round(dropout_p * 2**31)
+            return torch.ops.compressible.dropped_attention(query, key, value, attn_mask, *drawn, scale, is_causal)
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)

@@ -19,9 +19,11 @@ class StackedAdamW:
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[nn.Parameter, Tensor]], betas: tuple[float, float] = (0.9, 0.999),
+        self,
+        parameters: Sequence[tuple[nn.Parameter, Tensor]],
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.betas, self.eps = betas, eps
         self.shapes = [tuple(parameter.shape) for parameter, _ in parameters]
         first = parameters[0][0]

@@ -38,7 +38,7 @@ class StackedAdapter(nn.Module):
     def __init__(self, base: Layer, configs: Sequence[DeepLoraConfig], shape: tuple[int, int], rows: PassRows) -> None:
         super().__init__()
         self.rows = rows
-        self.base, self.configs, self.shape = base, list(configs), shape
+        self.base, self.configs, self.runs, self.shape = base, list(configs), len(configs), shape
         self.embedding = isinstance(base, nn.Embedding)
         self.spans: list[tuple[int, int]] = []
         self.inner = 0
@@ -61,11 +61,6 @@ class StackedAdapter(nn.Module):
         self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
         widened = [_widened(start, self.inner) for start in starts]
         return [[torch.stack(part) for part in zip(*widened[begin:end], strict=True)] for begin, end in self.spans]
-
-    @property
-    def runs(self) -> int:
-        """S, the number of runs."""
-        return len(self.configs)
 
     @property
     def weight(self) -> Tensor:
@@ -93,16 +88,12 @@ class StackedAdapter(nn.Module):
         """Return copies of one run's factors at their own width."""
         for (begin, end), chain in zip(self.spans, self.source(), strict=True):
             if begin <= run < end:
-                own = self.width(run)
+                config = self.configs[run]
+                own = min(self.shape) if config.variant == "full" else config.r
                 factors = [factor[run - begin].detach() for factor in chain]
                 inner = [factor[:own, :own] for factor in factors[1:-1]]
                 return [part.clone() for part in (factors[0][:own], *inner, factors[-1][:, :own])]
         raise IndexError(f"run is {run}, expected below {self.runs}")
-
-    def width(self, run: int) -> int:
-        """The inner width of one run's chain."""
-        config = self.configs[run]
-        return min(self.shape) if config.variant == "full" else config.r
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) plus every run's share of the update."""
