@@ -14,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
+
+from compressible.data.ratings import Offsets, Ratings
 
 
 def digest(content: bytes) -> str:
@@ -169,3 +173,16 @@ def as_inter(table: pd.DataFrame) -> bytes:
     """The layout of the copy in the recbole package."""
     names = ["user_id:token", "item_id:token", "rating:float", "timestamp:float"]
     return as_text(table.set_axis(names, axis=1), header=True)
+
+
+def rating_matrix(ratings: Ratings, index: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(target, mask), both (m, n): the indexed ratings and 1 there; else 0."""
+    target, mask = (torch.zeros(ratings.shape, dtype=torch.float64) for _ in range(2))
+    target[ratings.users[index], ratings.items[index]] = torch.from_numpy(ratings.ratings[index])
+    mask[ratings.users[index], ratings.items[index]] = 1.0
+    return target, mask
+
+
+def offset_matrix(offsets: Offsets) -> np.ndarray:
+    """Offsets of all pairs, (m, n)."""
+    return offsets.at(*np.ogrid[: len(offsets.user), : len(offsets.item)])

@@ -6,9 +6,10 @@ Every row's regularised normal equations are solved exactly, all rows at once.
 from __future__ import annotations
 
 import torch
+from data_helpers import rating_matrix
 from torch import Tensor
 
-from compressible.data.ratings import Ratings, center, to_matrix
+from compressible.data.ratings import Ratings, center
 
 
 def solve_rows(target: Tensor, mask: Tensor, features: Tensor, ridge: float | Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def factorise_with_biases(
     A bias is a factor whose partner is 1, so each half-sweep solves for a bias and r factors at once.
     """
     offsets = center(ratings, index)
-    target, mask = to_matrix(ratings, index)
+    target, mask = rating_matrix(ratings, index)
     rest = target - mask * offsets.overall
     penalty = torch.tensor([bias_ridge] + [ridge] * rank, dtype=rest.dtype)
     generator = torch.Generator().manual_seed(0)

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, SAVE, write_notebook
 
 from compressible.__main__ import main
 from compressible.companion import batch, library, notebooks
-from compressible.companion.code_digest import notebook_digest
+from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
 
 ID = "kwon2024/01_good"

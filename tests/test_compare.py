@@ -8,15 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import compressible as cd
-from compressible.experiments.compare import (
-    compare_starts,
-    first_below,
-    milestones,
-    share_stacks,
-    stack_starts,
-    stacking_gain,
-    worst_ratio,
-)
+from compressible.experiments.compare import compare_starts, share_stacks, stack_starts, stacking_gain
+from compressible.experiments.outcomes import first_below, milestones, worst_ratio
 
 
 def _build(generator):

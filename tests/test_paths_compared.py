@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.experiments.paths_compared import crowded_marks, paths_in_plane, product_gaps
+from compressible.experiments.trajectories import crowded_marks, paths_in_plane, product_gaps
 
 SIZE, RANK, SCALE, STEP = 12, 2, 0.3, 3.0
 

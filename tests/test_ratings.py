@@ -17,6 +17,7 @@ from data_helpers import (
     as_archive,
     as_inter,
     digest,
+    offset_matrix,
     serving,
     set_facts,
     small_table,
@@ -274,27 +275,19 @@ def test_densest_keeps_the_most_rated_and_splits_alike(world, monkeypatch):
         ratings.densest(loaded, 1000, 3)
 
 
-def test_matrices_hold_the_ratings_and_nothing_else(world, monkeypatch):
+def test_an_index_that_is_none_of_the_ratings_is_refused(world, monkeypatch):
     loaded = load_local(world, monkeypatch)
-    index = np.array([0, 5, 77])
-    target, mask = ratings.to_matrix(loaded, index)
-    assert target.shape == mask.shape == loaded.shape and target.dtype == torch.float64
-    assert mask.sum() == 3 and target.sum() == loaded.ratings[index].sum()
-    assert (target[loaded.users[index], loaded.items[index]].numpy() == loaded.ratings[index]).all()
-    offsets = ratings.center(loaded, index)
-    centred, _ = ratings.to_matrix(loaded, index, offsets=offsets)
-    assert torch.allclose(centred + mask * torch.as_tensor(offsets.matrix()), target)
     for wrong in (np.array([120]), np.array([-1]), np.array([0.5])):
         with pytest.raises(ValueError, match="index"):
-            ratings.to_matrix(loaded, wrong)
+            ratings.center(loaded, wrong)
 
 
 def test_centring_by_hand(world, monkeypatch):
     loaded = load_local(world, monkeypatch)
     index = np.arange(60)
     mean = loaded.ratings[:60].mean()
-    assert (ratings.center(loaded, index, "none").matrix() == 0).all()
-    assert np.allclose(ratings.center(loaded, index, "global").matrix(), mean)
+    assert (offset_matrix(ratings.center(loaded, index, "none")) == 0).all()
+    assert np.allclose(offset_matrix(ratings.center(loaded, index, "global")), mean)
     offsets = ratings.center(loaded, index, "user_item", shrinkage=(4.0, 2.0), sweeps=500)
     users, items, stars = loaded.users[:60], loaded.items[:60], loaded.ratings[:60]
     # The fixed point is the ridge solution: solve it as one dense system.

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("pydantic")  # a GPU host may have PyTorch, Triton and pytest alone
+from data_helpers import offset_matrix, rating_matrix
 from reference_als import factorise_with_biases
 
 import compressible as cd
 from compressible.data import ratings as data
-from compressible.data.ratings import Ratings, Split, center, rating_metrics, to_matrix, validation_slice
+from compressible.data.ratings import Ratings, Split, center, rating_metrics, validation_slice
 from compressible.experiments import recommend
 from compressible.recovery.theory import invariants as theory
 
@@ -72,9 +73,14 @@ def overwritten(ratings, parts):
     return changed
 
 
-P2 = {"rank": 2, "depth": 3, "init_scale": 0.05, "step_fractions": (0.2, 0.5), "device": "cpu", "steps": 1500,
+P2 = {"rank": 2, "depth": 3, "init_scale": 0.05, "step_fractions": (0.2, 0.5), "steps": 1500,
       "record_every": 50}  # fmt: skip
 DEEP = {"init_scales": (0.1, 0.3), "step_fractions": (0.3, 0.6), "steps": 600, "record_every": 10}
+
+
+def network(table, kind="compressed", centring="none", problem="dense", **options):
+    task = recommend.rating_task(*table, centring, device="cpu", problem=problem)
+    return recommend.fit_network(task, kind, **P2 | options)
 
 
 # tasks
@@ -100,7 +106,7 @@ def test_scores_are_those_of_the_whole_prediction_matrix(table, centring):
     ratings, parts = table
     factors = cd.orthogonal_factors((40, 30), 3, 5, 1.0, seeded())
     task = recommend.rating_task(ratings, parts, centring, device="cpu")
-    matrix = cd.product(factors).numpy() + center(ratings, parts.train, centring).matrix()
+    matrix = cd.product(factors).numpy() + offset_matrix(center(ratings, parts.train, centring))
     assert task.score(factors) == pytest.approx(rating_metrics(matrix, ratings, parts.test))
 
 
@@ -117,7 +123,7 @@ def test_the_slice_is_part_of_the_observed_and_the_rest_is_fitted():
 
 @pytest.mark.parametrize("kind", ["compressed", "original"])
 def test_networks_recover_a_low_rank_table(table, kind):
-    fit = recommend.fit_deep(*table, kind, **P2)
+    fit = network(table, kind)
     assert fit.stopped["rmse"] < 0.35 and fit.error[0] > 1
     assert fit.setting in (0.2, 0.5) and fit.seconds[0] >= 0
     assert fit.final["half_mse"] == pytest.approx(fit.error[-1])
@@ -126,21 +132,21 @@ def test_networks_recover_a_low_rank_table(table, kind):
 
 @pytest.mark.parametrize("kind", ["compressed", "original"])
 def test_dense_and_sparse_problems_give_the_same_fit(table, kind):
-    dense, sparse = (recommend.fit_deep(*table, kind, problem=problem, **P2) for problem in ("dense", "sparse"))
+    dense, sparse = (network(table, kind, problem=problem) for problem in ("dense", "sparse"))
     assert (dense.stop, dense.setting) == (sparse.stop, sparse.setting)
     np.testing.assert_allclose(sparse.error, dense.error, rtol=1e-6)
     assert sparse.stopped == pytest.approx(dense.stopped, rel=1e-6)
 
 
 def test_choices_of_another_fit_can_be_taken_over(table):
-    first = recommend.fit_deep(*table, "compressed", **P2)
-    second = recommend.fit_deep(*table, "compressed", stop=first.stop, **(P2 | {"step_fractions": (first.setting,)}))
+    first = network(table)
+    second = network(table, stop=first.stop, step_fractions=(first.setting,))
     assert second.stopped == pytest.approx(first.stopped) and second.setting == first.setting
 
 
 @pytest.mark.parametrize("centring", ["global", "user_item"])
 def test_centring_is_put_back(table, centring):
-    fit = recommend.fit_deep(*table, "compressed", centring=centring, **P2)
+    fit = network(table, centring=centring)
     assert fit.stopped["rmse"] < 0.5 and fit.stopped["half_mse"] == pytest.approx(fit.stopped["rmse"] ** 2 / 2)
 
 
@@ -156,7 +162,7 @@ def test_steps_that_diverge_are_out_and_all_are_an_error(table, problem):
 
 def test_unknown_networks_are_refused(table):
     with pytest.raises(ValueError, match="kind is 'wide'"):
-        recommend.fit_deep(*table, "wide", **P2)
+        network(table, "wide")
     with pytest.raises(ValueError, match="start is 'warm'"):
         recommend.fit_descent(recommend.rating_task(*table, device="cpu"), 4, 3, start="warm", **DEEP)
 
@@ -211,11 +217,10 @@ def test_test_ratings_change_no_choice(table):
     both = (ratings, overwritten(ratings, parts))
     tasks = [recommend.rating_task(entries, parts, device="cpu") for entries in both]
     for fits in (
-        [recommend.fit_deep(entries, parts, "compressed", **P2) for entries in both],
-        [recommend.fit_alternating(entries, parts, 2, (0.5, 5.0), 6) for entries in both],
+        [network((entries, parts)) for entries in both],
         [recommend.fit_biased(entries, parts, 2, (0.5, 5.0), 6) for entries in both],
         [recommend.fit_descent(task, 4, 3, **DEEP) for task in tasks],
-        [recommend.fit_sweeps(task, 2, (0.5, 5.0), 8) for task in tasks],
+        [recommend.fit_sweeps(task, 2, (0.5, 5.0), 8, start="random") for task in tasks],
         [recommend.fit_sweeps(task, 2, (0.5, 5.0), 8, True, "random") for task in tasks],
     ):
         assert (fits[0].settings, fits[0].stop) == (fits[1].settings, fits[1].stop)
@@ -240,7 +245,7 @@ def test_real_biased_factorisation_reaches_the_known_error(record_property):
     loaded = data.load()
     parts = data.split(loaded, "u1")
     found = recommend.fit_biased(loaded, parts, 5, (8.0, 12.0, 16.0), 10).final
-    offsets = center(loaded, parts.train).matrix()
+    offsets = offset_matrix(center(loaded, parts.train))
     record_property("u1_rmse_clipped", found["rmse_clipped"])
     assert 0.88 < found["rmse_clipped"] < 0.97
     assert found["rmse"] < rating_metrics(offsets, loaded, parts.test)["rmse"]
@@ -250,7 +255,7 @@ def test_real_biased_factorisation_reaches_the_known_error(record_property):
 def test_real_alternating_minimisation_overfits_after_its_best():
     loaded = data.load()
     parts = data.split(loaded, "u1")
-    found = recommend.fit_alternating(loaded, parts, 10, (0.1,), 20)
+    found = recommend.fit_sweeps(recommend.rating_task(loaded, parts, "none"), 10, (0.1,), 20, start="random")
     assert found.error[-1] > found.error.min() * 1.1 and 0 < found.stop < 20
 
 
@@ -276,7 +281,7 @@ def test_stability_limit_parts_settling_from_not(depth):
 @pytest.mark.parametrize("depth", [2, 3, 4])
 def test_the_stability_limit_of_sparse_entries_is_the_dense_one(table, device, depth):
     ratings, parts = table
-    target, mask = to_matrix(ratings, parts.train)
+    target, mask = rating_matrix(ratings, parts.train)
     sparse = recommend.rating_task(ratings, parts, "none", device=device).whole
     limits = [float(theory.stability_limit(problem, depth)) for problem in (cd.MatrixCompletion(target, mask), sparse)]
     assert limits[1] == pytest.approx(limits[0], rel=1e-6)

@@ -23,7 +23,8 @@ import torch
 
 import compressible
 from compressible.companion import library, notebooks, provenance, runs
-from compressible.companion.code_digest import notebook_digest, source_digest
+from compressible.companion.code_digest import source_digest
+from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import devices
 
@@ -350,12 +351,6 @@ def test_data_digests_are_part_of_the_key_and_of_the_record() -> None:
     assert runs.run(work, data=(digests[1],), rank=2).cached
     with pytest.raises(ParameterError, match=r"data: got 'movielens-100k/u1_tset\.csv\.gz'"):
         runs.run(work, data="movielens-100k/u1_tset.csv.gz", rank=2)
-
-
-def test_why_tells_hit_from_miss() -> None:
-    assert runs.why(work, rank=2).startswith("miss ")
-    runs.run(work, rank=2)
-    assert runs.why(work, rank=2).startswith("hit ")
 
 
 def test_parallel_runs_of_one_key_do_not_damage_each_other(cache: Path) -> None:

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from compressible.experiments import stops
-from compressible.experiments.naming import prefixed
+from compressible.experiments import outcomes
 
 
 def _curves():
@@ -24,16 +23,16 @@ def _curves():
 
 
 def test_values_under_a_name():
-    assert prefixed(3, {"a": 1, "b": 2}) == {"3/a": 1, "3/b": 2}
+    assert outcomes.prefixed(3, {"a": 1, "b": 2}) == {"3/a": 1, "3/b": 2}
 
 
 def test_the_last_finite_value_passes_over_padding_and_overflow():
     rows = np.array([[3.0, 2.0, np.nan], [3.0, 5.0, np.inf], [3.0, 2.0, 1.0]])
-    np.testing.assert_array_equal(stops.last_finite(rows), [2.0, 5.0, 1.0])
+    np.testing.assert_array_equal(outcomes.last_finite(rows), [2.0, 5.0, 1.0])
 
 
 def test_stops_by_hand():
-    out = stops.stops(_curves(), ["a", "b"], tolerance=0.1)
+    out = outcomes.stops(_curves(), ["a", "b"], tolerance=0.1)
     np.testing.assert_array_equal(out["a/to_stop"], [30.0, 20.0])
     np.testing.assert_array_equal(out["b/to_stop"], [20.0, np.nan])
     np.testing.assert_allclose(out["b/stop_ratio"], [2 / 3, np.nan])
@@ -44,17 +43,17 @@ def test_stops_by_hand():
 
 def test_stopping_together_means_the_same_record_of_both():
     curves = _curves() | {"b/loss": np.array([[1.0, 0.2, 0.05], [1.0, 0.2, 0.05]])}
-    out = stops.stop_together(curves, ("a", "b"), tolerance=0.1)
+    out = outcomes.stop_together(curves, ("a", "b"), tolerance=0.1)
     assert out["same_record"].tolist() == [False, True]
     np.testing.assert_allclose(out["speedup"], [3.0 / 0.4, 2.0 / 0.4])
     np.testing.assert_array_equal(out["a/end"], [0.05, 0.05])
-    assert not stops.stop_together(_curves(), ("a", "b"), tolerance=1e-9)["same_record"].any()  # neither gets there
+    assert not outcomes.stop_together(_curves(), ("a", "b"), tolerance=1e-9)["same_record"].any()  # neither gets there
 
 
 def test_needs_alone_are_iterations_times_the_clock_of_the_last_stretch():
     clock = {f"{name}/iterations": np.array([0, 400, 800]) for name in "ab"}
     clock |= {"a/seconds": np.array([[0.0, 9.0, 9.4]] * 2), "b/seconds": np.array([[0.0, 9.0, 9.8]] * 2)}
-    out = stops.needs_alone(_curves(), clock, ["a", "b"], tolerance=0.1)
+    out = outcomes.needs_alone(_curves(), clock, ["a", "b"], tolerance=0.1)
     np.testing.assert_array_equal(out["iterations"], [[30.0, 20.0], [20.0, np.nan]])
     np.testing.assert_allclose(out["microseconds"], [[1000.0, 2000.0]] * 2)
     np.testing.assert_allclose(out["seconds"], [[0.03, 0.04], [0.02, np.nan]])
@@ -64,7 +63,7 @@ def test_needs_alone_are_iterations_times_the_clock_of_the_last_stretch():
 def test_needs_of_two_kinds_compared():
     slow = {"iterations": np.array([[30.0, 20.0]]), "seconds": np.array([[3.0, 2.0]]), "error": np.array([[0.1, 0.2]])}
     fast = {"iterations": np.array([[10.0, 10.0]]), "seconds": np.array([[2.0, 0.5]]), "error": np.array([[0.3, 0.1]])}
-    out = {name: value.tolist() for name, value in stops.compare_needs(slow, fast).items()}
+    out = {name: value.tolist() for name, value in outcomes.compare_needs(slow, fast).items()}
     expected = {"ratio": [[3.0, 2.0]], "least_ratio": [2.0], "first_ratio": [3.0], "last_ratio": [2.0], "fall": [1.0]}
     expected |= {"flat": [1.0], "worst_error": [0.3], "least_speedup": [1.5]}
     assert out == {name: pytest.approx(value) if name != "ratio" else value for name, value in expected.items()}

@@ -6,15 +6,14 @@ import torch
 
 import compressible as cd
 from compressible.experiments import depth_sweep, rank_sweep
-from compressible.experiments.singular_paths import layer_paths, moving_values
-from compressible.experiments.width_sweep import sweep_widths
+from compressible.experiments.components import layer_paths, moving_values
 
 
 def test_a_sweep_over_widths_is_the_descents_alone():
     target = cd.low_rank_target((10, 10), 2, generator=torch.Generator().manual_seed(0))
     problem, options = cd.MatrixFactorization(target), {"steps": 300, "record_every": 10, "tolerance": 1e-4}
     generator = torch.Generator().manual_seed(5)
-    error, stopped = sweep_widths(problem, 3, 2.0, [4, 10], 0.3, 2, generator, **options)
+    error, stopped = rank_sweep.sweep_widths(problem, 3, 2.0, [4, 10], 0.3, 2, generator, **options)
     assert error.shape == stopped.shape == (2, 2) and (stopped < 300).all()
     generator.manual_seed(5)
     narrow = cd.orthogonal_factors((10, 10), 3, 4, 0.3, generator, batch_shape=(2,))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressible.companion.code_digest import NOTEBOOK, notebook_digest
+from compressible.companion.library import NOTEBOOK, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.runtime import paths
 

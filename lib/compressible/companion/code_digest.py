@@ -12,12 +12,10 @@ import dataclasses
 import dis
 import hashlib
 import inspect
-import json
 import pydoc
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,7 +24,6 @@ import torch
 
 from compressible.companion.library import normal_form
 
-NOTEBOOK = "COMPRESSIBLE_NOTEBOOK"  # the batch tells by it what it executes, since the file may change meanwhile
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), range, np.generic, torch.dtype, torch.device)
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _KNOWN = {"compressible", *sys.stdlib_module_names} - {"__main__"}
@@ -38,15 +35,6 @@ def source_digest(function: Callable[..., Any], reads: Mapping[str, str] | None 
     Comments, blank lines and docstrings do not count. Raises TypeError when nothing tells a value that is read.
     """
     parts = sorted(_parts(function.__qualname__, function, "", dict(reads or {}), set()))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def notebook_digest(path: Path) -> str | None:
-    """sha256 of a notebook's code without comments and outputs; None where there is no such notebook."""
-    if not path.is_file():
-        return None
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    parts = [normal_form("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Which sources of this library can move a number, and their digest: one list for records, cache and batch.
+"""Digests of the sources of this library that can move a number, and of notebooks: for records, cache and batch.
 
 The standard library is all that this file needs, so that the Snakefile can ask it before anything is installed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,6 +18,7 @@ NOT_COMPUTING = frozenset({
     "__init__", "__main__", "companion", "data/manifest", "data/sources", "runtime/checks", "runtime/paths",
     "runtime/progress",
 })  # fmt: skip
+NOTEBOOK = "COMPRESSIBLE_NOTEBOOK"  # the batch tells by it what it executes, since the file may change meanwhile
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
@@ -35,6 +37,15 @@ def library_digest(root: Path = ROOT) -> str:
     if not files:
         raise FileNotFoundError(f"{root} holds no source that computes; expected the package compressible")
     parts = [f"{file.relative_to(root).as_posix()} {normal_form(file.read_text('utf-8'))}" for file in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def notebook_digest(path: Path) -> str | None:
+    """sha256 of a notebook's code without comments and outputs; None where there is no such notebook."""
+    if not path.is_file():
+        return None
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    parts = [normal_form("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

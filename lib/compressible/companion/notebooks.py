@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from compressible.companion import parameters as vocabulary
-from compressible.companion.code_digest import notebook_digest
+from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import LIBRARY
 from compressible.runtime import checks, paths
 

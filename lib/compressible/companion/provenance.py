@@ -10,7 +10,6 @@ from typing import Any
 
 from compressible.companion.library import library_digest
 from compressible.runtime import paths
-from compressible.runtime.devices import cpu_model
 
 PACKAGES = (
     "torch", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "safetensors", "transformers",
@@ -20,6 +19,8 @@ PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Versions of the packages that matter and are installed, the CPU and the thread settings."""
+    from compressible.runtime.devices import cpu_model  # imports PyTorch, seconds that `list` can do without
+
     return {
         "cpu": cpu_model(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from compressible.companion import parameters
-from compressible.companion.code_digest import NOTEBOOK, notebook_digest, source_digest
+from compressible.companion.code_digest import source_digest
+from compressible.companion.library import NOTEBOOK, notebook_digest
 from compressible.companion.provenance import LIBRARY, environment, git_state
 from compressible.runtime import checks, devices, paths
 
@@ -109,14 +110,6 @@ def checkpoint(every: int) -> dict[str, Any]:
     The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run.
     """
     return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
-
-
-def why(
-    function: Callable[..., dict], *, data: Data = (), reads: Mapping[str, str] | None = None, **values: Any
-) -> str:
-    """One line that says whether `run` would find this run in the cache ("hit ...") or not ("miss ...")."""
-    key = _key(function, _arguments(function, values), _digests(data), reads)
-    return f"{'hit' if _entry(key).exists() else 'miss'} {key} at {_entry(key)}"
 
 
 def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:

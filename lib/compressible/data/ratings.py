@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from compressible.data import movielens
@@ -123,19 +122,6 @@ def validation_slice(parts: Split, fraction: float = 0.1, seed: int = 0) -> tupl
     return np.sort(order[count:]), np.sort(order[:count])
 
 
-def to_matrix(
-    ratings: Ratings, index: np.ndarray, dtype: torch.dtype = torch.float64, offsets: Offsets | None = None
-) -> tuple[Tensor, Tensor]:
-    """(target, mask), both (m, n): the indexed ratings, less `offsets` if given, and 1 there; else 0."""
-    index = _checked(ratings, index)
-    users, items = ratings.users[index], ratings.items[index]
-    values = ratings.ratings[index] - (offsets.at(users, items) if offsets else 0.0)
-    target, mask = torch.zeros(ratings.shape, dtype=dtype), torch.zeros(ratings.shape, dtype=dtype)
-    target[users, items] = torch.as_tensor(values, dtype=dtype)
-    mask[users, items] = 1.0
-    return target, mask
-
-
 @dataclass(frozen=True, eq=False)
 class Offsets:
     """The part of a rating that needs no interaction, in stars: overall + user[i] + item[j]."""
@@ -147,10 +133,6 @@ class Offsets:
     def at(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Offsets of the given (user, item) pairs."""
         return self.overall + self.user[users] + self.item[items]
-
-    def matrix(self) -> np.ndarray:
-        """Offsets of all pairs, (m, n)."""
-        return self.overall + self.user[:, None] + self.item[None, :]
 
 
 def center(

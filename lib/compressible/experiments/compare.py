@@ -121,39 +121,6 @@ def stacking_gain(build: Build, seed: int, seeds: int, steps: int = 200, **optio
     return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once, "runs": runs}
 
 
-def milestones(curves: Mapping[str, np.ndarray], names: Sequence[str], level: float) -> dict[str, np.ndarray]:
-    """Return what `compare_starts` curves come to, per seed (S,), the first of `names` being the baseline.
-
-    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (NaN if never), "<name>/final"
-    error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
-    largest ratio of the errors at a common record.
-    """
-    out: dict[str, np.ndarray] = {}
-    for name in names:
-        error, base = curves[f"{name}/error"], curves[f"{names[0]}/error"]
-        out[f"{name}/to_level"] = first_below(error, level, curves[f"{name}/iterations"])
-        out[f"{name}/seconds_to_level"] = first_below(error, level, curves[f"{name}/seconds"])
-        out[f"{name}/final"] = np.nanmin(error, -1)
-        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / out[f"{names[0]}/to_level"]
-        out[f"{name}/speedup"] = out[f"{names[0]}/seconds_to_level"] / out[f"{name}/seconds_to_level"]
-        out[f"{name}/worst_ratio"] = worst_ratio(base, error)
-    return out
-
-
-def first_below(curves: np.ndarray, level: float | np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Return `at` (R,) or (S, R) at the first record where curves (S, R) are below `level`; NaN if never."""
-    below = curves < level
-    first = below.argmax(-1)
-    found = np.take_along_axis(np.broadcast_to(at, curves.shape), first[:, None], -1)[:, 0].astype(float)
-    return np.where(below.any(-1), found, np.nan)
-
-
-def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper."""
-    common = min(upper.shape[-1], lower.shape[-1])
-    return np.nanmax(lower[:, :common] / upper[:, :common], -1)
-
-
 def descend_to_divergence(
     problem: Problem, factors: Factors, step_size: float | torch.Tensor, **options: Any
 ) -> History:

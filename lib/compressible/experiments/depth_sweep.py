@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compressible.descent.gradient_descent import descend
-from compressible.experiments.compare import Build, Start, milestones, stack_starts
+from compressible.experiments.compare import Build, Start, stack_starts
+from compressible.experiments.outcomes import milestones
 from compressible.recovery.factors import product, stack_factors
 from compressible.recovery.problems import MatrixCompletion, MatrixFactorization, stack_problems
 from compressible.recovery.theory.invariants import aligned_values, escape_time, stability_limit

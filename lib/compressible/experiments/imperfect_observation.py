@@ -17,7 +17,7 @@ from torch import Tensor
 from compressible.descent.gradient_descent import descend
 from compressible.descent.history import History
 from compressible.experiments.compare import Start, stacking_gain
-from compressible.experiments.naming import prefixed
+from compressible.experiments.outcomes import prefixed
 from compressible.recovery.factors import Factors
 from compressible.recovery.problems import DenseProblem, MatrixCompletion
 from compressible.recovery.spectra import leading_angle

@@ -1,13 +1,36 @@
-"""What curves over seeds come to: where they end, when they arrive, when they have settled."""
+"""What curves over seeds come to: when they pass a level, where they end, when they have settled, what that costs.
+
+Curves are the arrays of `compare_starts` and `stack_starts`: S seeds (or trials) by R records, NaN after the end.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from compressible.experiments.compare import first_below
+Curves = Mapping[str, np.ndarray]
+
+
+def prefixed(name: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values under "<name>/<key>"."""
+    return {f"{name}/{key}": value for key, value in values.items()}
+
+
+def first_below(curves: np.ndarray, level: float | np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return `at` (R,) or (S, R) at the first record where curves (S, R) are below `level`; NaN if never."""
+    below = curves < level
+    first = below.argmax(-1)
+    found = np.take_along_axis(np.broadcast_to(at, curves.shape), first[:, None], -1)[:, 0].astype(float)
+    return np.where(below.any(-1), found, np.nan)
+
+
+def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper."""
+    common = min(upper.shape[-1], lower.shape[-1])
+    return np.nanmax(lower[:, :common] / upper[:, :common], -1)
 
 
 def held(curves: np.ndarray) -> np.ndarray:
@@ -21,9 +44,31 @@ def stays_above(curves: np.ndarray, level: float, at: np.ndarray) -> np.ndarray:
     return first_below(-least_to_come, -level, at)
 
 
-def outcomes(
-    curves: Mapping[str, np.ndarray], names: Sequence[str], tolerance: float, recovered: float
-) -> dict[str, np.ndarray]:
+def last_finite(curves: np.ndarray) -> np.ndarray:
+    """Return the last finite value (S,) of each row of (S, R): of a run that diverges the one before it does."""
+    return np.array([row[np.isfinite(row)][-1] for row in curves])
+
+
+def milestones(curves: Curves, names: Sequence[str], level: float) -> dict[str, np.ndarray]:
+    """Return what `compare_starts` curves come to, per seed (S,), the first of `names` being the baseline.
+
+    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (NaN if never), "<name>/final"
+    error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
+    largest ratio of the errors at a common record.
+    """
+    out: dict[str, np.ndarray] = {}
+    for name in names:
+        error, base = curves[f"{name}/error"], curves[f"{names[0]}/error"]
+        out[f"{name}/to_level"] = first_below(error, level, curves[f"{name}/iterations"])
+        out[f"{name}/seconds_to_level"] = first_below(error, level, curves[f"{name}/seconds"])
+        out[f"{name}/final"] = np.nanmin(error, -1)
+        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / out[f"{names[0]}/to_level"]
+        out[f"{name}/speedup"] = out[f"{names[0]}/seconds_to_level"] / out[f"{name}/seconds_to_level"]
+        out[f"{name}/worst_ratio"] = worst_ratio(base, error)
+    return out
+
+
+def outcomes(curves: Curves, names: Sequence[str], tolerance: float, recovered: float) -> dict[str, np.ndarray]:
     """Return per seed (S,) what each of `compare_starts`' runs came to.
 
     "<name>/final" error and "<name>/final_loss"; "<name>/iterations_to" the training loss `tolerance` and
@@ -37,3 +82,78 @@ def outcomes(
         out[f"{name}/iterations_to"] = first_below(loss, tolerance, iterations)
         out[f"{name}/recovered_at"] = first_below(error, recovered, iterations)
     return out
+
+
+def stops(curves: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
+    """Return per seed (S,) where runs stop, the first of `names` being the baseline.
+
+    "<name>/to_stop": iterations to a training loss below `tolerance` (NaN if never), "<name>/stop_ratio": over the
+    baseline's; "<name>/milliseconds" an iteration, "<name>/cheaper": how many times less than the baseline's;
+    "<name>/end": the last finite error.
+    """
+    out: dict[str, np.ndarray] = {}
+    for name in names:
+        loss, iterations = curves[f"{name}/loss"], curves[f"{name}/iterations"]
+        seconds = np.nanmax(curves[f"{name}/seconds"], 1)
+        out[f"{name}/to_stop"] = first_below(loss, tolerance, iterations)
+        out[f"{name}/milliseconds"] = 1e3 * seconds / np.maximum(curves[f"{name}/stopped"], 1)
+        out[f"{name}/stop_ratio"] = out[f"{name}/to_stop"] / out[f"{names[0]}/to_stop"]
+        out[f"{name}/cheaper"] = out[f"{names[0]}/milliseconds"] / out[f"{name}/milliseconds"]
+        out[f"{name}/end"] = last_finite(curves[f"{name}/error"])
+    return out
+
+
+def stop_together(curves: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
+    """Return per seed (S,) whether two runs get below `tolerance` at the same record, and how much sooner in seconds.
+
+    "same_record" (False where one never does), "speedup" of the second over the first in seconds to the stop, and of
+    each "<name>/stop_seconds" and "<name>/end", its least training loss.
+    """
+    first, second = (first_below(curves[f"{n}/loss"], tolerance, curves[f"{n}/iterations"]) for n in names)
+    out = {f"{name}/stop_seconds": np.nanmax(curves[f"{name}/seconds"], 1) for name in names}
+    out["speedup"] = np.divide(*out.values())
+    out |= {f"{name}/end": np.nanmin(curves[f"{name}/loss"], 1) for name in names}
+    return out | {"same_record": first == second}
+
+
+def linear_convergence(errors: np.ndarray, iterations: np.ndarray) -> dict[str, np.ndarray]:
+    """Return per seed (S,) the iterations "to_1e-28" and "evenness", 1 where each digit takes the same iterations.
+
+    Evenness is the iterations from an error of 1e-20 to 1e-28 over those from 1e-12 to 1e-20.
+    """
+    to_12, to_20, to_28 = (first_below(errors, 10.0**-digits, iterations) for digits in (12, 20, 28))
+    return {"to_1e-28": to_28, "evenness": (to_28 - to_20) / (to_20 - to_12)}
+
+
+def needs_alone(curves: Curves, clock: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
+    """Return what each of N `names` needs to a training loss below `tolerance`, as arrays (S, N).
+
+    "iterations" (NaN if never) and the least recovery "error" from `curves`; "microseconds" an iteration from the last
+    stretch of `clock`, where each network ran alone and the first stretch warmed up; "seconds" is their product.
+    """
+    columns = [_need(curves, clock, name, tolerance) for name in names]
+    return {key: np.stack([column[key] for column in columns], 1) for key in columns[0]}
+
+
+def compare_needs(slow: Curves, fast: Curves) -> dict[str, np.ndarray]:
+    """Return per seed (S,) how the needs of two kinds of networks (S, N), of `needs_alone`, compare over N sizes.
+
+    "ratio" (S, N) of iterations, slow over fast, its "least_ratio", "first_ratio", "last_ratio" and "fall" from first
+    to last; "least_speedup" in seconds; "flat": most over fewest iterations of the fast; "worst_error" of all.
+    """
+    ratio, steady = slow["iterations"] / fast["iterations"], fast["iterations"]
+    first, last = ratio[:, 0], ratio[:, -1]
+    return {
+        **{"ratio": ratio, "least_ratio": ratio.min(1), "first_ratio": first, "last_ratio": last, "fall": first - last},
+        "flat": steady.max(1) / steady.min(1),
+        "worst_error": np.maximum(slow["error"].max(1), fast["error"].max(1)),
+        "least_speedup": (slow["seconds"] / fast["seconds"]).min(1),
+    }
+
+
+def _need(curves: Curves, clock: Curves, name: str, tolerance: float) -> dict[str, np.ndarray]:
+    iterations = first_below(curves[f"{name}/loss"], tolerance, curves[f"{name}/iterations"])
+    stretch = np.diff(clock[f"{name}/iterations"])[-1]
+    one = np.diff(clock[f"{name}/seconds"], axis=1)[:, -1] / stretch
+    errors = np.nanmin(curves[f"{name}/error"], 1)
+    return {"iterations": iterations, "seconds": one * iterations, "microseconds": 1e6 * one, "error": errors}

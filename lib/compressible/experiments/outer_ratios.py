@@ -12,12 +12,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from compressible.experiments.compare import Build, Start, compare_starts, first_below
+from compressible.experiments.compare import Build, Start, compare_starts
+from compressible.experiments.outcomes import Curves, first_below
 from compressible.recovery.problems import DenseProblem, MatrixCompletion, MatrixFactorization
 from compressible.recovery.theory.invariants import outer_ratio_limit
 
 
-def arrivals(curves: Mapping[str, np.ndarray], names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
+def arrivals(curves: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
     """Return iterations "to_tolerance", least "error" and whether "diverged", each (S, 1 + A), of the runs `names`.
 
     "worst_error" (S,) is the largest error among the runs that arrive.

@@ -1,4 +1,4 @@
-"""Compressed networks of many widths on the same problems: which widths recover, and how soon.
+"""Networks of many widths on the same problems: which widths recover, and how soon.
 
 Runs are named "<start>/<size>", as "alpha = 1/5" for the spectral start of width 5; S seeds, K sizes.
 """
@@ -6,16 +6,41 @@ Runs are named "<start>/<size>", as "alpha = 1/5" for the spectral start of widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.experiments.compare import first_below
-from compressible.experiments.outcomes import held
-from compressible.experiments.stops import Curves
+from compressible.descent.gradient_descent import descend
+from compressible.experiments.outcomes import Curves, first_below, held
+from compressible.recovery.factors import orthogonal_factors
+from compressible.recovery.problems import DenseProblem
 
 Ends = Mapping[str, np.ndarray]
+
+
+def sweep_widths(
+    problem: DenseProblem,
+    depth: int,
+    step_size: float,
+    widths: Sequence[int],
+    init_scale: float,
+    trials: int,
+    generator: torch.Generator,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the final recovery error and the iterations to the stop, both (trials, widths).
+
+    All starts are drawn before the first run, so that they do not depend on the run; the trials of a width descend as
+    one stack. `options` go to `descend`.
+    """
+    starts = [
+        orthogonal_factors(problem.shape, depth, width, init_scale, generator, problem.dtype, None, (trials,))
+        for width in widths
+    ]
+    runs = [descend(problem, factors, step_size, **options) for factors in starts]
+    return torch.stack([run.final("error") for run in runs], 1), torch.stack([run.stopped for run in runs], 1)
 
 
 def judge(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -193,42 +193,19 @@ def fit_sweeps(
     )
 
 
-def fit_deep(
-    ratings: Ratings,
-    parts: Split,
-    kind: str,
-    rank: int,
-    depth: int,
-    init_scale: float,
-    step_fractions: Sequence[float],
-    outer_ratio: float = 1.0,
-    centring: str = "none",
-    validation_fraction: float = 0.1,
-    device: str = "auto",
-    stop: int | None = None,
-    problem: str = "dense",
-    **options: Any,
+def fit_network(
+    task: Task, kind: str, rank: int, depth: int, init_scale: float, step_fractions: Sequence[float], **options: Any
 ) -> Fit:
-    """Fit P2's "original" network (width min(m, n)) or its "compressed" one (width 2 rank) to ratings.
+    """Fit P2's "original" network (width min(m, n)) or its "compressed" one (width 2 rank), as `fit_descent`.
 
-    One step size serves slice and whole: a share of the stability limit of the slice's problem. Seconds are those of
-    the descent alone, as P2 counts them, on dense problems: see `rating_task`. The rest is `fit_descent`'s.
+    One step size serves slice and whole: a share of the stability limit of the slice's problem. P2's loop is that of a
+    dense problem: see `rating_task`.
     """
     if kind not in ("original", "compressed"):
         raise ValueError(f'kind is {kind!r}, expected "original" or "compressed"')
-    task = rating_task(ratings, parts, centring, validation_fraction, device, problem)
-    width, start = (2 * rank, "spectral") if kind == "compressed" else (min(ratings.shape), "orthogonal")
+    width, start = (2 * rank, "spectral") if kind == "compressed" else (min(task.whole.shape), "orthogonal")
     limit = float(stability_limit(task.trial, depth))
-    fit = fit_descent(task, width, depth, (init_scale,), step_fractions, outer_ratio, start, stop, limit, **options)
-    return replace(fit, seconds=fit.seconds - fit.start_seconds)
-
-
-def fit_alternating(
-    ratings: Ratings, parts: Split, rank: int, ridges: Sequence[float], sweeps: int, validation_fraction: float = 0.1
-) -> Fit:
-    """Alternating minimisation on the raw ratings, its ridge and stopping sweep chosen on the validation slice."""
-    task = rating_task(ratings, parts, "none", validation_fraction, "cpu")
-    return fit_sweeps(task, rank, ridges, sweeps, start="random")
+    return fit_descent(task, width, depth, (init_scale,), step_fractions, start=start, limit=limit, **options)
 
 
 def fit_biased(
@@ -254,6 +231,24 @@ def gather(name: str, runs: Sequence[dict[str, Fit]]) -> dict[str, np.ndarray | 
         values = {key: np.array([row[key] for row in rows]) for key in rows[0]}
         values |= {"iterations": first.iterations, "seconds": first.seconds, "rmse": np.sqrt(2 * first.error)}
         out |= {f"{name}/{method}/{key}": value for key, value in values.items()}
+    return out
+
+
+def summary(fits: Sequence[Fit]) -> dict[str, np.ndarray]:
+    """Return the curves of the first fit and, per split (S,), scores, setting, seconds and least error of all.
+
+    Curves are "iterations", "seconds" and "error" (R,); scores "final/<metric>" and "stopped/<metric>", at the end and
+    at the iteration that the validation slice chose; "setting" is what else it chose, "time" the seconds of a fit and
+    "best" its least test error. Seconds are without the start, as P2 counts them.
+    """
+    first = fits[0]
+    out = {"iterations": first.iterations, "seconds": first.seconds - first.start_seconds, "error": first.error}
+    for key in first.final:
+        out[f"final/{key}"] = np.array([fit.final[key] for fit in fits])
+        out[f"stopped/{key}"] = np.array([fit.stopped[key] for fit in fits])
+    out["setting"] = np.array([fit.setting for fit in fits])
+    out["time"] = np.array([fit.seconds[-1] - fit.start_seconds for fit in fits])
+    out["best"] = np.array([fit.error.min() for fit in fits])
     return out
 
 

@@ -1,6 +1,6 @@
+from compressible.companion.claims.report import OWN, check_preset, readme_block, table
 from compressible.companion.claims.rules import FAIL, PASS, WEAK, Verdict, interval, judge, verdict
 from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims, published
-from compressible.companion.claims.table import OWN, check_preset, readme_block, table
 
 __all__ = [
     "FAIL",

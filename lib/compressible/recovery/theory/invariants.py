@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,15 @@ def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: flo
         kept = [1 - step_size * weight_decay - step_size * other for other in others]
         values.append([value * factor for value, factor in zip(values[-1], kept, strict=True)])
     return torch.tensor(values, dtype=torch.float64)
+
+
+def over_ranked_law(excess: int, dimension: int, scale: float, step_size: float, iterations: np.ndarray) -> np.ndarray:
+    """Return k rho(t)^4 / 2 d^2, the error that k = `excess` directions outside the target leave at `iterations` (R,).
+
+    Both factors start with them at `scale`, and rho is the recursion that shrinks what no gradient of the target feeds.
+    """
+    values = rho([scale, scale], step_size / dimension**2, int(iterations[-1]))
+    return excess * values.prod(-1).square().numpy()[iterations] / (2 * dimension**2)
 
 
 def compression_gap(rhos: Tensor, size: int, rank: int) -> Tensor:
