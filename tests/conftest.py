@@ -75,6 +75,12 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Non
     nbformat.write(notebook, path)
 
 
+@pytest.fixture(autouse=True)
+def own_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the place of a test's own manifest of data files free, and as it was when the test is done."""
+    monkeypatch.setenv("COMPRESSIBLE_MANIFEST", "")
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with a copy of the library and without notebooks, as the working directory."""

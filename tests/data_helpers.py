@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 import zipfile
@@ -25,7 +26,7 @@ def digest(content: bytes) -> str:
 
 
 def write_manifest(path: Path, files: dict[str, tuple[bytes, list[str]]], sets: dict | None = None) -> Path:
-    """A manifest of files {name: (content, sources)} and sets {name: {rows, users, items, sha256}}."""
+    """The manifest from here on: files {name: (content, sources)}, sets {name: {rows, users, items, sha256}}."""
     terms = {"licence": "none", "citation": "nobody"}
     tables = [("sets", name, values | terms) for name, values in (sets or {}).items()]
     for name, (content, sources) in files.items():
@@ -35,6 +36,7 @@ def write_manifest(path: Path, files: dict[str, tuple[bytes, list[str]]], sets: 
     for kind, name, values in tables:
         lines += [f"[{kind}.{json.dumps(name)}]", *(f"{key} = {json.dumps(v)}" for key, v in values.items())]
     path.write_text("\n".join(lines) + "\n")
+    os.environ["COMPRESSIBLE_MANIFEST"] = str(path)
     return path
 
 

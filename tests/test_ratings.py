@@ -55,7 +55,7 @@ class World:
             path.parent.mkdir(parents=True, exist_ok=True)
             table.to_csv(path, index=False)
             self.local[f"{SET}/{name}.csv.gz"] = (path.read_bytes(), [])
-        self.manifest = self.write()
+        self.write()
 
     def write(self, facts: dict | None = None) -> Path:
         archive, inter = as_archive(self.table, self.folds), as_inter(self.table)
@@ -82,14 +82,14 @@ def world(tmp_path, monkeypatch):
 
 def load_local(world, monkeypatch) -> ratings.Ratings:
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
-    return ratings.load(SET, world.manifest)
+    return ratings.load(SET)
 
 
 def test_every_source_gives_the_same_ratings(world, monkeypatch):
-    loaded = [ratings.load(SET, world.manifest)]
+    loaded = [ratings.load(SET)]
     world.server.files.clear()
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(world.folder / "second"))
-    loaded.append(ratings.load(SET, world.manifest))
+    loaded.append(ratings.load(SET))
     loaded.append(load_local(world, monkeypatch))
     assert [one.source for one in loaded] == [
         f"{SET}/{name}" for name in ("ml-100k.zip", "ml-100k.inter", "ratings.csv.gz")
@@ -118,25 +118,25 @@ def test_ratings_are_the_rows_of_the_table(world, monkeypatch):
 
 
 def test_cached_copy_is_preferred_to_the_network(world):
-    ratings.load(SET, world.manifest)
-    ratings.load(SET, world.manifest)
+    ratings.load(SET)
+    ratings.load(SET)
     assert world.server.requests == ["ml-100k.zip"]
 
 
 def test_set_that_differs_from_the_manifest_is_refused(world, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
     for change in ({"rows": 121}, {"sha256": digest(b"other")}):
-        manifest = world.write(set_facts(world.table) | change)
+        world.write(set_facts(world.table) | change)
         with pytest.raises(data.DataError, match="expected"):
-            ratings.load(SET, manifest)
+            ratings.load(SET)
     with pytest.raises(data.DataError, match="unknown data set 'movies'"):
-        ratings.load("movies", world.manifest)
+        ratings.load("movies")
 
 
 def test_offline_error_names_every_form_once(world, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
     with pytest.raises(data.DataError) as caught:
-        ratings.load(SET, world.manifest)
+        ratings.load(SET)
     for form in ("ratings.csv.gz", "ml-100k.zip", "ml-100k.inter"):
         assert form in movielens.FORMS
         assert str(caught.value).count(f"cannot get {SET}/{form} ") == 1
@@ -147,7 +147,7 @@ WHOLE = "7::30::3::5\n2::10::4::6\n2::30::1::7\n"
 
 
 def other_set(folder: Path, file: str, content: bytes, facts: dict) -> Path:
-    """A local folder with one set, "other", of one file; returns its manifest."""
+    """A local folder with one set, "other", of one file, and its manifest."""
     path = folder / "local" / "other" / file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -171,7 +171,8 @@ def zipped(member: str, text: str) -> bytes:
 ], ids=["latest-small", "25m", "1m", "part"])  # fmt: skip
 def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, stars, times):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
-    loaded = ratings.load("other", other_set(tmp_path, file, content, {}))
+    other_set(tmp_path, file, content, {})
+    loaded = ratings.load("other")
     assert loaded.ratings.tolist() == stars and loaded.timestamps.tolist() == times
     assert loaded.user_ids.tolist() == [2, 7] and loaded.item_ids.tolist() == [10, 30]
     kept = ratings.densest(loaded, 2, 1)
@@ -183,17 +184,17 @@ def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, 
 
 def test_a_set_without_digest_is_checked_by_its_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
-    manifest = other_set(tmp_path, "ml-1m.zip", zipped("ml-1m/ratings.dat", WHOLE), {"items": 3})
+    other_set(tmp_path, "ml-1m.zip", zipped("ml-1m/ratings.dat", WHOLE), {"items": 3})
     with pytest.raises(data.DataError, match=r"rows, users, items, sha256"):
-        ratings.load("other", manifest)
+        ratings.load("other")
 
 
 def test_what_can_be_had_is_told_from_what_cannot(world, monkeypatch):
-    found, skipped = movielens.reachable([SET], world.manifest)
+    found, skipped = movielens.reachable([SET])
     assert found == {SET: set_facts(world.table)["sha256"]} and not skipped
     monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(world.folder / "empty"))
-    found, skipped = movielens.reachable([SET, "movies"], world.manifest)
+    found, skipped = movielens.reachable([SET, "movies"])
     assert not found and "sources: not tried" in skipped[SET] and "\n" not in skipped[SET]
     assert "the manifest has none" in skipped["movies"]
 
@@ -201,42 +202,42 @@ def test_what_can_be_had_is_told_from_what_cannot(world, monkeypatch):
 @pytest.mark.parametrize("name", ["u1", "u4", "seed0", "seed7"])
 @pytest.mark.parametrize("source", ["archive", "local"])
 def test_splits_are_disjoint_and_complete(world, monkeypatch, name, source):
-    loaded = load_local(world, monkeypatch) if source == "local" else ratings.load(SET, world.manifest)
-    parts = ratings.split(loaded, name, world.manifest)
+    loaded = load_local(world, monkeypatch) if source == "local" else ratings.load(SET)
+    parts = ratings.split(loaded, name)
     assert parts.name == name and len(parts.test) == 24
     assert np.array_equal(np.sort(np.concatenate([parts.train, parts.test])), np.arange(120))
 
 
 def test_official_fold_holds_the_ratings_of_its_file(world, monkeypatch):
     loaded = load_local(world, monkeypatch)
-    index = ratings.split(loaded, "u3", world.manifest).test
+    index = ratings.split(loaded, "u3").test
     pairs = zip(loaded.user_ids[loaded.users[index]], loaded.item_ids[loaded.items[index]], strict=True)
     assert set(pairs) == set(world.folds["u3"][1][["user_id", "item_id"]].itertuples(index=False, name=None))
 
 
 def test_auto_is_u1_where_the_files_are_and_seed0_elsewhere(world, monkeypatch):
     world.server.files.clear()
-    loaded = ratings.load(SET, world.manifest)  # from the package: no folds on this machine
-    parts = ratings.split(loaded, "auto", world.manifest)
-    assert parts.name == "seed0" == ratings.resolve_split("auto", world.manifest)
+    loaded = ratings.load(SET)  # from the package: no folds on this machine
+    parts = ratings.split(loaded, "auto")
+    assert parts.name == "seed0" == ratings.resolve_split("auto")
     with pytest.raises(data.DataError, match=r"official split u2 needs .*ml-100k\.zip, or .*u2_train"):
-        ratings.split(loaded, "u2", world.manifest)
+        ratings.split(loaded, "u2")
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(world.folder / "local"))
-    assert ratings.split(loaded, "auto", world.manifest).name == "u1"
+    assert ratings.split(loaded, "auto").name == "u1"
 
 
 def test_fold_that_is_no_split_is_refused(world, monkeypatch):
     train, test = world.folds["u1"]
     world.folds["u1"] = (train.iloc[1:], test)
-    manifest = world.write()
+    world.write()
     with pytest.raises(data.DataError, match="not a split"):
-        ratings.split(ratings.load(SET, manifest), "u1", manifest)
+        ratings.split(ratings.load(SET), "u1")
 
 
 @pytest.mark.parametrize("name", ["u6", "seed", "seed-1", "random", ""])
 def test_unknown_split_names_are_refused(world, monkeypatch, name):
     with pytest.raises(ValueError, match="expected one of u1"):
-        ratings.split(load_local(world, monkeypatch), name, world.manifest)
+        ratings.split(load_local(world, monkeypatch), name)
 
 
 def test_seeded_split_is_fixed_for_ever(world, monkeypatch):
@@ -249,7 +250,7 @@ def test_seeded_split_is_fixed_for_ever(world, monkeypatch):
 
 
 def test_validation_slice_uses_training_ratings_only(world, monkeypatch):
-    parts = ratings.split(load_local(world, monkeypatch), "u2", world.manifest)
+    parts = ratings.split(load_local(world, monkeypatch), "u2")
     fit, validation = ratings.validation_slice(parts, 0.25, seed=3)
     assert len(validation) == 24 and np.array_equal(np.union1d(fit, validation), parts.train)
     assert not np.intersect1d(fit, validation).size
@@ -267,7 +268,7 @@ def test_densest_keeps_the_most_rated_and_splits_alike(world, monkeypatch):
     inside = world.table[world.table["item_id"].isin(top)]["user_id"].value_counts()
     people = sorted(inside.index, key=lambda user: (-inside[user], user))[:6]
     assert set(small.user_ids) == set(people) and len(small) == inside[people].sum()
-    parts = ratings.split(small, "u1", world.manifest)
+    parts = ratings.split(small, "u1")
     pairs = set(world.folds["u1"][1][["user_id", "item_id"]].itertuples(index=False, name=None))
     got = zip(small.user_ids[small.users[parts.test]], small.item_ids[small.items[parts.test]], strict=True)
     assert set(got) == {pair for pair in pairs if pair[0] in set(people) and pair[1] in set(small.item_ids)}

@@ -54,7 +54,7 @@ def rated_archive(lines: list[str]) -> bytes:
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """Function {name: content} that writes files into COMPRESSIBLE_DATA and gives their manifest."""
+    """Function {name: content} that writes files into COMPRESSIBLE_DATA, and their manifest."""
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
 
@@ -83,7 +83,7 @@ def stsb(local):
 
 
 def test_local_rows_are_those_of_the_file(stsb):
-    rows = text.read_rows("stsb", "train", "local", stsb)
+    rows = text.read_rows("stsb", "train", "local")
     table = stsb_rows(60)
     assert rows.texts == list(zip(table.sentence1, table.sentence2, strict=True))
     assert rows.labels == table.score.tolist() and rows.source == "glue-stsb/train.csv.gz"
@@ -91,19 +91,20 @@ def test_local_rows_are_those_of_the_file(stsb):
 
 def test_texts_that_look_like_missing_values_or_numbers_stay_texts(local):
     table = pd.DataFrame({"sentence": ["NA", "null", "", "1999"], "label": [0, 1, 0, 1]})
-    rows = text.read_rows("cola", "train", "local", local({"glue-cola/train.csv.gz": as_gzip(table)}))
+    local({"glue-cola/train.csv.gz": as_gzip(table)})
+    rows = text.read_rows("cola", "train", "local")
     assert rows.texts == [("NA",), ("null",), ("",), ("1999",)] and rows.labels == [0, 1, 0, 1]
 
 
 def test_rated_reviews_are_split_whole_and_share_no_text(local):
     lines = [f"{review}_{i}\t{(review - 50) / 20}\treview {review} says {i}" for review in range(100) for i in (1, 2)]
     lines += [f"{review}_3\t0.5\tthe same" for review in range(100)]
-    manifest = local({VADER: rated_archive(lines)})
-    train, held = (text.read_rows("vader-products", split, manifest=manifest) for split in text.SPLITS)
+    local({VADER: rated_archive(lines)})
+    train, held = (text.read_rows("vader-products", split) for split in text.SPLITS)
     reviews = [{text.split()[1] for (text,) in rows.texts if text != "the same"} for rows in (train, held)]
     assert [len(found) for found in reviews] == [80, 20] and not reviews[0] & reviews[1]
     assert len(train.texts) == 160 and len(held.texts) == 60 and not set(train.texts) & set(held.texts)
-    assert text.read_rows("vader-products", "train", manifest=manifest) == train
+    assert text.read_rows("vader-products", "train") == train
 
 
 @needs_vader
@@ -157,13 +158,13 @@ def test_the_hub_gives_what_the_local_table_gives(stsb, tmp_path, monkeypatch, l
         tmp_path / "hub", monkeypatch, "datasets--nyu-mll--glue",
         {name.format(split): table.rename(columns={"score": "label"}).to_parquet() for split, table in files.items()},
     )  # fmt: skip
-    there, here = (tasks.load_task("stsb", tokenizer, source=source, manifest=stsb) for source in ("hub", "local"))
+    there, here = (tasks.load_task("stsb", tokenizer, source=source) for source in ("hub", "local"))
     assert there.sources == ("hub:nyu-mll/glue/stsb/train", "hub:nyu-mll/glue/stsb/validation")
     for one, other in ((there.train, here.train), (there.validation, here.validation)):
         assert one.texts == other.texts and torch.equal(one.labels, other.labels)
         assert all(torch.equal(value, other.tokens[key]) for key, value in one.tokens.items())
     monkeypatch.delenv("COMPRESSIBLE_DATA")
-    assert tasks.load_task("stsb", tokenizer, manifest=stsb).sources == there.sources  # auto: no local copy
+    assert tasks.load_task("stsb", tokenizer).sources == there.sources  # auto: no local copy
 
 
 def test_hub_data_of_the_wrong_size_is_refused(tmp_path, monkeypatch):
@@ -212,7 +213,7 @@ def test_rated_sentences_are_not_on_the_hub():
 
 
 def test_tokens_are_padded_at_the_end_to_the_longest(stsb, tokenizer):
-    task = tasks.load_task("stsb", tokenizer, manifest=stsb)
+    task = tasks.load_task("stsb", tokenizer)
     train = task.train
     assert (task.kind, task.metric, task.outputs, len(train), len(task.validation)) == (
         "regression",
@@ -234,9 +235,9 @@ def test_tokens_are_padded_at_the_end_to_the_longest(stsb, tokenizer):
 
 
 def test_protocols_cut_or_drop_long_rows(stsb, tokenizer):
-    whole = tasks.load_task("stsb", tokenizer, manifest=stsb, max_length=500)
+    whole = tasks.load_task("stsb", tokenizer, max_length=500)
     middle = int(whole.train.lengths.median())
-    clean, authors = (tasks.load_task("stsb", tokenizer, name, middle, manifest=stsb) for name in tasks.PROTOCOLS)
+    clean, authors = (tasks.load_task("stsb", tokenizer, name, middle) for name in tasks.PROTOCOLS)
     assert len(clean.train) == 60 and len(clean.validation) == 20 and clean.dropped == (0, 0)
     assert clean.train.lengths.tolist() == whole.train.lengths.clamp(max=middle).tolist()
     short = (
@@ -249,7 +250,7 @@ def test_protocols_cut_or_drop_long_rows(stsb, tokenizer):
 
 
 def test_batch_is_as_long_as_its_longest_row_rounded_up(stsb, tokenizer):
-    train = tasks.load_task("stsb", tokenizer, manifest=stsb).train
+    train = tasks.load_task("stsb", tokenizer).train
     rows = torch.tensor([[3, 3], [40, 8]])
     tokens, labels = train.batch(rows)
     width = tokens["input_ids"].shape[1]
@@ -276,7 +277,7 @@ def test_padding_is_the_tokenizers_own():
 
 
 def test_taking_and_moving_rows_keeps_them(stsb, tokenizer):
-    train = tasks.load_task("stsb", tokenizer, manifest=stsb).train
+    train = tasks.load_task("stsb", tokenizer).train
     some = train.take([5, 5, 2]).to("cpu")
     assert len(some) == 3 and some.texts == (train.texts[5], train.texts[5], train.texts[2])
     assert (
@@ -288,14 +289,14 @@ def test_taking_and_moving_rows_keeps_them(stsb, tokenizer):
 
 
 def test_subset_is_fixed_for_ever_and_nested(stsb, tokenizer):
-    task = tasks.load_task("stsb", tokenizer, manifest=stsb)
+    task = tasks.load_task("stsb", tokenizer)
     assert task.subset(8, 0).tolist() == [11, 3, 20, 13, 2, 59, 53, 48]
     assert task.subset(60, 3).sort().values.tolist() == list(range(60))
     assert task.subset(30, 3).tolist() == task.subset(60, 3).tolist()[:30] != task.subset(30, 4).tolist()
 
 
 def test_authors_draw_with_replacement(stsb, tokenizer):
-    clean, authors = (tasks.load_task("stsb", tokenizer, name, manifest=stsb) for name in tasks.PROTOCOLS)
+    clean, authors = (tasks.load_task("stsb", tokenizer, name) for name in tasks.PROTOCOLS)
     assert len(set(clean.subset(60, 0).tolist())) == 60
     drawn = authors.subset(60, 0)
     assert len(set(drawn.tolist())) < 60 and drawn.min() >= 0 and drawn.max() < 60
@@ -361,7 +362,7 @@ def test_load_task_refuses_what_cannot_be(tokenizer, stsb):
     with pytest.raises(ValueError, match="max_length is '128'"):
         tasks.load_task("stsb", tokenizer, max_length="128")
     with pytest.raises(ValueError, match=r"no row of .* has at most 3"):
-        tasks.load_task("stsb", tokenizer, "authors", 3, manifest=stsb)
+        tasks.load_task("stsb", tokenizer, "authors", 3)
     padless = tiny_tokenizer()
     padless.pad_token = None
     with pytest.raises(ValueError, match="no padding token"):

@@ -1,8 +1,8 @@
 """Data files by name: a local folder first, then the cache, then the sources of the manifest in order.
 
 Every file that leaves this module has the sha256 of its entry in manifest.toml, which lies beside it, wherever it came
-from (sources.py has the kinds of source). COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache, and
-COMPRESSIBLE_OFFLINE=1 forbids the network.
+from (sources.py has the kinds of source). COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache,
+COMPRESSIBLE_MANIFEST a manifest in the place of the package's own, and COMPRESSIBLE_OFFLINE=1 forbids the network.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import filelock
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from compressible.data.sources import SOURCE, read, shared_archives
-from compressible.runtime.checks import one_line, unknown
+from compressible.runtime.checks import mistake, one_line, unknown
 from compressible.runtime.paths import atomic_path, cache_dir
 
 LOCK_SECONDS = 900
@@ -85,14 +85,14 @@ class _Written(BaseModel, extra="forbid"):
         return _Manifest.model_validate({"sets": sets, "terms": self.terms, "files": files})
 
 
-def load_manifest(path: str | Path | None = None) -> dict[str, Entry]:
-    """Entries by name from `path` (default: the package's own); DataError if it is not valid."""
-    return _read(path).files
+def load_manifest() -> dict[str, Entry]:
+    """Entries of the manifest by name; DataError if it is not valid."""
+    return _read().files
 
 
-def load_sets(path: str | Path | None = None) -> dict[str, DataSet]:
-    """Data sets by name from `path` (default: the package's own); DataError if it is not valid."""
-    return _read(path).sets
+def load_sets() -> dict[str, DataSet]:
+    """Data sets of the manifest by name; DataError if it is not valid."""
+    return _read().sets
 
 
 def sha256(path: str | Path) -> str:
@@ -101,17 +101,17 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def fetch(name: str, manifest: str | Path | None = None) -> Path:
+def fetch(name: str) -> Path:
     """Verified path of the file `name`; DataError with every place that was tried if it cannot be had."""
-    return fetch_first([name], manifest)
+    return fetch_first([name])
 
 
-def fetch_first(names: Iterable[str], manifest: str | Path | None = None) -> Path:
+def fetch_first(names: Iterable[str]) -> Path:
     """Verified path of the first of `names` to be had: a local one, else a cached one, else by its sources.
 
     Raises DataError once, naming every file, its size, what was tried and what to do.
     """
-    entries = _select(names, manifest)
+    entries = _select(names)
     if not entries:
         raise DataError("no data file was asked for, or the manifest has none for this data set")
     tried: dict[str, list[str]] = {entry.name: [] for entry in entries}
@@ -123,26 +123,26 @@ def fetch_first(names: Iterable[str], manifest: str | Path | None = None) -> Pat
     raise DataError(_failure(entries, tried))
 
 
-def fetch_all(names: Iterable[str], manifest: str | Path | None = None) -> list[Path]:
+def fetch_all(names: Iterable[str]) -> list[Path]:
     """Verified paths of all `names`, in order; an archive that holds several is downloaded once.
 
     Raises DataError for the first that cannot be had.
     """
-    entries = _select(names, manifest)
+    entries = _select(names)
     here = [path for entry in entries if (path := _here(entry))]
     if len(here) == len(entries):
         return here
     try:
         # One process fills the cache; the others wait, and then find all of it there.
         with _locked(cached_path(entries[0].name).with_name("group")), shared_archives():
-            return [fetch(entry.name, manifest) for entry in entries]
+            return [fetch(entry.name) for entry in entries]
     except (filelock.Timeout, OSError) as error:
         raise DataError(f"cannot fetch {', '.join(entry.name for entry in entries)}: {one_line(error)}") from error
 
 
-def find(name: str, manifest: str | Path | None = None) -> Path | None:
+def find(name: str) -> Path | None:
     """Verified path of the file `name` in the local folder or the cache, without any network; else None."""
-    (entry,) = _select([name], manifest)
+    (entry,) = _select([name])
     return _here(entry)
 
 
@@ -151,27 +151,19 @@ def cached_path(name: str) -> Path:
     return cache_dir() / "data" / name
 
 
-def _read(path: str | Path | None) -> _Manifest:
-    file = Path(path) if path is not None else resources.files("compressible.data") / "manifest.toml"
+def _read() -> _Manifest:
+    named = os.environ.get("COMPRESSIBLE_MANIFEST")
+    file = Path(named).expanduser() if named else resources.files("compressible.data") / "manifest.toml"
     try:
         return _Written(**tomllib.loads(file.read_text(encoding="utf-8"))).complete()
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"cannot read the data manifest {file}: {error}") from error
     except ValidationError as error:
-        raise DataError(f"data manifest {file}: {_wrong(error)}") from None
+        raise DataError(f"data manifest {file}: {'; '.join(map(mistake, error.errors()))}") from None
 
 
-def _wrong(error: ValidationError) -> str:
-    """Of every wrong value its place, what it is and what was expected; a missing one has no value."""
-    lines = []
-    for one in error.errors():
-        value = "" if one["type"] == "missing" else f" is {one['input']!r}"
-        lines.append(f"{'.'.join(map(str, one['loc']))}{value}: {one['msg']}")
-    return "; ".join(lines)
-
-
-def _select(names: Iterable[str], manifest: str | Path | None) -> list[Entry]:
-    known = load_manifest(manifest)
+def _select(names: Iterable[str]) -> list[Entry]:
+    known = load_manifest()
     names = list(names)
     for name in names:
         if name not in known:

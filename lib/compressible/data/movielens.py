@@ -29,59 +29,59 @@ MEMBERS = {  # the ratings in GroupLens' archives and what separates columns; ":
 FORMS = ("ratings.csv.gz", "ratings_cold_users.csv.gz", *MEMBERS, "ml-100k.inter")
 
 
-def read_ratings(name: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, Path]:
+def read_ratings(name: str) -> tuple[pd.DataFrame, Path]:
     """All ratings in the first form to be had, and its path; DataError if there is none."""
-    path = _fetch(name, manifest)
+    path = _fetch(name)
     return (_read_member(path, *MEMBERS[path.name]) if path.name in MEMBERS else _read_table(path)), path
 
 
-def reachable(names: Iterable[str], manifest: str | Path | None = None) -> tuple[dict[str, str], dict[str, str]]:
+def reachable(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Fetch the sets `names`; return {name: sha256} of those to be had and {name: reason} of the others.
 
     The digest is the set's or, where the manifest has none, its file's.
     """
-    found, skipped, sets = {}, {}, load_sets(manifest)
+    found, skipped, sets = {}, {}, load_sets()
     for name in names:
         try:
-            path = _fetch(name, manifest)
-            found[name] = sets[name].sha256 or load_manifest(manifest)[f"{name}/{path.name}"].sha256
+            path = _fetch(name)
+            found[name] = sets[name].sha256 or load_manifest()[f"{name}/{path.name}"].sha256
         except DataError as error:
             skipped[name] = " ".join(str(error).split("\nwhat to do")[0].split())
     return found, skipped
 
 
-def read_fold(name: str, fold: str, manifest: str | Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_fold(name: str, fold: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(training, test) ratings of an official fold; DataError naming what is needed if absent."""
-    paths = local_fold(name, fold, manifest) or [_fetch_archive(name, fold, manifest)]
+    paths = local_fold(name, fold) or [_fetch_archive(name, fold)]
     if len(paths) == 1:
         return _read_member(paths[0], f"ml-100k/{fold}.base"), _read_member(paths[0], f"ml-100k/{fold}.test")
     return _read_table(paths[0]), _read_table(paths[1])
 
 
-def local_fold(name: str, fold: str, manifest: str | Path | None = None) -> list[Path]:
+def local_fold(name: str, fold: str) -> list[Path]:
     """The two files of a fold, or the archive, if they are on this machine already; else []."""
-    known = load_manifest(manifest)
+    known = load_manifest()
     for files in (_pair(name, fold), [f"{name}/{ARCHIVE}"]):
-        found = [find(file, manifest) for file in files if file in known]
+        found = [find(file) for file in files if file in known]
         paths = [path for path in found if path is not None]
         if len(paths) == len(files):
             return paths
     return []
 
 
-def _fetch(name: str, manifest: str | Path | None) -> Path:
-    known = load_manifest(manifest)
-    return fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known], manifest)
+def _fetch(name: str) -> Path:
+    known = load_manifest()
+    return fetch_first([f"{name}/{form}" for form in FORMS if f"{name}/{form}" in known])
 
 
 def _pair(name: str, fold: str) -> list[str]:
     return [f"{name}/{fold}_{part}.csv.gz" for part in ("train", "test")]
 
 
-def _fetch_archive(name: str, fold: str, manifest: str | Path | None) -> Path:
+def _fetch_archive(name: str, fold: str) -> Path:
     archive = f"{name}/{ARCHIVE}"
     try:
-        return fetch(archive, manifest)
+        return fetch(archive)
     except DataError as error:
         raise DataError(
             f"the official split {fold} needs {archive}, or {' and '.join(_pair(name, fold))} in "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,15 +55,15 @@ class Split:
     test: np.ndarray
 
 
-def load(name: str = "movielens-100k", manifest: str | Path | None = None) -> Ratings:
+def load(name: str = "movielens-100k") -> Ratings:
     """All ratings of a data set, from the first source to be had and checked against the manifest.
 
     Raises DataError if the set is unknown, cannot be had, or is not what the manifest says.
     """
-    sets = load_sets(manifest)
+    sets = load_sets()
     if name not in sets:
         raise DataError(f"unknown data set {name!r}, expected one of {sorted(sets)}")
-    table, path = movielens.read_ratings(name, manifest)
+    table, path = movielens.read_ratings(name)
     ratings = _ratings(name, table, f"{name}/{path.name}")
     found, wanted = (len(ratings), *ratings.shape, ratings.sha256), sets[name]
     expected = (wanted.rows, wanted.users, wanted.items, wanted.sha256 or ratings.sha256)
@@ -88,30 +87,30 @@ def densest(ratings: Ratings, users: int, items: int) -> Ratings:
     return _ratings(ratings.name, _frame(ratings)[keep], ratings.source)
 
 
-def resolve_split(name: str, manifest: str | Path | None = None) -> str:
+def resolve_split(name: str) -> str:
     """Turn "auto" into "u1" if the official folds are in the local folder or the cache, else into "seed0".
 
     Any other name is returned as it is; ValueError if it is no split name.
     """
     if name == "auto":
-        return "u1" if movielens.local_fold("movielens-100k", "u1", manifest) else "seed0"
+        return "u1" if movielens.local_fold("movielens-100k", "u1") else "seed0"
     if name in FOLDS or (name.startswith("seed") and name[4:].isdecimal()):
         return name
     raise ValueError(f"split is {name!r}, expected one of {', '.join(FOLDS)}, seed0, seed1, ... or auto")
 
 
-def split(ratings: Ratings, name: str = "auto", manifest: str | Path | None = None) -> Split:
+def split(ratings: Ratings, name: str = "auto") -> Split:
     """An official fold (u1 to u5), a seeded 80/20 split (seed0, seed1, ...), or auto (see resolve_split).
 
     Official folds go by original ids and so also split a densest() subset. Raises ValueError for an unknown
     name, DataError if the files of a fold cannot be had.
     """
-    name = resolve_split(name, manifest)
+    name = resolve_split(name)
     if name.startswith("seed"):
         order = _shuffled(len(ratings), int(name[4:]))
         cut = len(ratings) - len(ratings) // 5
         return Split(name, np.sort(order[:cut]), np.sort(order[cut:]))
-    return _official(ratings, name, manifest)
+    return _official(ratings, name)
 
 
 def validation_slice(parts: Split, fraction: float = 0.1, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -236,9 +235,9 @@ def _checked(ratings: Ratings, index: np.ndarray) -> np.ndarray:
     return index.astype(np.int64)
 
 
-def _official(ratings: Ratings, fold: str, manifest: str | Path | None) -> Split:
+def _official(ratings: Ratings, fold: str) -> Split:
     own = _keys(_frame(ratings))
-    tables = movielens.read_fold(ratings.name, fold, manifest)
+    tables = movielens.read_fold(ratings.name, fold)
     train, test = (np.flatnonzero(np.isin(own, _keys(table))) for table in tables)
     if len(train) + len(test) != len(ratings) or np.intersect1d(train, test).size:
         raise DataError(f"{fold}: {len(train)} + {len(test)} ratings are not a split of {len(ratings)}")

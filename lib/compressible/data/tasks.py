@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,14 +164,7 @@ class Task:
         return metrics.METRICS[self.metric](np.asarray(outputs), np.asarray(labels))
 
 
-def load_task(
-    name: str,
-    tokenizer: Any,
-    protocol: str = "clean",
-    max_length: int = 128,
-    source: str = "auto",
-    manifest: str | Path | None = None,
-) -> Task:
+def load_task(name: str, tokenizer: Any, protocol: str = "clean", max_length: int = 128, source: str = "auto") -> Task:
     """A text task, tokenised.
 
     Args:
@@ -182,7 +174,6 @@ def load_task(
         protocol: "clean" or "authors", as explained above.
         max_length: longest row in word pieces, from 3; usually 128, for "e2e" 64.
         source: "local" (COMPRESSIBLE_DATA, cache, package index), "hub", or "auto", which is local first.
-        manifest: a manifest of data files in the place of the package's own.
 
     Returns:
         The `Task` with all of its rows; `task.subset(size, seed)` chooses few.
@@ -206,7 +197,7 @@ def load_task(
         raise ValueError(f"{type(tokenizer).__name__} has no padding token, expected one: set tokenizer.pad_token")
     if not isinstance(max_length, int) or max_length < 3:
         raise ValueError(f"max_length is {max_length!r}, expected an integer >= 3")
-    rows, held = (read_rows(name, split, source, manifest) for split in SPLITS)
+    rows, held = (read_rows(name, split, source) for split in SPLITS)
     known = SETS[name]
     train, validation = (examples(part, known.kind, tokenizer, protocol, max_length) for part in (rows, held))
     dropped = len(rows.labels) - len(train), len(held.labels) - len(validation)

@@ -88,7 +88,7 @@ SETS = {
 }  # fmt: skip
 
 
-def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path | None = None) -> Rows:
+def read_rows(name: str, split: str, source: str = "auto") -> Rows:
     """Rows of one split ("train" or "validation") of a task of SETS, in the order of the files.
 
     `source`: "local" (COMPRESSIBLE_DATA, the cache and manifest.toml's own sources), "hub", or "auto", which is
@@ -102,11 +102,11 @@ def read_rows(name: str, split: str, source: str = "auto", manifest: str | Path 
     if not task.repository:
         if source == "hub":
             raise DataError(f"{name} is not on the hub: take source 'local' or 'auto'")
-        return _read_rated(task.folder, split, manifest)
+        return _read_rated(task.folder, split)
     if source == "hub":
         return _read_hub(task, split)
     try:
-        return _read_local(task, split, manifest)
+        return _read_local(task, split)
     except DataError as local:
         if source == "local":
             raise
@@ -151,10 +151,10 @@ def _part(task: TextSet, split: str) -> str:
     return task.validation if split == "validation" else split
 
 
-def _read_local(task: TextSet, split: str, manifest: str | Path | None) -> Rows:
+def _read_local(task: TextSet, split: str) -> Rows:
     file = _local_file(task, split)
     # Texts such as "NA" and "null" are texts.
-    frame = pd.read_csv(fetch(file, manifest), keep_default_na=False, dtype=dict.fromkeys(task.texts, str))
+    frame = pd.read_csv(fetch(file), keep_default_na=False, dtype=dict.fromkeys(task.texts, str))
     return _rows(frame, task, file)
 
 
@@ -175,9 +175,9 @@ def _rows(frame: pd.DataFrame, task: TextSet, source: str) -> Rows:
     return Rows(texts, frame[task.label].tolist(), source)
 
 
-def _read_rated(stem: str, split: str, manifest: str | Path | None) -> Rows:
+def _read_rated(stem: str, split: str) -> Rows:
     """The seeded split of rated sentences: whole reviews and articles are held out, and no text is on both sides."""
-    archive = fetch(RATED, manifest)
+    archive = fetch(RATED)
     groups, ratings, texts = _parse_rated(archive, stem)
     names, group = np.unique(groups, return_inverse=True)
     # The raw stream of a bit generator never changes; Generator.permutation may, between versions of numpy.
