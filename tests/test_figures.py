@@ -151,16 +151,6 @@ def test_labels_pass_over_what_has_no_end() -> None:
     assert [note.get_text() for note in notes] == ["cut short"]
 
 
-def test_band_draws_a_line_and_its_interval() -> None:
-    _, ax = figures.panels()
-    mean, low, high = figures.interval(np.array([[1.0, 2.0], [3.0, 2.0], [2.0, 2.0]]))
-    line = figures.band(ax, [0, 1], mean, low, high, figures.COLORS["original"], "original")
-    assert line.get_ydata().tolist() == [2.0, 2.0]
-    half = 4.302652729911275 / np.sqrt(3)  # the 97.5 % point of t with 2 degrees of freedom
-    np.testing.assert_allclose([low[0], high[0], low[1], high[1]], [2 - half, 2 + half, 2, 2])
-    assert len(ax.collections) == 1
-
-
 @pytest.mark.parametrize(("scale", "middle"), [("linear", [2.5, 2.0]), ("log", [2.0, 2.0])])
 def test_seaborn_draws_the_mean_over_seeds_and_its_t_interval(scale: str, middle: list[float]) -> None:
     values = np.array([[1.0, 2.0], [4.0, 2.0]])  # (seeds, n)
@@ -179,17 +169,23 @@ def test_seaborn_draws_the_mean_over_seeds_and_its_t_interval(scale: str, middle
     assert figures.over_seeds(ax, [1, 2], values[:1], "black", "one seed").get_ydata().tolist() == [1.0, 2.0]
 
 
-def test_fingerprint_is_strict_json_and_leaves_out_seconds() -> None:
-    figure, (left, right) = figures.panels(2)
-    left.plot([1, 2, 3], [0.12345, np.inf, 9.87654], label="a")
-    left.set(yscale="log", title="T", xlabel="iteration", ylabel="error")
-    right.plot([0.1, 0.7], [5, 4], label="b")
-    right.set(xlabel="wall time in seconds")
-    first, second = json.loads(json.dumps(figures.fingerprint(figure), allow_nan=False))["axes"]
-    assert (first["title"], first["x"], first["y"]) == ("T", ["iteration", "linear"], ["error", "log"])
-    line = {"label": "a", "n": 3, "first": [1, 0.123], "last": [3, 9.88], "min": [1, 0.123], "max": [3, 9.88]}
-    assert first["lines"] == [line]
-    assert second["lines"][0]["first"] == [None, 5.0]
+def test_a_place_without_a_value_of_each_seed_is_left_out() -> None:
+    _, ax = figures.panels()
+    line = figures.over_seeds(ax, [1, 2, 3], [[1.0, np.nan, 3.0], [2.0, 2.0, 4.0]], "black", "two seeds")
+    assert line.get_xydata().tolist() == [[1.0, 1.5], [3.0, 3.5]]
+
+
+def test_seaborn_draws_the_range_of_all_seeds_and_bars() -> None:
+    values = np.array([[1.0, 2.0], [4.0, 2.5], [2.0, 9.0]])
+    _, ax = figures.panels()
+    line = figures.over_seeds(ax, [1, 2], values, "black", "range", **figures.RANGE)
+    assert line.get_ydata().tolist() == [2.0, 2.5]
+    assert ax.collections[0].get_datalim(ax.transData).intervaly.tolist() == [1.0, 9.0]
+    line = figures.over_seeds(ax, [1, 2], values, "black", "bars", err_style="bars", linestyle="none", marker="o")
+    assert (line.get_label(), line.get_linestyle(), line.get_marker()) == ("bars", "None", "o")
+    (bars,) = ax.containers
+    low, high = bars[2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose([low, high], np.ravel(figures.interval(values[:, 0])[1:]))
 
 
 def test_colours_are_distinct() -> None:

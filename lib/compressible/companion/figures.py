@@ -32,9 +32,8 @@ from compressible.runtime import paths
 __all__ = [
     "COLORS",
     "PALETTE",
+    "RANGE",
     "STYLE",
-    "band",
-    "fingerprint",
     "interval",
     "label_lines",
     "over_seeds",
@@ -56,6 +55,7 @@ COLORS = {
     "secondary": "#56B4E9",
     "reference": "#000000",
 }
+_TICKS = {"major.size": 3.5, "major.width": 0.8, "minor.size": 2, "minor.width": 0.6}
 # Seaborn's theme for papers, and what this project wants otherwise.
 STYLE: Any = {
     **sns.axes_style("whitegrid"),
@@ -67,6 +67,7 @@ STYLE: Any = {
     "axes.titlelocation": "left",
     "axes.labelsize": 8,
     "axes.edgecolor": "black",
+    "axes.linewidth": 0.8,
     "axes.prop_cycle": plt.cycler(color=PALETTE),
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -79,6 +80,7 @@ STYLE: Any = {
     "xtick.labelsize": 7.5,
     "ytick.left": True,
     "ytick.labelsize": 7.5,
+    **{f"{axis}tick.{name}": size for axis in "xy" for name, size in _TICKS.items()},
     "figure.dpi": 110,
     "savefig.facecolor": "white",
     "figure.constrained_layout.use": True,
@@ -86,6 +88,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "compressible",
 }
+RANGE: Any = {"estimator": "median", "errorbar": ("pi", 100)}  # for over_seeds: the middle of all seeds and their range
 _ID = re.compile(r"[a-z]+\d{0,4}/(\d\d|table\d)_[a-z0-9_]+")
 
 
@@ -101,34 +104,30 @@ def panels(ncols: int = 1, nrows: int = 1, height: float = 2.4, width: float = W
     return figure, axes
 
 
-def band(ax: Axes, x: Any, mean: Any, low: Any, high: Any, color: str, label: str) -> Line2D:
-    """A line with a shaded interval; all four are (n,) arrays. Returns the line."""
-    (line,) = ax.plot(x, mean, color=color, label=label)
-    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    return line
-
-
 def over_seeds(ax: Axes, x: Any, values: Any, color: str, label: str, **options: Any) -> Line2D:
     """The mean of `values`, (seeds, n), with its 95 % t interval as a band, by seaborn. Returns the line.
 
-    Seaborn takes the statistics on the scale of the axis: where it is logarithmic by then, the mean is geometric.
+    `options` are those of seaborn's lineplot: `**RANGE` for the range of all seeds, `err_style="bars"` for bars.
+    Seaborn takes the statistics on the scale of the axis, so call it when that stands: where it is logarithmic, the
+    mean is geometric. A place where a seed has no finite value is left out, as a mean of the others would mislead.
     """
     values = np.atleast_2d(np.asarray(values, float))
+    values = np.where(np.isfinite(values).all(0), values, np.nan)
     places = np.broadcast_to(np.asarray(x), values.shape)
-    sns.lineplot(
-        x=places.ravel(), y=values.ravel(), errorbar=lambda found: interval(found)[1:], err_kws={"linewidth": 0},
-        color=color, label=label, legend=False, ax=ax, **options,
-    )  # fmt: skip
-    return ax.get_lines()[-1]
+    looks: dict[str, Any] = {"color": color, "markeredgecolor": color, "label": label, "legend": False}
+    looks["err_kws"] = {"elinewidth": 1, "capsize": 2} if options.get("err_style") == "bars" else {"linewidth": 0}
+    before = len(ax.get_lines())
+    t_interval = {"errorbar": lambda found: interval(found)[1:]}
+    sns.lineplot(x=places.ravel(), y=values.ravel(), ax=ax, **t_interval | looks | options)
+    return ax.get_lines()[before]
 
 
-def label_lines(ax: Axes, lines: Sequence[Line2D] | None = None, gap: float = 4.0) -> list[Annotation]:
-    """Write each line's label beside its end, in its colour, moved vertically just enough not to overlap.
+def label_lines(ax: Axes, gap: float = 4.0) -> list[Annotation]:
+    """Write the label of each line that has one beside its end, in its colour, moved up or down not to overlap.
 
-    `lines` are by default those with a label; `gap` is in points. Call it last: positions are solved in
-    pixels for the limits, scales and size that the axes have then.
+    `gap` is in points. Call it last: positions are solved in pixels for the limits, scales and size of then.
     """
-    shown = [line for line in lines or ax.get_lines() if not str(line.get_label()).startswith("_")]
+    shown = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
     ends = [(line, end) for line in shown if (end := _last_point(ax, line)) is not None]
     with mpl.rc_context(STYLE):
         notes = [_note(ax, line, end, gap) for line, end in ends]
@@ -170,16 +169,6 @@ def save(
     return path
 
 
-def fingerprint(figure: Figure, digits: int = 3) -> dict[str, Any]:
-    """Numbers that identify what a figure shows, to print as one JSON line that a test can compare.
-
-    For each axes: title, labels, scales, images, bars, and for each labelled line its length, first and last
-    point and range, rounded to `digits` significant digits. Values along an axis that is labelled in
-    seconds are left out, since they differ from run to run.
-    """
-    return {"axes": [_axes_print(ax, digits) for ax in figure.axes]}
-
-
 def _write(figure: Figure, path: Path, record: dict[str, Any]) -> None:
     with ExitStack() as stack:
         # The stack unwinds backwards: the record, entered first, takes its place last.
@@ -202,7 +191,7 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         figure.savefig(png, dpi=160, metadata={"Title": title, "Software": "compressible"})
-        figure.savefig(pdf, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
+        figure.savefig(pdf, dpi=300, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
 
 
 def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
@@ -266,35 +255,3 @@ def _spread(ax: Axes, notes: Sequence[Annotation], boxes: Sequence[Any]) -> None
     for i, target in zip(order, solved, strict=True):
         x, y = notes[i].xyann
         notes[i].xyann = (x, y + (target - centres[i]) * to_points)
-
-
-def _axes_print(ax: Axes, digits: int) -> dict[str, Any]:
-    return {
-        "title": ax.get_title(loc="left") or ax.get_title(),
-        "x": [ax.get_xlabel(), ax.get_xscale()],
-        "y": [ax.get_ylabel(), ax.get_yscale()],
-        "images": len(ax.get_images()),
-        "bars": len(ax.containers),
-        "lines": [_line_print(ax, line, digits) for line in ax.get_lines()],
-    }
-
-
-def _line_print(ax: Axes, line: Line2D, digits: int) -> dict[str, Any]:
-    data = np.asarray(line.get_xydata(), float)
-    timed = [bool(re.search(r"\bseconds?\b", label)) for label in (ax.get_xlabel(), ax.get_ylabel())]
-    label = str(line.get_label())
-    known = {"label": "" if label.startswith("_") else label, "n": len(data)}
-    if not len(data):
-        return known
-    rows = {"first": data[0], "last": data[-1], "min": _extreme(np.min, data), "max": _extreme(np.max, data)}
-    drop = np.where(timed, np.nan, 0.0)
-    return known | {name: [_round(v, digits) for v in row + drop] for name, row in rows.items()}
-
-
-def _extreme(function: Any, data: np.ndarray) -> np.ndarray:
-    finite = [column[np.isfinite(column)] for column in data.T]
-    return np.array([function(column) if len(column) else np.nan for column in finite])
-
-
-def _round(value: float, digits: int) -> float | None:
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
