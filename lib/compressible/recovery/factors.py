@@ -70,6 +70,9 @@ def product(factors: Sequence[Tensor]) -> Tensor:
     Returns:
         X (..., m, n).
 
+    Raises:
+        RuntimeError: PyTorch's own, where the widths of neighbours differ.
+
     Example:
         >>> import compressible as cd
         >>> cd.product(cd.orthogonal_factors((8, 6), depth=3)).shape
