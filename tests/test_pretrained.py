@@ -12,7 +12,7 @@ from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 
 import compressible as cd
 from compressible import data
-from compressible.adapters.targets import matching, saved_modules
+from compressible.adapters.targets import places, saved_modules
 from compressible.data import hub, pretrained, sources, tasks, text
 
 MINILM = [name.partition("/")[2] for name in data.load_manifest() if name.startswith("minilm/")]
@@ -179,13 +179,13 @@ def test_head_layers_are_those_that_a_protocol_leaves_or_trains_whole(kind):
     assert names == HEADS[kind][1] == cd.head_layers(model)
     assert [model.get_submodule(name) for name in names] == pretrained.new_parts(model)[0]
     given = {"variant": "thin", "r": 2, "task_type": "SEQ_CLS", "target_modules": "all-linear"}
-    left = matching(model, cd.DeepLoraConfig(**given, exclude_modules=names))
+    left = places(model, cd.DeepLoraConfig(**given, exclude_modules=names))
     trained = cd.DeepLoraConfig(**given, modules_to_save=names)
-    assert left and not {*left} & {*names} and {*matching(model, trained)} == {*left}
+    assert left and not {*left} & {*names} and {*places(model, trained)} == {*left}
     assert [name for name, _ in saved_modules(model, trained)] == names
     if kind == "Bert":  # as with the names that notebooks gave themselves
-        assert {*left} == {*matching(model, cd.DeepLoraConfig(**given))}
-        assert {*left} == {*matching(model, cd.DeepLoraConfig(**given, modules_to_save=["classifier"]))}
+        assert {*left} == {*places(model, cd.DeepLoraConfig(**given))}
+        assert {*left} == {*places(model, cd.DeepLoraConfig(**given, modules_to_save=["classifier"]))}
 
 
 def test_a_model_without_a_padding_token_pads_with_the_mark_of_the_end(tmp_path, monkeypatch):

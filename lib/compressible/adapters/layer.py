@@ -48,11 +48,6 @@ class Adapter(nn.Module):
         return layer_shape(self.base)
 
     @property
-    def transposed(self) -> bool:
-        """Whether the base keeps its weight as (n, m), as transformers' Conv1D and nn.Embedding (ids in) do."""
-        return is_transposed(self.base)
-
-    @property
     def weight(self) -> Tensor:
         """The frozen layer's weight: models ask layers for its dtype and device."""
         return self.base.weight
@@ -207,18 +202,13 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def adapted(model: nn.Module) -> nn.Module:
     """Return the adapted model behind torch.compile and DistributedDataParallel; ValueError if there is none."""
-    inner = model
-    while True:
-        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            wrapped = inner.module
-        else:
-            wrapped = getattr(inner, "_orig_mod", None)
-        if not isinstance(wrapped, nn.Module):
-            break
-        inner = wrapped
-    if not hasattr(inner, "deep_lora_config"):
-        raise ValueError(f"{type(inner).__name__} has no adapters, expected a model from get_deep_lora_model")
-    return inner
+    while "deep_lora_config" not in vars(model):
+        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+        inner = model.module if parallel else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            raise ValueError(f"{type(model).__name__} has no adapters, expected a model from get_deep_lora_model")
+        model = inner
+    return model
 
 
 def starting_factors(

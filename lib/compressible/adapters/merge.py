@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressible.adapters.layer import Adapter, adapted, replace_module, tied_layers
+from compressible.adapters.layer import Adapter, adapted, is_transposed, replace_module, tied_layers
 
 ROUNDINGS = 4  # of a weight in half precision, by which a merged model may differ
 
@@ -77,7 +77,7 @@ def merged_weight(adapter: Adapter) -> Tensor:
     """Return weight plus update in the weight's own layout and precision, summed in float32 at least."""
     update, weight = adapter.update(), adapter.weight
     kind = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(kind) + (update.mT if adapter.transposed else update)).to(weight.dtype)
+    return (weight.to(kind) + (update.mT if is_transposed(adapter.base) else update)).to(weight.dtype)
 
 
 def first_output(output: Any) -> Tensor:

@@ -15,16 +15,11 @@ CLASSIFIERS = ("classifier", "score")
 HEADS = {"SEQ_CLS": CLASSIFIERS, "TOKEN_CLS": CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}  # peft saves them whole
 
 
-def matching(model: nn.Module, config: DeepLoraConfig) -> dict[str, nn.Module]:
-    """Return the layers that `config` targets, by name; of layers that share one weight the first.
+def places(model: nn.Module, config: DeepLoraConfig) -> dict[str, list[str]]:
+    """Return the names of all targets by the first of those that share a weight, such as T5's word embeddings.
 
     Raises ValueError for a target whose update its model would not see.
     """
-    return {name: model.get_submodule(name) for name in places(model, config)}
-
-
-def places(model: nn.Module, config: DeepLoraConfig) -> dict[str, list[str]]:
-    """Return the names of all targets by the first of those that share a weight, such as T5's word embeddings."""
     output = _output_embedding(model)
     found: dict[tuple, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

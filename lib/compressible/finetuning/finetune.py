@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.targets import matching, saved_modules
+from compressible.adapters.targets import places, saved_modules
 from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.checks import check_model, check_runs, check_settings, check_task, checked_marks
 from compressible.finetuning.run import FineTuningRun, RunHistory
@@ -122,10 +122,10 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
     layers: dict[str, tuple] = {}
     for at, run in enumerate(runs):
         config = run.config
-        places = config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save
-        asked = repr((*places, config.task_type))
+        named = config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save
+        asked = repr((*named, config.task_type))
         if asked not in layers:
-            found = tuple(matching(model, config))
+            found = tuple(places(model, config))
             if not found:
                 raise ValueError(f"target_modules = {config.target_modules!r} matches no layer")
             layers[asked] = found, tuple(name for name, _ in saved_modules(model, config))

@@ -109,7 +109,7 @@ class Trainer:
 
     def update(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
         """Take one step of all runs with these rows; everything that it needs is on the device."""
-        self.adam.zero()
+        self.adam.gradient.zero_()
         losses, step = self.stacked.losses(tokens, labels), self.stacked.step
         losses.sum().backward()
         with torch.no_grad():
@@ -192,5 +192,4 @@ def _watched(watch: Callable | None, snapshot: PassSnapshot, storable: bool) -> 
 
 
 def _own(head: StackedLinear, at: int) -> dict[str, Tensor]:
-    state = {"weight": head.stacked[at].detach().clone()}
-    return state if head.biases is None else state | {"bias": head.biases[at].detach().clone()}
+    return {name: value[at].detach().clone() for name, value in head.named_parameters()}

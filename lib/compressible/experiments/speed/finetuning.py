@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -191,18 +192,17 @@ def _time_stacked(
     case: Case, modes: Sequence[str], model: nn.Module, task: Task, batch_size: int, seconds: float, trials: int
 ) -> Iterator[tuple[str, Timing]]:
     device = str(next(model.parameters()).device)
-    wait = lambda: devices.synchronize(device)  # noqa: E731
     began = time.perf_counter()
     runs = runs_of(case.method, case.runs, case.real)
     trainer = Trainer(StackedPass(model, runs, task, STEPS, batch_size, case.precision))
-    wait()
+    devices.synchronize(device)
     setup = time.perf_counter() - began if case.real or case.method != "compressed" else float("nan")
     for mode in modes:
         trainer.graphs = None
         _let_go()
         try:
             trainer.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
-            yield mode, _steady(Endless(trainer), wait, device, case.precision, setup, mode, seconds, trials)
+            yield mode, _steady(Endless(trainer), device, case.precision, setup, mode, seconds, trials)
         except Exception as failure:
             yield mode, Timing(skipped=failed(failure))
         if mode == "compiled":
@@ -234,15 +234,14 @@ def time_peft(
         adam.zero_grad()
 
     setup = time.perf_counter() - began
-    wait = lambda: devices.synchronize(str(device))  # noqa: E731
     for mode in modes:
-        yield mode, _steady(step, wait, str(device), case.precision, setup, mode, seconds, trials)
+        yield mode, _steady(step, str(device), case.precision, setup, mode, seconds, trials)
 
 
 def _steady(
-    step: Callable[[], object], wait: Callable[[], object], device: str, precision: str, setup: float, mode: str,
-    seconds: float, trials: int,
-) -> Timing:  # fmt: skip
+    step: Callable[[], object], device: str, precision: str, setup: float, mode: str, seconds: float, trials: int
+) -> Timing:
+    wait = partial(devices.synchronize, device)
     with devices.peak_inside(device) as peak, matmul_precision(precision):
         began = time.perf_counter()
         step()
@@ -269,12 +268,8 @@ class Endless:
 def _values(key: str, timing: Timing) -> dict[str, float | str | np.ndarray]:
     if timing.skipped:
         return {f"{key}/skipped": timing.skipped}
-    named: dict[str, Any] = {
-        "setup": timing.setup,
-        "compilation": timing.compilation,
-        "memory": timing.memory,
-        "steps": timing.step,
-    }
+    costs: dict[str, Any] = {"setup": timing.setup, "compilation": timing.compilation, "memory": timing.memory}
+    named = costs | {"steps": timing.step}
     return {f"{key}/{what}": value for what, value in named.items() if not np.isnan(value).all()}
 
 

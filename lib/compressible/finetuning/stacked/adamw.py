@@ -42,10 +42,6 @@ class StackedAdamW:
             parameter.data = self.value[view].view_as(parameter)
             parameter.grad = self.gradient[view].view_as(parameter)
 
-    def zero(self) -> None:
-        """Set the gradients to zero."""
-        self.gradient.zero_()
-
     @torch.no_grad()
     def step(self, factor: Tensor) -> None:
         """Take one step at `factor` () times the rates."""

@@ -190,21 +190,16 @@ class StackedLinear(nn.Module):
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, rows: PassRows) -> None:
         super().__init__()
         self.rows = rows
-        self.stacked = nn.Parameter(torch.stack(list(weights)))
-        self.biases = None if biases is None else nn.Parameter(torch.stack(list(biases)))
-
-    @property
-    def weight(self) -> Tensor:
-        """The stacked weights (S, m, n)."""
-        return self.stacked
+        self.weight = nn.Parameter(torch.stack(list(weights)))
+        self.bias = None if biases is None else nn.Parameter(torch.stack(list(biases)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (S * B, ..., m)."""
-        runs, m, n = self.stacked.shape
+        runs, m, n = self.weight.shape
         self.rows.check(f"a trained layer of shape {(m, n)}", x.shape)
-        flat = x.reshape(runs, -1, n).to(self.stacked.dtype)
-        out = flat @ self.stacked.mT
-        out = out if self.biases is None else out + self.biases[:, None]
+        flat = x.reshape(runs, -1, n).to(self.weight.dtype)
+        out = flat @ self.weight.mT
+        out = out if self.bias is None else out + self.bias[:, None]
         return out.view(*x.shape[:-1], m)
 
 
