@@ -1,4 +1,4 @@
-"""What is claimed: the entries of data/claims.toml, read and checked. How they are judged is in claims.py."""
+"""What is claimed: the entries of data/claims.toml, read and checked. How they are judged is in rules.py."""
 
 from __future__ import annotations
 
