@@ -59,10 +59,15 @@ def _execute(notebook: Path, output: Path, values: Mapping[str, Any], kernel: st
     told = {"COMPRESSIBLE_FIGURES": str(figures), NOTEBOOK: notebook_digest(notebook) or ""}
     with _environment(**told), _private_sockets() as config:
         papermill.execute_notebook(
-            str(notebook), str(output), parameters=dict(values), kernel_name=kernel,
-            cwd=str(notebook.parent), start_timeout=START_TIMEOUT, config=config,
+            str(notebook),
+            str(output),
+            parameters=dict(values),
+            kernel_name=kernel,
+            cwd=str(notebook.parent),
+            start_timeout=START_TIMEOUT,
+            config=config,
             progress_bar=sys.stderr.isatty(),
-        )  # fmt: skip
+        )
 
 
 def _publish(staging: Path, id: str, label: str) -> None:

@@ -226,8 +226,8 @@ def gather(name: str, runs: Sequence[dict[str, Fit]]) -> dict[str, np.ndarray | 
     """
     out: dict = {f"{name}/methods": list(runs[0])}
     for method, first in runs[0].items():
-        rows = [{"final": fit.final["rmse"], "stopped": fit.stopped["rmse"], "stop": fit.stop, **fit.settings}
-                for fit in (run[method] for run in runs)]  # fmt: skip
+        fits = [run[method] for run in runs]
+        rows = [{"final": f.final["rmse"], "stopped": f.stopped["rmse"], "stop": f.stop, **f.settings} for f in fits]
         values = {key: np.array([row[key] for row in rows]) for key in rows[0]}
         values |= {"iterations": first.iterations, "seconds": first.seconds, "rmse": np.sqrt(2 * first.error)}
         out |= {f"{name}/{method}/{key}": value for key, value in values.items()}
@@ -297,9 +297,8 @@ def _choose(
         history = descend_to_divergence(problem, factors, size, outer_ratio=outer_ratio, **options)
         usable = torch.isfinite(history.error) & torch.isfinite(history.final("loss"))[..., None]
         errors = history.error.masked_fill(~usable, torch.inf).reshape(len(group), -1)
-        best = errors.argmin(1).tolist()
-        found += [(float(row[at]), *trial, int(history.iterations[at]))
-                  for trial, row, at in zip(group, errors, best, strict=True)]  # fmt: skip
+        for trial, row, at in zip(group, errors, errors.argmin(1).tolist(), strict=True):
+            found.append((float(row[at]), *trial, int(history.iterations[at])))
     error, scale, fraction, stop = min(found)
     if error == float("inf"):
         raise ValueError(f"step_fractions are {[f for _, f in trials]}: all diverge, expected one that does not")
