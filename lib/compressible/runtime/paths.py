@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
-
 PROJECT = "compressible-dynamics"
 
 
@@ -31,7 +29,11 @@ def repository() -> Path:
 def cache_dir() -> Path:
     """Directory for downloads and results: $COMPRESSIBLE_CACHE, or the platform's cache directory."""
     named = os.environ.get("COMPRESSIBLE_CACHE")
-    return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("compressible"))
+    if named:
+        return Path(named).expanduser()
+    import platformdirs  # not needed where nothing is cached: a GPU host may have PyTorch alone
+
+    return Path(platformdirs.user_cache_dir("compressible"))
 
 
 def figures_dir() -> Path:
