@@ -471,7 +471,7 @@ def test_provenance_of_a_cached_run_tells_how_it_was_computed() -> None:
     record = runs.provenance(result, "quick", "kwon2024/05_completion")
     assert json.loads(json.dumps(record)) == record
     assert record["cached"] is True
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["versions"]["compressible"] == compressible.__version__
     assert record["threads"] == torch.get_num_threads()
     assert record["wall_seconds"] == result.seconds
