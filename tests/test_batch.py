@@ -213,9 +213,9 @@ def test_no_gpu_hides_them_and_the_environment_comes_back(monkeypatch):
 def test_two_jobs_get_two_gpus_and_a_third_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
-    third = threading.Thread(target=lambda: order.append(batch._first_free(["4", "7"])[0]))
+    third = threading.Thread(target=lambda: order.append(batch.first_free(["4", "7"])[0]))
     order: list[str] = []
-    first, held = batch._first_free(["4", "7"])
+    first, held = batch.first_free(["4", "7"])
     with batch.gpu_slot(2) as second:
         assert (first, second) == ("4", "7")
         third.start()

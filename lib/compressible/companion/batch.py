@@ -135,7 +135,7 @@ def gpu_slot(count: int) -> Iterator[str]:
         with _environment(CUDA_VISIBLE_DEVICES="".join(devices)):
             yield "".join(devices)
         return
-    device, lock = _first_free(devices)
+    device, lock = first_free(devices)
     try:
         with _environment(CUDA_VISIBLE_DEVICES=device):
             yield device
@@ -143,7 +143,8 @@ def gpu_slot(count: int) -> Iterator[str]:
         lock.release()
 
 
-def _first_free(devices: Sequence[str]) -> tuple[str, Any]:
+def first_free(devices: Sequence[str]) -> tuple[str, Any]:
+    """Wait for the first of the GPUs that no other job of this user holds, and return it with its held lock."""
     from filelock import FileLock, Timeout
 
     # On this machine, not in the cache: that may be shared by machines with GPUs of their own.

@@ -78,6 +78,7 @@ class Jax(Peer):
     Raises ValueError for another problem than dense completion, and where JAX or its device is missing.
     """
 
+    # The second half of its methods are what is traced: JAX is no dependency and is imported when one is made.
     name = "jax"
 
     def __init__(self, problem: Problem, factors: Sequence[Tensor], rates: Sequence[Rate], decay: float) -> None:
