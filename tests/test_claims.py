@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from compressible.__main__ import main
 from compressible.companion import claims, notebooks
-from compressible.companion.claims import FAIL, NOT_TESTED, PASS, WEAK, Claim, ClaimError
+from compressible.companion.claims import FAIL, INCONCLUSIVE, NOT_TESTED, PASS, WEAK, Claim, ClaimError
 
 FIGURE = "kwon2024/05_completion"
 
@@ -82,6 +83,49 @@ SURE, WIDE = np.array([0.5, 0.51, 0.49, 0.5, 0.5]), np.array([0.1, 0.9, 0.2, 1.8
 )
 def test_several_seeds(tested: Claim, values: np.ndarray, expected: str) -> None:
     assert outcome(tested, values) == expected
+
+
+UNIT: Any = {"unit": "seed"}
+
+
+@pytest.mark.parametrize(
+    ("tested", "values", "expected"),
+    [
+        (claim(**UNIT), SURE, PASS),
+        (claim(**UNIT), WIDE, INCONCLUSIVE),  # the mean .78 is inside, the interval is not
+        (claim(**UNIT), WIDE + 0.5, INCONCLUSIVE),  # the mean 1.28 is outside, the interval is not
+        (claim(**UNIT), SURE + 1, FAIL),
+        (claim(**UNIT), 1.5, FAIL),
+        (claim(**UNIT), 0.5, PASS),
+        (claim("between", [0.4, 0.6], **UNIT), SURE, PASS),
+        (claim("between", [0.495, 0.6], **UNIT), SURE, INCONCLUSIVE),
+        (claim("between", [0.6, 0.7], **UNIT), SURE, FAIL),
+        (claim("greater_than_zero", None, **UNIT), WIDE - 0.5, INCONCLUSIVE),
+        (claim("greater_than_zero", None, **UNIT), -SURE, FAIL),
+        (claim("greater_than_zero", None, **UNIT), np.zeros(3), FAIL),
+        (claim(scale="abs", **UNIT), np.array([0.0, 0.9, 0.0]), INCONCLUSIVE),
+        (claim(bound=1.5, scale="abs", **UNIT), np.array([-0.1, 0.1, 0.2]), PASS),
+        (claim(every=True, **UNIT), np.array([0.5, 1.1, 0.5]), FAIL),
+        (claim("true", None, **UNIT), np.array([True] * 9 + [False]), FAIL),
+        (claim("share", 0.4, **UNIT), np.array([True] * 5), PASS),  # 5 of 5: at least .478
+        (claim("share", 0.5, **UNIT), np.array([True] * 5), INCONCLUSIVE),
+        (claim("share", 0.9, **UNIT), np.array([True] * 2 + [False] * 8), FAIL),
+        (claim(**UNIT), np.array([0.5, np.nan]), FAIL),
+    ],
+)
+def test_a_claim_with_a_unit_is_judged_two_sided(tested: Claim, values: Any, expected: str) -> None:
+    assert outcome(tested, values) == expected
+
+
+def test_shares_have_the_interval_of_clopper_and_pearson() -> None:
+    for true, count in ((0, 10), (3, 10), (10, 10)):
+        exact = scipy.stats.binomtest(true, count).proportion_ci()
+        found = claims.verdict(claim("share", 0.4, **UNIT), evidence(np.arange(count) < true))
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_a_unit_does_not_change_the_digests_of_claims_without_one() -> None:
+    assert claim().rule() == claim(group="own").rule() != claim(**UNIT).rule()
 
 
 def test_the_interval_is_student_t() -> None:
@@ -262,16 +306,16 @@ def test_the_table_prefers_the_paper_preset(tmp_path: Path) -> None:
     for preset, value in (("quick", 2.0), ("paper", SURE), ("another", 3.0)):
         write_record(tmp_path, preset, claim(published="0.7"), value)
     text = claims.table(tmp_path, claims=[claim(published="0.7")])
-    assert "PASS       a statement" in text
+    assert "PASS         a statement" in text
     assert "ours: 0.5 [0.491, 0.509] (paper, 5 seeds); published: 0.7" in text
-    assert "1 claims: 1 PASS, 0 WEAK, 0 FAIL, 0 NOT TESTED." in text
-    assert "FAIL       a statement" in claims.table(tmp_path, preset="quick", claims=[claim()])
+    assert "1 claims: 1 PASS, 0 WEAK, 0 FAIL, 0 INCONCLUSIVE, 0 NOT TESTED." in text
+    assert "FAIL         a statement" in claims.table(tmp_path, preset="quick", claims=[claim()])
 
 
 def test_claims_without_a_record_or_changed_since_are_not_tested(tmp_path: Path) -> None:
-    assert "NOT TESTED a statement" in claims.table(tmp_path, claims=[claim()])
+    assert "NOT TESTED   a statement" in claims.table(tmp_path, claims=[claim()])
     write_record(tmp_path, "quick", claim(), 0.5)
-    assert "PASS       a statement" in claims.table(tmp_path, claims=[claim()])
+    assert "PASS         a statement" in claims.table(tmp_path, claims=[claim()])
     for changed in (claim(bound=0.9), claim(seeds=5), claim(requires={"dimension": 100})):
         assert "ours: no record since the claim changed: `make figure ID=" in claims.table(tmp_path, claims=[changed])
 
@@ -335,7 +379,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_command_prints_and_writes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_record(project / "figures", "quick", claim(), 0.5)
     assert main(["claims"]) == 0
-    assert "PASS       a statement" in capsys.readouterr().out
+    assert "PASS         a statement" in capsys.readouterr().out
     assert main(["claims", "--preset", "paper", "--format", "markdown"]) == 0
     assert "PRESET=paper` | NOT TESTED |" in capsys.readouterr().out
     assert main(["claims", "--preset", "papr"]) == 2

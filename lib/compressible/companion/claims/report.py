@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from compressible.companion import notebooks
-from compressible.companion.claims.rules import verdict
+from compressible.companion.claims.rules import FAIL, INCONCLUSIVE, PASS, WEAK, verdict
 from compressible.companion.claims.statement import NOT_TESTED, PAPERS, Claim, load_claims
 from compressible.runtime import checks, paths
 
@@ -92,7 +92,7 @@ def _row(claim: Claim, records: list[dict[str, Any]], only_own: bool) -> dict[st
         found: dict[str, Any] = next((v for v in record["claims"] if v["id"] == claim.id), {})
         judged = found if found.get("rule") == claim.rule() else _judged_again(claim, record)
         if judged:
-            return statement | {"ours": _ours(judged, record["preset"]), "verdict": judged["verdict"]}
+            return statement | {"ours": _ours(judged, record["preset"], claim.unit), "verdict": judged["verdict"]}
         reason = f"no record since the claim changed: {_command(claim)}"
     return statement | {"ours": reason, "verdict": NOT_TESTED}
 
@@ -117,12 +117,12 @@ def _command(claim: Claim) -> str:
     return f"`make figure ID={claim.figure} PRESET={claim.preset}{' GPUS=1' if preset and preset.gpu else ''}`"
 
 
-def _ours(verdict: dict[str, Any], preset: str) -> str:
+def _ours(verdict: dict[str, Any], preset: str, unit: str) -> str:
     if verdict["value"] is None:
         return f"{verdict['reason']} ({preset})"
     ends = "" if verdict["low"] is None else f" [{_short(verdict['low'])}, {_short(verdict['high'])}]"
-    seeds = f", {verdict['seeds']} seeds" if verdict["seeds"] > 1 else ""
-    return f"{_short(verdict['value'])}{ends} ({preset}{seeds})"
+    count = f", {verdict['seeds']} {unit or 'seed'}s" if verdict["seeds"] > 1 else ""
+    return f"{_short(verdict['value'])}{ends} ({preset}{count})"
 
 
 def _short(value: float) -> str:
@@ -140,12 +140,12 @@ def _markdown(title: str, rows: list[dict[str, str]]) -> str:
 def _text(title: str, rows: list[dict[str, str]]) -> str:
     lines = [title]
     for row in rows:
-        lines += [f"  {row['verdict']:<10} {row['claim']}", f"             {row['id']}"]
-        lines.append(f"             ours: {row['ours']}; published: {row['published'] or '-'}")
+        lines += [f"  {row['verdict']:<12} {row['claim']}", f"               {row['id']}"]
+        lines.append(f"               ours: {row['ours']}; published: {row['published'] or '-'}")
     return "\n".join(lines)
 
 
 def _count(rows: Iterable[dict[str, str]]) -> str:
     verdicts = [row["verdict"] for row in rows]
-    counts = [f"{verdicts.count(v)} {v}" for v in ("PASS", "WEAK", "FAIL", NOT_TESTED)]
+    counts = [f"{verdicts.count(v)} {v}" for v in (PASS, WEAK, FAIL, INCONCLUSIVE, NOT_TESTED)]
     return f"{len(verdicts)} claims: {', '.join(counts)}."

@@ -1,4 +1,4 @@
-"""Statements of the papers, each judged on its evidence: PASS, WEAK, FAIL or NOT TESTED.
+"""Statements of the papers, each judged on its evidence: PASS, WEAK, FAIL, INCONCLUSIVE or NOT TESTED.
 
 The rules, in this order:
 
@@ -11,6 +11,10 @@ The rules, in this order:
    With `every`, PASS needs each single value inside `bound` instead of the interval.
 5. "greater_than_zero" is rule 3 or 4 with the bound > 0, so PASS means an interval that excludes 0.
    "true" passes when every value is true, is WEAK when more than half are, and fails otherwise.
+6. A claim that names its `unit` is judged two-sided instead of by rules 4 and 5: PASS when the whole 95 % interval lies
+   inside `bound`, FAIL when the whole interval lies outside, and INCONCLUSIVE where neither side is shown. The interval
+   of sizes (scale "abs") ends at 0, that of a "share" of true values is Clopper and Pearson's. One value outside
+   refutes what is said of all ("true", `every`).
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import betaincinv, stdtrit
 
 from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims
 
-PASS, WEAK, FAIL = "PASS", "WEAK", "FAIL"
+PASS, WEAK, FAIL, INCONCLUSIVE = "PASS", "WEAK", "FAIL", "INCONCLUSIVE"
 
 
 class Evidence(Protocol):
@@ -73,8 +77,10 @@ def verdict(claim: Claim, result: Evidence) -> Verdict:
     if lost := int((~np.isfinite(values)).sum()):
         return _without_value(claim, FAIL, len(values), f"{lost} of {len(values)} values not finite")
     back: Callable[[float], float] = math.exp if claim.scale == "log" else float
-    mean, low, high = (back(float(end)) for end in interval(values))
-    outcome, reason = _outcome(claim, [back(value) for value in values], mean, low, high)
+    mean, low, high = (back(float(end)) for end in (share if claim.judge == "share" else interval)(values))
+    low = max(low, 0.0) if claim.unit and claim.scale == "abs" else low
+    judged = _two_sided if claim.unit else _outcome
+    outcome, reason = judged(claim, [back(value) for value in values], mean, low, high)
     ends = (None, None) if math.isnan(low) else (low, high)
     return Verdict(claim.id, outcome, mean, ends[0], ends[1], len(values), claim.bound_text(), reason, claim.rule())
 
@@ -87,6 +93,14 @@ def interval(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.nda
         return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
     half = stdtrit(count - 1, 0.975) * values.std(axis, ddof=1) / math.sqrt(count)
     return mean, mean - half, mean + half
+
+
+def share(values: np.ndarray) -> tuple[float, float, float]:
+    """Share of true values with Clopper and Pearson's 95 % interval, the exact one of a binomial share."""
+    count, true = len(values), int(np.count_nonzero(values))
+    low = float(betaincinv(true, count - true + 1, 0.025)) if true else 0.0
+    high = float(betaincinv(true + 1, count - true, 0.975)) if true < count else 1.0
+    return true / count, low, high
 
 
 def _without_value(claim: Claim, outcome: str, count: int, reason: str) -> Verdict:
@@ -106,6 +120,19 @@ def _outcome(claim: Claim, values: list[float], mean: float, low: float, high: f
     if claim.weak is not None and _test(claim, claim.weak)(mean):
         return WEAK, "only the weak bound holds"
     return FAIL, "outside the bound"
+
+
+def _two_sided(claim: Claim, values: list[float], mean: float, low: float, high: float) -> tuple[str, str]:
+    inside = (lambda value: value > 0.5) if claim.judge == "true" else _test(claim, claim.bound)
+    if claim.every or claim.judge == "true" or math.isnan(low):  # NaN: one value has no interval
+        wrong = sum(not inside(value) for value in values)
+        return (FAIL, f"outside the bound: {wrong} of {len(values)}") if wrong else (PASS, "")
+    if inside(low) and inside(high):
+        return PASS, ""
+    bottom, top = (0.0, math.inf) if claim.judge == "greater_than_zero" else claim.ends(claim.bound)
+    if high < bottom or low > top or high == bottom == 0:
+        return FAIL, "the 95 % interval is outside the bound"
+    return INCONCLUSIVE, "the 95 % interval is neither inside nor outside the bound"
 
 
 def _test(claim: Claim, bound: Any) -> Callable[[float], bool]:

@@ -19,7 +19,9 @@ NOT_TESTED = "NOT TESTED"
 Paper = Literal["P1", "P2", "P3", "beyond"]
 PAPERS: tuple[str, ...] = get_args(Paper)
 Text = Annotated[str, Field(min_length=1)]
-_BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0}
+Unit = Literal["", "seed", "start", "fold", "timing", "run"]
+Group = Literal["", "published", "transferred", "own", "goal"]
+_BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0, "share": 1}
 
 
 class ClaimError(ValueError):
@@ -47,7 +49,7 @@ class Claim:
     paper: Paper
     statement: Text
     metric: Text
-    judge: Literal["at_most", "at_least", "between", "greater_than_zero", "true"]
+    judge: Literal["at_most", "at_least", "between", "greater_than_zero", "true", "share"]
     source: Text
     published: str = ""
     bound: Any = None
@@ -55,6 +57,8 @@ class Claim:
     scale: Literal["linear", "abs", "log"] = "linear"
     every: bool = False
     seeds: PositiveInt = 1
+    unit: Unit = ""
+    group: Group = ""
     preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "paper"
     requires: Annotated[dict[str, Any], AfterValidator(_needs)] = field(default_factory=dict)
 
@@ -65,6 +69,10 @@ class Claim:
             absent = count == 0 or name == "weak"
             if not (_is_bound(bound, count) if count and bound is not None else bound is None and absent):
                 raise ValueError(f"{name}: got {bound!r}, expected {count or 'no'} number(s), the lower first")
+        if self.judge == "share" and not (self.unit and 0 < self.bound <= 1 and self.scale == "linear"):
+            raise ValueError(f"share: got bound {self.bound!r} and unit {self.unit!r}, expected (0, 1] and a unit")
+        if self.unit and self.weak is not None:
+            raise ValueError(f"weak: got {self.weak!r}, expected none with a unit, which is judged two-sided")
         if self.scale == "log" and (count == 0 or min(_numbers(self.bound) + _numbers(self.weak)) <= 0):
             raise ValueError("scale: log needs bounds above zero")
         if self.weak is not None:
@@ -82,12 +90,15 @@ class Claim:
         """The bound in signs, with the weak one beside it."""
         if self.judge in ("true", "greater_than_zero"):
             return "true" if self.judge == "true" else "> 0"
+        if self.judge == "share":
+            return f"true for a share >= {self.bound:g}"
         weak = "" if self.weak is None else f" (weak: {_in_signs(*self.ends(self.weak))})"
         return _in_signs(*self.ends(self.bound)) + weak
 
     def rule(self) -> str:
         """Digest of everything that a verdict depends on, so that an outdated verdict can be told."""
-        spoken = ("id", "paper", "statement", "source", "published", "preset")
+        spoken = ("id", "paper", "statement", "source", "published", "preset", "group")
+        spoken += () if self.unit else ("unit",)  # the digests of claims without one stay what they were
         parts = {name: value for name, value in vars(self).items() if name not in spoken}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
