@@ -97,8 +97,8 @@ class Claim:
 
     def rule(self) -> str:
         """Digest of everything that a verdict depends on, so that an outdated verdict can be told."""
-        spoken = ("id", "paper", "statement", "source", "published", "preset", "group")
-        spoken += () if self.unit else ("unit",)  # the digests of claims without one stay what they were
+        spoken = ["id", "paper", "statement", "source", "published", "preset", "group"]
+        spoken += [] if self.unit else ["unit"]  # the digests of claims without one stay what they were
         parts = {name: value for name, value in vars(self).items() if name not in spoken}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
