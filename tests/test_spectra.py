@@ -90,3 +90,49 @@ def test_leading_angle_takes_the_side_that_turned_more():
     torch.testing.assert_close(spectra.leading_angle(stack, matrix, 3, 2), torch.zeros(3).double(), rtol=0, atol=1e-12)
     noise = torch.randn(4, 4, generator=g, dtype=torch.float64)
     assert spectra.leading_angle(noise, matrix, 1, 1) > 0.1
+
+
+def _with_values(values, shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(size, len(values), generator=g, dtype=torch.float64)).Q for size in shape)
+    return left * torch.tensor(values, dtype=torch.float64) @ right.mT
+
+
+def test_ranks_of_known_spectra():
+    """k equal values count k; shares 1/2, 1/4, 1/4 have the entropy log 2 + 1/2 log 2, so exp of it is 2^1.5."""
+    equal, uneven = _with_values([3.0] * 4, (7, 9)), _with_values([2.0, 1.0, 1.0], (6, 5))
+    stacked = torch.stack([uneven, 100 * uneven, 0 * uneven])
+    assert spectra.effective_rank(equal).item() == pytest.approx(4, rel=1e-12)
+    assert spectra.stable_rank(equal).item() == pytest.approx(4, rel=1e-12)
+    assert spectra.effective_rank(stacked).tolist() == pytest.approx([2**1.5, 2**1.5, 0], rel=1e-12)
+    assert spectra.stable_rank(stacked).tolist() == pytest.approx([1.5, 1.5, 0], rel=1e-12)
+
+
+def test_ranks_lie_between_one_and_the_rank_and_in_order():
+    """By Renyi's entropies of the squares and of the values: stable <= effective <= rank."""
+    for seed in range(5):
+        matrix = _with_values(torch.rand(6, generator=torch.Generator().manual_seed(seed)).tolist(), (20, 11), seed)
+        stable, effective = spectra.stable_rank(matrix).item(), spectra.effective_rank(matrix).item()
+        assert 1 <= stable <= effective <= 6 + 1e-9
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_are_those_of_the_decomposition(shape, dtype):
+    g = torch.Generator().manual_seed(2)
+    matrix = torch.randn(3, *shape, generator=g, dtype=torch.float64).to(dtype)
+    values = spectra.singular_values(matrix)
+    torch.testing.assert_close(values, torch.linalg.svdvals(matrix.double()), rtol=1e-12, atol=1e-12)
+    small = spectra.singular_values(_with_values([1.0, 1e-5], (30, 20)))
+    assert small[1].item() == pytest.approx(1e-5, rel=1e-5) and small[2] < 1e-7
+    with pytest.raises(ValueError, match="not finite"):
+        spectra.singular_values(matrix / 0)
+
+
+def test_leading_share_is_of_squares_or_of_values():
+    values = torch.tensor([[4.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    energy, nuclear = spectra.leading_share(values, 2), spectra.leading_share(values, 2, power=1)
+    assert energy[0].item() == pytest.approx(20 / 24) and nuclear[0].item() == pytest.approx(6 / 8)
+    assert energy.isnan().tolist() == [False, True] and spectra.leading_share(values, 9)[0] == 1
+    with pytest.raises(ValueError, match="count is 0"):
+        spectra.leading_share(values, 0)
