@@ -136,6 +136,39 @@ def write_sdist(folder: Path, package: str, members: dict[str, bytes]) -> Path:
     return path
 
 
+def write_tool(path: Path, script: str) -> None:
+    """A program of that name: a shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}")
+    path.chmod(0o755)
+
+
+def write_deb(path: Path, members: dict[str, bytes]) -> Path:
+    """A Debian package that dpkg-deb can read: an ar archive of a version, a control and a data archive."""
+    control = b"Package: tinyset\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <no@body>\nDescription: test\n"
+    parts = {
+        "debian-binary": b"2.0\n",
+        "control.tar.gz": _tar({"./control": control}),
+        "data.tar.gz": _tar({f"./{name}": content for name, content in members.items()}),
+    }
+    with path.open("wb") as out:
+        out.write(b"!<arch>\n")
+        for name, content in parts.items():
+            out.write(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode())
+            out.write(content + b"\n" * (len(content) % 2))
+    return path
+
+
+def _tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in members.items():
+            item = tarfile.TarInfo(name)
+            item.size = len(content)
+            archive.addfile(item, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 
 

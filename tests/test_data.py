@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from data_helpers import digest, serving, write_manifest, write_sdist, write_wheel
+from data_helpers import digest, serving, write_deb, write_manifest, write_sdist, write_tool, write_wheel
 
 from compressible import data
 
@@ -228,6 +229,80 @@ def test_wrong_member_is_not_accepted(tmp_path, local_pip):
     assert cached_files(tmp_path) == []
 
 
+@pytest.fixture
+def local_apt(tmp_path, monkeypatch):
+    """A Debian package of two gzipped files, a stand-in for apt-get that copies it, and a list of the calls."""
+    needed = [tool for tool in ("dpkg-deb", "sh") if shutil.which(tool) is None]
+    if needed:
+        pytest.skip(f"needs {' and '.join(needed)}")
+    write_deb(tmp_path / "tinyset_1.0_all.deb", {f"usr/share/{name}.gz": gzip.compress(PARTS[name]) for name in PARTS})
+    write_tool(
+        tmp_path / "bin" / "apt-get",
+        f'echo "$@" >> {tmp_path}/calls\n'
+        'for package; do :; done\n'  # the last argument
+        'if [ "$package" = tinyset ]; then cp ' + f'{tmp_path}/tinyset_1.0_all.deb .; exit 0; fi\n'
+        'echo "E: Unable to locate package $package" >&2; exit 100\n',
+    )  # fmt: skip
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "calls"
+
+
+PARTS = {"one": CONTENT, "two": b"another file"}
+
+
+def test_a_debian_package_serves_its_members_unpacked_and_is_downloaded_once(tmp_path, local_apt):
+    files = {f"set/{name}": (PARTS[name], [f"gz+deb:tinyset#usr/share/{name}.gz"]) for name in PARTS}
+    write_manifest(tmp_path / "manifest.toml", files)
+    assert [path.read_bytes() for path in data.fetch_all(files)] == list(PARTS.values())
+    assert len(local_apt.read_text().splitlines()) == 1 and cached_files(tmp_path) == ["one", "two"]
+    assert not list(Path.cwd().glob("*.deb"))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("deb:tinyset#no/such", r"tinyset_1\.0_all\.deb has no member 'no/such'"),
+        ("deb:absent#file.bin", "apt-get download absent failed: E: Unable to locate package absent"),
+        ("gz+deb:tinyset#usr/share/one.gz", digest(CONTENT + b"!")),
+    ],
+)
+def test_failures_of_a_debian_package_are_reasons(tmp_path, local_apt, source, reason):
+    manifest_of(tmp_path, source, content=CONTENT + b"!")
+    with pytest.raises(data.DataError, match=reason):
+        data.fetch(NAME)
+    assert cached_files(tmp_path) == []
+
+
+def test_without_debians_tools_a_package_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    manifest_of(tmp_path, "deb:tinyset#file.bin")
+    with pytest.raises(data.DataError, match="apt-get and dpkg-deb not found: expected Debian"):
+        data.fetch(NAME)
+
+
+def test_a_damaged_debian_package_is_a_reason(tmp_path, local_apt):
+    (tmp_path / "tinyset_1.0_all.deb").write_bytes(b"no archive")
+    manifest_of(tmp_path, "deb:tinyset#usr/share/one.gz")
+    with pytest.raises(data.DataError, match=r"dpkg-deb --fsys-tarfile tinyset_1\.0_all\.deb failed"):
+        data.fetch(NAME)
+
+
+def test_gzipped_copies_with_other_headers_are_one_file(tmp_path, server):
+    first, second = (gzip.compress(CONTENT, mtime=time) for time in (1, 2))
+    assert first != second
+    for content in (first, second):
+        server.files["packed.gz"] = content
+        manifest_of(tmp_path, f"gz+{server.url}/packed.gz")
+        assert data.fetch(NAME).read_bytes() == CONTENT
+        assert cached_files(tmp_path) == ["file.bin"]
+        data.cached_path(NAME).unlink()
+    for damaged in (first[:-9], CONTENT, b""):
+        server.files["packed.gz"] = damaged
+        with pytest.raises(data.DataError, match=r"not a whole gzip file|sha256"):
+            data.fetch(NAME)
+        assert cached_files(tmp_path) == []
+
+
 def test_unknown_name_gives_the_closest_one(tmp_path):
     with pytest.raises(data.DataError, match=r"closest is 'movielens-100k/ml-100k\.zip'"):
         data.fetch("movielens/ml-100k.zip")
@@ -252,6 +327,9 @@ GOOD = {"sha256": "0" * 64, "size": 3, "licence": "l", "citation": "c", "descrip
         ("a\\b", {}, "expected to match"),
         ("a/b", {"sources": ["ftp://host/b"]}, "ftp://host/b"),
         ("a/b", {"sources": ["pip:package#member"]}, r"sources\.0: got 'pip:package#member', .*pip:\.\+==\.\+#\.\+"),
+        ("a/b", {"sources": ["deb:package"]}, r"sources\.0: got 'deb:package', .*deb:"),
+        ("a/b", {"sources": ["deb:-o#member"]}, r"sources\.0: got 'deb:-o#member'"),
+        ("a/b", {"sources": ["gz+ftp://host/b"]}, r"got 'gz\+ftp://host/b'"),
     ],
 )
 def test_bad_manifest_is_refused(tmp_path, monkeypatch, name, change, message):
@@ -289,6 +367,7 @@ def test_the_projects_manifest_is_valid_and_says_on_what_terms():
     assert fetched[:2] == ["movielens-100k/ml-100k.zip", "movielens-100k/ml-100k.inter"]
     assert {name.partition("/")[0] for name in fetched[2:]} == {
         "movielens-latest-small", "movielens-1m", "movielens-25m", "minilm", "vader",
+        "mnist-5k", "fashion-mnist", "cifar10",
     }  # fmt: skip
     assert entries["vader/hutto_ICWSM_2014.tar.gz"].citation.endswith("2014")
 

@@ -212,7 +212,7 @@ def test_every_package_is_pinned_within_its_range():
 
 def test_imports_of_the_library_are_declared():
     declared = {canonicalize_name(need.name) for need in requirements(installed_extras())}
-    called = {"scikit-learn": "sklearn", "pyyaml": "yaml", "ipython": "IPython"}
+    called = {"scikit-learn": "sklearn", "pyyaml": "yaml", "ipython": "IPython", "pillow": "PIL"}
     modules = {called.get(name, name.replace("-", "_")) for name in declared}
     # A source of one kind asks for its hub's client only when a data file comes from there.
     # JAX is measured against where it is installed, and no dependency.

