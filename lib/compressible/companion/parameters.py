@@ -59,6 +59,7 @@ _NAMES: dict[Parameter, str] = {
     Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates",
     Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges",
+    Parameter(float, "[0, inf)", many=True): "weight_decays",
     Parameter(float, "(0, 1]"): "observed large_observed smallest_value",
     Parameter(float, "(0, 1)"): "validation_fraction",
     Parameter(float, "[0, 1]"): "decay_ratio",

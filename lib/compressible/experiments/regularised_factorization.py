@@ -20,6 +20,7 @@ from compressible.recovery.problems import MatrixFactorization
 from compressible.recovery.theory import shrinkage
 
 STARTS = ("small", "Gaussian")
+STUCK = 1e-6  # gap of a run at a saddle: the lowest is some 1e-4 above the minimum for `spread_values`
 Shape = Sequence[int]
 
 
@@ -95,14 +96,14 @@ def judge(found: dict[str, Tensor], widths: Sequence[int], decays: Sequence[floa
     """Return the worst of `reach` over all mu, widths and starts, per seed (S,).
 
     "error" and "gap" leave out Gaussian starts with mu = 0 and a width above the rank, which nothing drives at a known
-    rate; the other three are over mu > 0. "arrived" (runs,) says of every single run whether its gap is below 1e-8.
+    rate; the other three are over mu > 0. "arrived" (runs,) says of every single run whether its gap is below 1e-6.
     """
     positive = torch.tensor(decays) > 0
     driven = positive[:, None, None] | (torch.tensor(widths) <= rank) | torch.tensor([True, False])[:, None]
     worst = {name: torch.where(driven[..., None], found[name], 0).amax((0, 1, 2)) for name in ("error", "gap")}
     for name in ("imbalance", "norm gap", "violation"):
         worst[name] = found[name][positive].nan_to_num(nan=0.0).amax((0, 1, 2))
-    return {f"worst {k}": v.numpy() for k, v in worst.items()} | {"arrived": (found["gap"] < 1e-8).flatten().numpy()}
+    return {f"worst {k}": v.numpy() for k, v in worst.items()} | {"arrived": (found["gap"] < STUCK).flatten().numpy()}
 
 
 def ties(
