@@ -27,6 +27,7 @@ PUBLIC = {
         "save_adapter", "load_adapter", "save_peft_adapter",
     ],
     "finetuning": ["FineTuningRun", "RunHistory", "fine_tune"],
+    "networks": ["FactoredLinear", "FactoredConv2d", "factorize"],
     "data": [
         "Examples", "Task", "load_task", "load_encoder", "load_for_task", "load_seq2seq", "load_tokenizer",
         "head_layers",
@@ -35,7 +36,13 @@ PUBLIC = {
 }  # fmt: skip
 NAMES = [name for names in PUBLIC.values() for name in names]
 HEADS = {"function": ("Args", "Returns", "Raises", "Example"), "class": ("Args", "Example")}
-FROM_PAPERS = ("recovery", "descent", "adapters", "finetuning")  # these say which equation or section they are
+FROM_PAPERS = (
+    "recovery",
+    "descent",
+    "adapters",
+    "finetuning",
+    "networks",
+)  # these say which equation or section they are
 NO_EQUATION = {"stack_problems", "stack_factors", "product", "random_mask", "sparse_low_rank", "History"}
 
 

@@ -1,1 +1,1 @@
-"""Low-rank training of full matrices: GaLore and ReLoRA as optimisers and restarts for any network."""
+"""Update rules: PyTorch's own for groups with rates of their own; GaLore and ReLoRA, low-rank training of matrices."""

@@ -1,0 +1,300 @@
+"""S networks that step together: stacked parameters under vmap, or one network as it is; eager or as a CUDA graph.
+
+Nothing in a step waits for the device or reads a number from it: batches are picked on the device by a cursor, rates
+follow a table by the number of the step, and losses are added up there. So a step can be captured as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from compressible.networks.batches import Draws, Examples, crop_and_flip
+from compressible.networks.layers import outer_factors
+from compressible.networks.losses import Loss, correct
+from compressible.networks.optim.rules import Rule, Update
+
+CHUNK_BYTES = 2**26  # of the order of the examples that lies on the device at a time
+EVALUATED = {"cpu": 1024, "cuda": 2**15}  # cases of all models together in one pass of an evaluation
+EVALUATED_ALONE = {"cpu": 512, "cuda": 2048}  # of a large model
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all models of a training share."""
+
+    steps: int
+    batch_size: int | None
+    rule: Rule
+    loss: Loss
+    outer_ratio: float
+    factors: Tensor  # (steps,) the schedule
+    augment: bool
+    autocast: Callable[[], AbstractContextManager[Any]]
+    stretch: int  # steps in one CUDA graph
+
+
+class SideBySide:
+    """S models, trained in place, whose parameters are views of stacked tensors (S, ...); one is left as it is."""
+
+    def __init__(
+        self, models: list[nn.Module], train_set: Examples, plan: Plan, seeds: Sequence[int], rates: Sequence[float]
+    ) -> None:
+        self.models, self.train_set, self.plan = models, train_set, plan
+        self.stacked = len(models) > 1
+        self.device = train_set.inputs.device
+        names = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
+        self.parameters = _stack(models, names) if self.stacked else _own(models[0], names)
+        self.fixed, self.fixed_dims = _shared_or_stacked(models, names) if self.stacked else ({}, {})
+        self.groups = _groups(list(self.parameters), rates, outer_factors(models[0]), plan.outer_ratio)
+        tensors = [[self._part(self.parameters, *place) for place in places] for places in self.groups.values()]
+        self.update = Update(plan.rule, tensors, [rate for rate, _ in self.groups])
+        self.factors = plan.factors.to(self.update.rates)
+        self.step, self.cursor = (torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2))
+        self.loss_sum = torch.zeros(len(models), dtype=torch.float64, device=self.device)
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.taken = 0  # steps since the losses were read
+        self._prepare_batches(seeds)
+
+    # the batches
+
+    def _prepare_batches(self, seeds: Sequence[int]) -> None:
+        self.draws: list[Draws] = []
+        if self.plan.batch_size is None:
+            self.length = self.at = self.left = self.plan.steps
+            return
+        size, augment = self.plan.batch_size, self.plan.augment
+        self.draws = [Draws(len(self.train_set), size, seed, augment) for seed in seeds]
+        room = CHUNK_BYTES // (8 * len(seeds) * size * (4 if augment else 1))
+        self.length = min(self.plan.steps, max(1, room // self.plan.stretch) * self.plan.stretch)
+        shape = (self.length, len(seeds), size)
+        self.order = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        self.shifts = torch.zeros(*shape, 3, dtype=torch.int64, device=self.device) if augment else None
+        self.left = self.plan.steps
+        self._refill()
+
+    def _refill(self) -> None:
+        """Bring the next chunk of the order to the device."""
+        count = min(self.length, self.left)
+        self.order[:count].copy_(torch.stack([draw.rows(count) for draw in self.draws], 1))
+        if self.shifts is not None:
+            self.shifts[:count].copy_(torch.stack([draw.shifts(count) for draw in self.draws], 1))
+        self.cursor.zero_()
+        self.at, self.left = 0, self.left - count
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (S, B, ...) of the step, (B, ...) of one model, (N, ...) for all where all are taken."""
+        if not self.draws:
+            return self.train_set.inputs, self.train_set.targets
+        rows = self.order.index_select(0, self.cursor)[0]  # (S, B)
+        inputs, targets = (part.index_select(0, rows.flatten()) for part in self._parts())
+        if self.shifts is not None:
+            inputs = crop_and_flip(inputs, self.shifts.index_select(0, self.cursor).view(-1, 3))
+        if not self.stacked:
+            return inputs, targets
+        return inputs.unflatten(0, rows.shape), targets.unflatten(0, rows.shape)
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        return self.train_set.inputs, self.train_set.targets
+
+    # one step
+
+    def _one(self, parameters: Named, fixed: Named, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.plan.loss(functional_call(self.models[0], (parameters, fixed), (inputs,)), targets)
+
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Named, Tensor]:
+        """Gradients by name and losses (S,)."""
+        with self.plan.autocast():
+            if not self.stacked:
+                loss = self.plan.loss(self.models[0](inputs), targets)
+            else:
+                over = 0 if self.draws else None
+                dims = (0, self.fixed_dims, over, over)
+                each = vmap(grad_and_value(self._one), in_dims=dims, randomness="different")
+                return each(self.parameters, self.fixed, inputs, targets)
+        found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(self.parameters, found, strict=True)), loss.detach()[None]
+
+    def _take(self) -> None:
+        """One step, in place."""
+        gradients, losses = self._gradients(*self._batch())
+        with torch.no_grad():
+            self.loss_sum += losses
+            grouped = [[self._part(gradients, *place) for place in places] for places in self.groups.values()]
+            self.update.step(grouped, self.factors.index_select(0, self.step)[0])
+            self.step += 1
+            self.cursor += 1
+
+    def _part(self, named: Named, name: str, index: int | None) -> Tensor:
+        return (named[name] if index is None else named[name][index]).detach()
+
+    # many steps
+
+    def advance(self, count: int) -> None:
+        """Take `count` steps of all models."""
+        self._mode(True)
+        self.taken += count
+        while count:
+            if self.draws and self.at == self.length:
+                self._refill()
+            ahead = min(count, self.length - self.at) if self.draws else count
+            length = self.plan.stretch if self.graphs and ahead >= self.plan.stretch else 1
+            if self.graphs:
+                self.graphs[length].replay()
+            else:
+                self._take()
+            self.at, count = self.at + length, count - length
+
+    def capture(self, pool: Any = None) -> Any:
+        """Capture a step, and a stretch of them, as CUDA graphs; return the memory pool for other models' graphs."""
+        self._mode(True)
+        state, random = self._state(), torch.cuda.get_rng_state(self.device)
+        kept = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):  # libraries pick their kernels and workspaces before they would be captured
+            for _ in range(3):
+                self.step.zero_()
+                self.cursor.zero_()
+                self._take()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        try:
+            for length in {1, self.plan.stretch}:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
+                    for _ in range(length):
+                        self._take()
+                graphs[length], pool = graph, graph.pool()
+        finally:  # capturing runs nothing, but the warm-up took steps
+            with torch.no_grad():
+                for tensor, before in zip(state, kept, strict=True):
+                    tensor.copy_(before)
+            torch.cuda.set_rng_state(random, self.device)
+        self.graphs = graphs
+        return pool
+
+    def _state(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        buffers = [buffer for model in self.models for buffer in model.buffers()]
+        parameters = [parameter.detach() for parameter in self.parameters.values()]
+        return [*parameters, *buffers, *self.update.state(), self.loss_sum, self.step, self.cursor]
+
+    def _mode(self, training: bool) -> None:
+        for model in self.models:
+            model.train(training)
+
+    # what is recorded
+
+    def read_losses(self) -> Tensor:
+        """Return the mean training loss (S,) of the steps since the last reading, float64 on the CPU."""
+        mean = (self.loss_sum / max(self.taken, 1)).cpu()
+        self.loss_sum.zero_()
+        self.taken = 0
+        return mean
+
+    def first_losses(self) -> Tensor:
+        """Return the loss (S,) of every model's first batch, or of all examples where all are taken."""
+        if not self.draws:
+            return self.evaluate(self.train_set)[0]
+        losses = []
+        for model, rows in zip(self.models, self.order[0], strict=True):
+            losses.append(_evaluate_one(model, self._chosen(rows), self.plan, len(rows))[0])
+        return torch.stack(losses)
+
+    def _chosen(self, rows: Tensor) -> Examples:
+        return Examples(*(part.index_select(0, rows) for part in self._parts()))
+
+    def evaluate(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """Return the mean loss (S,) and the accuracy (S,) on examples, float64 on the CPU."""
+        if self.stacked:
+            return self._evaluate_stacked(examples)
+        rows = EVALUATED_ALONE[self.device.type]
+        loss, accuracy = _evaluate_one(self.models[0], examples, self.plan, rows)
+        return loss[None], accuracy[None]
+
+    @torch.no_grad()
+    def _evaluate_stacked(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        self._mode(False)
+
+        def one(parameters: Named, fixed: Named, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = functional_call(self.models[0], (parameters, fixed), (inputs,))
+            return self.plan.loss(outputs, targets).double(), correct(outputs, targets)
+
+        each = vmap(one, in_dims=(0, self.fixed_dims, None, None))
+        rows = max(1, EVALUATED[self.device.type] // len(self.models))
+        with self.plan.autocast():
+            parts = [(*each(self.parameters, self.fixed, *part), len(part[0])) for part in _split(examples, rows)]
+        return _means(parts, len(examples))
+
+
+@torch.no_grad()
+def _evaluate_one(model: nn.Module, examples: Examples, plan: Plan, rows: int) -> tuple[Tensor, Tensor]:
+    """Mean loss () and accuracy () of one model."""
+    model.eval()
+    parts = []
+    with plan.autocast():
+        for inputs, targets in _split(examples, rows):
+            outputs = model(inputs)
+            parts.append((plan.loss(outputs, targets).double(), correct(outputs, targets), len(inputs)))
+    return _means(parts, len(examples))
+
+
+def _split(examples: Examples, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(examples.inputs.split(rows), examples.targets.split(rows), strict=True)
+
+
+def _means(parts: list[tuple[Tensor, Tensor, int]], count: int) -> tuple[Tensor, Tensor]:
+    loss = torch.stack([loss * size for loss, _, size in parts]).sum(0) / count
+    right = torch.stack([right for _, right, _ in parts]).sum(0).double() / count
+    return loss.cpu(), right.cpu()
+
+
+def _stack(models: list[nn.Module], names: set[str]) -> Named:
+    """Stacked parameters (S, ...); every model's own become views of them."""
+    found = [dict(model.named_parameters()) for model in models]
+    stacked = {}
+    for name in found[0]:
+        if name in names:
+            stacked[name] = torch.stack([parameters[name].detach() for parameters in found])
+            for index, parameters in enumerate(found):
+                parameters[name].data = stacked[name][index]
+    return stacked
+
+
+def _own(model: nn.Module, names: set[str]) -> Named:
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+
+
+def _shared_or_stacked(models: list[nn.Module], names: set[str]) -> tuple[Named, dict[str, int | None]]:
+    """What is not trained: once where it is the same in all models, such as a graph, else stacked (S, ...)."""
+    found = [dict(model.named_parameters()) | dict(model.named_buffers()) for model in models]
+    fixed: Named = {}
+    dims: dict[str, int | None] = {}
+    for name, first in found[0].items():
+        if name not in names:
+            same = all(torch.equal(first, other[name]) for other in found[1:])
+            dims[name] = None if same else 0
+            fixed[name] = first.detach() if same else torch.stack([other[name].detach() for other in found])
+    return fixed, dims
+
+
+def _groups(
+    names: list[str], rates: Sequence[float], outer: set[str], ratio: float
+) -> dict[tuple[float, bool], list[tuple[str, int | None]]]:
+    """Parameters by rate: whole stacks where all models share a rate, else the models' slices."""
+    groups: dict[tuple[float, bool], list[tuple[str, int | None]]] = {}
+    models: list[int | None] = [None] if len(set(rates)) == 1 else list(range(len(rates)))
+    for index in models:
+        for name in names:
+            faster = name in outer and ratio != 1
+            rate = rates[index or 0] * (ratio if faster else 1)
+            groups.setdefault((rate, faster), []).append((name, index))
+    return groups
