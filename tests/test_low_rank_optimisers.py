@@ -289,13 +289,28 @@ def test_a_restart_from_the_gradient_holds_its_leading_directions():
     model = network(scale=2.0)
     trained(model, torch.optim.SGD(lora_weights(model), 0.1), 3)
     before = model(batch())
-    gradients = relora.restart_from_gradient(model, loss_step)
+    directions = relora.restart_from_gradient(model, loss_step)
+    torch.testing.assert_close(model(batch()), before, atol=1e-13, rtol=0)
+    merged = model.merge_and_unload()
+    for weight in merged.parameters():
+        weight.requires_grad_(True)
+    loss_step(merged).backward()
+    for name, place in (("base_model.model.0", 0), ("base_model.model.2", 2)):
+        left = torch.linalg.svd(merged[place].weight.grad).U[:, :2]
+        torch.testing.assert_close(directions[name] @ directions[name].mT, left @ left.mT, atol=1e-12, rtol=0)
+
+
+def test_a_restart_along_directions_freezes_them():
+    model = network()
+    trained(model, torch.optim.SGD(lora_weights(model), 0.1), 3)
+    before = model(batch())
+    given = {name: torch.eye(layer.out_features, 2) for name, layer in relora.lora_layers(model).items()}
+    relora.restart_along(model, given)
     torch.testing.assert_close(model(batch()), before, atol=1e-13, rtol=0)
     for name, layer in relora.lora_layers(model).items():
-        basis = layer.lora_B["default"].weight
-        left = torch.linalg.svd(gradients[name]).U[:, :2]
-        torch.testing.assert_close(basis @ basis.mT, left @ left.mT, atol=1e-12, rtol=0)
-        assert not basis.requires_grad and not layer.base_layer.weight.requires_grad
+        up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+        assert torch.equal(up, given[name].double()) and not up.requires_grad and not down.any()
+        assert down.requires_grad and not layer.base_layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("module", [galore, relora])

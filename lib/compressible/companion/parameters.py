@@ -46,12 +46,12 @@ _COUNT, _NOT_NEGATIVE, _POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
 _PRECISIONS = "float32|tf32|bfloat16"
 _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
-    " inner_width tuning_seeds tuning_steps patch layers heads"
-    " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows",
+    " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
+    " period",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
-    " batch_sizes"
-    " run_counts",
-    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup",
+    " run_counts"
+    " periods",
+    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
     Parameter(int, "[2, inf)", many=True): "depths stacks",
@@ -60,7 +60,7 @@ _NAMES: dict[Parameter, str] = {
     " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds",
     Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates"
     " learning_rates",
-    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay",
+    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
     Parameter(float, "(0, 1]"): "observed large_observed smallest_value",
     Parameter(float, "(0, 1)"): "validation_fraction",
@@ -82,9 +82,6 @@ _NAMES: dict[Parameter, str] = {
 VOCABULARY = {name: entry for entry, names in _NAMES.items() for name in names.split()}
 
 AT_MOST = (
-    ("inner_width", ("width",)),
-    ("heads", ("width",)),
-    ("tuning_steps", ("steps",)),
     ("rank", ("dimension", "dimensions", "large_dimension", "sparse_dimension", "users", "items", "width", "widths")),
     ("ranks", ("dimension", "dimensions", "users", "items", "width", "widths")),
     ("inner_widths", ("dimension", "dimensions", "users", "items")),

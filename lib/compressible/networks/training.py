@@ -385,7 +385,7 @@ def _check_names(optimizer: str, schedule: str, loss: str, augment: str | None, 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One a model."""
-    seeds = [seed + index for index in range(count)] if is_integer(seed) else list(seed)
+    seeds = [seed + index for index in range(count)] if isinstance(seed, int) else list(seed)
     expect("seed", seed, len(seeds) == count, f"an integer, or one for each of the {count} models")
     expect("seed", seed, all(is_integer(each) and 0 <= each < 2**32 for each in seeds), "integers from 0 to 2^32 - 1")
     return seeds

@@ -9,7 +9,7 @@ moments of the optimiser that are mostly thrown away. P3's Theorem 4 is about a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +83,6 @@ def restart(
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         drawn = torch.empty(down.shape, dtype=torch.float64)
         down.copy_(nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator))
-        up.zero_()
         for weight in (down, up):
             state = {} if optimizer is None else optimizer.state.get(weight, {})
             _prune_moments(state, weight, keep, prune, generator)
@@ -101,7 +100,7 @@ def restart_from_gradient(
         adapter: Name of peft's adapter.
 
     Returns:
-        {name: gradient (m, n) of the layer's merged matrix}, whose r leading left singular vectors B now holds.
+        {name: P (m, r)}, the leading left singular vectors of the gradient of each layer's merged matrix, r of them.
 
     Raises:
         ValueError: For layers that are not plain LoRA.
@@ -110,11 +109,9 @@ def restart_from_gradient(
         >>> import peft
         >>> config = peft.LoraConfig(r=1, lora_alpha=1, target_modules=["0"])
         >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 2, bias=False)), config)
-        >>> gradients = restart_from_gradient(model, lambda model: model(torch.eye(4))[:, 0].sum())
-        >>> {name: tuple(gradient.shape) for name, gradient in gradients.items()}
-        {'base_model.model.0': (2, 4)}
-        >>> lora_layers(model)["base_model.model.0"].lora_B["default"].weight.abs().round(decimals=4).tolist()
-        [[1.0], [0.0]]
+        >>> directions = restart_from_gradient(model, lambda model: model(torch.eye(4))[:, 0].sum())
+        >>> {name: vectors.abs().round(decimals=4).tolist() for name, vectors in directions.items()}
+        {'base_model.model.0': [[1.0], [0.0]]}
 
     Reference:
         P3, Theorem 4 and its proof. With a scale s = lora_alpha / r other than 1, a gradient step on A moves W by
@@ -122,18 +119,23 @@ def restart_from_gradient(
     """
     layers = lora_layers(model, adapter)
     for layer in layers.values():
-        with torch.no_grad():
-            _merge(layer, adapter)
-            layer.lora_B[adapter].weight.zero_()
+        _merge(layer, adapter)
     gradients = _base_gradients(model, layers, loss_step)
-    for name, layer in layers.items():
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        up.requires_grad_(False)
+    ranks = {name: layer.lora_B[adapter].weight.shape[1] for name, layer in layers.items()}
+    directions = {name: leading_vectors(gradients[name].flatten(1), rank)[0] for name, rank in ranks.items()}
+    restart_along(model, directions, adapter)
+    return directions
+
+
+@torch.no_grad()
+def restart_along(model: nn.Module, directions: Mapping[str, Tensor], adapter: str = "default") -> None:
+    """Merge every LoRA layer and start it at B = directions[name] (m, r), frozen from then on, and A zero."""
+    for name, layer in lora_layers(model, adapter).items():
+        _merge(layer, adapter)
+        up = layer.lora_B[adapter].weight
+        up.requires_grad_(False).copy_(directions[name].reshape(up.shape))
         up.grad = None
-        with torch.no_grad():
-            down.zero_()
-            up.copy_(leading_vectors(gradients[name].flatten(1), up.shape[1])[0].reshape(up.shape))
-    return gradients
+        layer.lora_A[adapter].weight.zero_()
 
 
 def restart_factor(
@@ -195,8 +197,11 @@ def restart_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: restart_factor(step, least=least, **shape))
 
 
+@torch.no_grad()
 def _merge(layer: LoraLayer, adapter: str) -> None:
+    """W <- W + s B A, after which B is zero, so that the layer computes what it did."""
     layer.get_base_layer().weight.add_(layer.get_delta_weight(adapter))
+    layer.lora_B[adapter].weight.zero_()
 
 
 def _base_gradients(
