@@ -93,13 +93,24 @@ def fine_tune() -> None:
     cd.fine_tune(Bag(), runs, Regression(*parts), steps=2, batch_size=4, evaluate_at=[2], show_progress=False)
 
 
+def train_networks() -> None:
+    nets = [cd.networks.models.seeded(seed, cd.networks.models.mlp, 4, 6, 2) for seed in range(2)]
+    rows = cd.networks.training.Examples(torch.eye(4), torch.tensor([0, 1, 0, 1]))
+    for net in nets:
+        cd.factorize(
+            net, [net.penultimate], width=2, start="gradient", loss_step=lambda net: net(rows.inputs)[:, 0].sum()
+        )
+    for stacked in (True, False):
+        cd.networks.training.train(nets, rows, rows, learning_rates=[0.01] * 2, steps=3, batch_size=2, stacked=stacked)
+
+
 def judge_a_claim() -> None:
     claims = cd.claims.load_claims()
     assert claims
     cd.claims.table(REPOSITORY / "figures", preset="own")
 
 
-@pytest.mark.parametrize("loop", [descend, compress, fine_tune, judge_a_claim])
+@pytest.mark.parametrize("loop", [descend, compress, fine_tune, train_networks, judge_a_claim])
 def test_a_core_loop_crosses_at_most_three_rooms(loop: Callable[[], None], monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)

@@ -62,6 +62,8 @@ class SideBySide:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.taken = 0  # steps since the losses were read
         self._prepare_batches(seeds)
+        torch.manual_seed(seeds[0])
+        self.random = self._random_state()
 
     # the batches
 
@@ -138,9 +140,14 @@ class SideBySide:
     # many steps
 
     def advance(self, count: int) -> None:
-        """Take `count` steps of all models."""
+        """Take `count` steps of all models; their dropout goes on where it was."""
         self._mode(True)
         self.taken += count
+        self._go_on(self.random)
+        self._advance(count)
+        self.random = self._random_state()
+
+    def _advance(self, count: int) -> None:
         while count:
             if self.draws and self.at == self.length:
                 self._refill()
@@ -155,7 +162,7 @@ class SideBySide:
     def capture(self, pool: Any = None) -> Any:
         """Capture a step, and a stretch of them, as CUDA graphs; return the memory pool for other models' graphs."""
         self._mode(True)
-        state, random = self._state(), torch.cuda.get_rng_state(self.device)
+        state = self._state()
         kept = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -177,7 +184,6 @@ class SideBySide:
             with torch.no_grad():
                 for tensor, before in zip(state, kept, strict=True):
                     tensor.copy_(before)
-            torch.cuda.set_rng_state(random, self.device)
         self.graphs = graphs
         return pool
 
@@ -186,6 +192,15 @@ class SideBySide:
         buffers = [buffer for model in self.models for buffer in model.buffers()]
         parameters = [parameter.detach() for parameter in self.parameters.values()]
         return [*parameters, *buffers, *self.update.state(), self.loss_sum, self.step, self.cursor]
+
+    def _random_state(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _go_on(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], self.device)
 
     def _mode(self, training: bool) -> None:
         for model in self.models:

@@ -1,0 +1,93 @@
+"""What `train` refuses, by name and before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from compressible.networks.batches import Examples
+from compressible.networks.layers import weight_matrix
+from compressible.networks.losses import LOSSES
+from compressible.networks.optim.rules import OPTIMIZERS
+from compressible.runtime.checks import expect, is_integer, is_number, unknown
+
+SCHEDULES, PRECISIONS = ("constant", "cosine"), ("float32", "tf32", "bfloat16")
+
+
+def check_numbers(
+    steps: int,
+    batch_size: int | None,
+    momentum: float,
+    weight_decay: float,
+    outer_ratio: float,
+    warmup: int,
+    evaluate_every: int | None,
+) -> None:
+    expect("steps", steps, is_integer(steps) and steps >= 1, "an integer >= 1")
+    for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
+        expect(name, value, value is None or (is_integer(value) and value >= 1), "an integer >= 1 or None")
+    expect("momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "a number >= 0 and < 1")
+    expect("weight_decay", weight_decay, is_number(weight_decay) and weight_decay >= 0, "a finite number >= 0")
+    expect("outer_ratio", outer_ratio, is_number(outer_ratio) and outer_ratio >= 0, "a finite number >= 0")
+    expect("warmup", warmup, is_integer(warmup) and 0 <= warmup < steps, f"an integer from 0 to below steps = {steps}")
+
+
+def check_names(optimizer: str, schedule: str, loss: str, augment: str | None, precision: str) -> None:
+    known: tuple[tuple[str, Any, Any], ...] = (
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("schedule", schedule, SCHEDULES),
+        ("loss", loss, LOSSES),
+        ("augment", augment, (None, "crop_and_flip")),
+        ("precision", precision, PRECISIONS),
+    )
+    for kind, name, names in known:
+        if name not in names:
+            raise ValueError(unknown(kind, name, map(str, names)))
+
+
+def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
+    """One a model."""
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed + index for index in range(count)]
+    expect("seed", seed, len(seeds) == count, f"an integer, or one for each of the {count} models")
+    expect("seed", seed, all(is_integer(each) and 0 <= each < 2**32 for each in seeds), "integers from 0 to 2^32 - 1")
+    return seeds
+
+
+def check_models(models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
+    expect("models", list(models), len(models) >= 1, "at least one network")
+    rates = list(learning_rates)
+    expect("learning_rates", rates, len(rates) == len(models), f"one for each of the {len(models)} models")
+    expect("learning_rates", rates, all(is_number(rate, 0) for rate in rates), "finite numbers > 0")
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
+    for index, found in enumerate(shapes):
+        differing = sorted(name for name in {*found, *shapes[0]} if found.get(name) != shapes[0].get(name))
+        expect(f"architecture of model {index}", differing[:3], not differing, "the tensors of model 0")
+    trained = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
+    expect("trained parameters", trained, bool(trained), "at least one with requires_grad")
+
+
+def check_sets(train_set: Examples, batch_size: int | None, augment: str | None) -> None:
+    fits = batch_size is None or batch_size <= len(train_set)
+    expect("batch_size", batch_size, fits, f"at most the {len(train_set)} training examples")
+    images = train_set.inputs.dim() == 4 and batch_size is not None
+    expect("augment", augment, augment is None or images, "None without batches of images (N, C, H, W)")
+
+
+def snapshot_names(
+    model: nn.Module, snapshots: Sequence[int], snapshot_of: Sequence[str] | None, steps: int
+) -> list[str]:
+    wrong = [step for step in snapshots if not (is_integer(step) and 0 <= step <= steps)]
+    expect("snapshots", wrong, not wrong, f"steps from 0 to {steps}")
+    if not snapshots:
+        return []
+    penultimate = getattr(model, "penultimate", None)
+    names = [str(penultimate)] if snapshot_of is None else list(snapshot_of)
+    known = [*dict(model.named_modules()), *dict(model.named_parameters())]
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown("layer or parameter", name, known))
+        if name in dict(model.named_modules()):
+            weight_matrix(model.get_submodule(name))
+    return names
