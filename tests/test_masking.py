@@ -64,8 +64,8 @@ def test_no_map_of_that_rank_is_better(rank):
         draw = torch.Generator().manual_seed(seed)
         shapes = (rank, SIZE), (SIZE, rank)
         factors = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_(True) for s in shapes]
-        optimizer = torch.optim.LBFGS(factors, max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=30,
-                                      line_search_fn="strong_wolfe")  # fmt: skip
+        exact = {"tolerance_grad": 1e-12, "tolerance_change": 1e-16, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS(factors, max_iter=500, history_size=30, **exact)
 
         def closure(factors=factors, optimizer=optimizer):
             optimizer.zero_grad()

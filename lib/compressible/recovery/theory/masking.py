@@ -41,7 +41,7 @@ def expected_loss(weight: Tensor, moments: Tensor, mask_rate: float | Tensor) ->
     Example:
         >>> import torch
         >>> from compressible.recovery.theory import masking
-        >>> masking.expected_loss(torch.eye(2).double(), torch.eye(2).double(), 0.5).item()  # a half of 2 is lost, twice
+        >>> masking.expected_loss(torch.eye(2).double(), torch.eye(2).double(), 0.5).item()  # 0 and 2 in turn, for 1
         2.0
 
     Reference:
