@@ -47,7 +47,8 @@ _PRECISIONS = "float32|tf32|bfloat16"
 _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
     " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
-    " period",
+    " period"
+    " draws",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
     " run_counts"
     " periods",
@@ -62,7 +63,8 @@ _NAMES: dict[Parameter, str] = {
     " learning_rates",
     Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
-    Parameter(float, "(0, 1]"): "observed large_observed smallest_value",
+    Parameter(float, "(0, 1]"): "observed large_observed smallest_value keep_rate single_keep_rate",
+    Parameter(float, "(0, 1]", many=True): "keep_rates",
     Parameter(float, "(0, 1)"): "validation_fraction",
     Parameter(float, "[0, 1]"): "decay_ratio",
     Parameter(bool): "compiled",
