@@ -94,7 +94,9 @@ def test_leading_angle_takes_the_side_that_turned_more():
 
 def _with_values(values, shape, seed=0):
     g = torch.Generator().manual_seed(seed)
-    left, right = (torch.linalg.qr(torch.randn(size, len(values), generator=g, dtype=torch.float64)).Q for size in shape)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=g, dtype=torch.float64)).Q for size in shape
+    )
     return left * torch.tensor(values, dtype=torch.float64) @ right.mT
 
 
