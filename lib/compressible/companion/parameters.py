@@ -52,20 +52,25 @@ _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
     " run_counts"
     " periods",
-    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step",
+    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step"
+    " long_steps",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
     Parameter(int, "[2, inf)", many=True): "depths stacks",
     Parameter(int, "[3, inf)"): "length max_length",
     Parameter(float, _POSITIVE): "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
-    " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds",
+    " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds"
+    " small_init_scale long_step_size",
     Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates"
-    " learning_rates",
-    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge",
+    " learning_rates"
+    " layer_scales tail_exponents",
+    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
     Parameter(float, "(0, 1]"): "observed large_observed smallest_value keep_rate single_keep_rate",
     Parameter(float, "(0, 1]", many=True): "keep_rates",
     Parameter(float, "(0, 1)"): "validation_fraction",
+    Parameter(float, "[0, 1)"): "momentum",
+    Parameter(float, "(0, 1]", many=True): "strengths",
     Parameter(float, "[0, 1]"): "decay_ratio",
     Parameter(bool): "compiled",
     Parameter(str, r"[a-z][a-z0-9_-]*"): "preset",
