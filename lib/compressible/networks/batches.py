@@ -50,7 +50,7 @@ class Draws:
     def __init__(self, count: int, batch_size: int, seed: int, augment: bool) -> None:
         self.count, self.batch_size, self.augment = count, batch_size, augment
         self.order = torch.Generator().manual_seed(seed)
-        self.moves = torch.Generator().manual_seed(seed + 2**32)
+        self.moves = torch.Generator().manual_seed(2**32 - 1 - seed)  # it takes 32 bits
         self.left = torch.empty(0, batch_size, dtype=torch.int64)
 
     def rows(self, steps: int) -> Tensor:

@@ -12,8 +12,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, classes) at class numbers (B,)."""
-    return functional.cross_entropy(_widened(logits), targets)
+    """Mean cross-entropy of logits (B, classes) at class numbers (B,).
+
+    Written out, since vmap takes PyTorch's own apart in ways that a CUDA graph need not like.
+    """
+    return -functional.log_softmax(_widened(logits), -1).gather(-1, targets[:, None]).mean()
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:

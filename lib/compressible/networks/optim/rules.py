@@ -51,7 +51,7 @@ class Update:
         torch.mul(self.bases, factor, out=self.rates)
         rates = self.rates.unbind() if self.device.type == "cuda" else self.rates.tolist()
         for group, rate in enumerate(rates):
-            self._step(group, list(gradients[group]), rate)
+            self._step(group, list(map(_laid_out, gradients[group], self.parameters[group])), rate)
 
     def state(self) -> list[Tensor]:
         """All tensors that a step changes beside the parameters."""
@@ -72,3 +72,13 @@ class Update:
         options |= {"amsgrad": False, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS}
         capturable = self.device.type == "cuda"
         call(parameters, gradients, *moments, [], self.steps[group], capturable=capturable, **options)
+
+
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient with its parameter's strides, which the fused steps take for granted: they run through the memory.
+
+    PyTorch sees to it where it fills .grad; a convolution of channels-last images returns channels-last gradients.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
