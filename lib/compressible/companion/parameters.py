@@ -46,14 +46,12 @@ _COUNT, _NOT_NEGATIVE, _POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
 _PRECISIONS = "float32|tf32|bfloat16"
 _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
+    " inner_width tuning_seeds tuning_steps patch layers heads"
     " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
-    " period"
-    " draws",
+    " period draws",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
-    " run_counts"
-    " periods",
-    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step"
-    " long_steps",
+    " batch_sizes run_counts periods",
+    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
     Parameter(int, "[2, inf)", many=True): "depths stacks",
@@ -89,6 +87,9 @@ _NAMES: dict[Parameter, str] = {
 VOCABULARY = {name: entry for entry, names in _NAMES.items() for name in names.split()}
 
 AT_MOST = (
+    ("inner_width", ("width",)),
+    ("heads", ("width",)),
+    ("tuning_steps", ("steps",)),
     ("rank", ("dimension", "dimensions", "large_dimension", "sparse_dimension", "users", "items", "width", "widths")),
     ("ranks", ("dimension", "dimensions", "users", "items", "width", "widths")),
     ("inner_widths", ("dimension", "dimensions", "users", "items")),
