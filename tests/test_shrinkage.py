@@ -187,3 +187,13 @@ def test_drawn_values_keep_their_distance():
 def test_impossible_values_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_agrees_with_the_cpu():
+    phi, starts = target(2), gaussian(4, 2)
+    for form in (shrinkage.soft_thresholded_svd, shrinkage.least_objective):
+        assert torch.allclose(form(phi.cuda(), 3, 0.5).cpu(), form(phi, 3, 0.5), atol=1e-12)
+    ends = regularised.regularised_descent(phi.cuda(), [factor.cuda() for factor in starts], 0.5, 0.05, 3000).factors
+    assert torch.allclose(cd.product(ends).cpu(), shrinkage.soft_thresholded_svd(phi, 4, 0.5), atol=1e-10)
