@@ -5,7 +5,7 @@ The variants are those of network_variants.py. Seconds are of one network alone:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,27 @@ def time_alone(comparison: Comparison, repeats: int, seconds: float, **changes: 
         for name, each in paces.items():
             each.append(_pace(comparison, name, counts[name], **changes)[0])
     return found | {f"{name}/step_seconds": np.array(each) for name, each in paces.items()}
+
+
+def time_widths(
+    comparison_of: Callable[[int], Comparison],
+    widths: Sequence[int],
+    widest_on_cpu: int,
+    device: str,
+    repeats: int,
+    seconds: float,
+) -> Found:
+    """Return `time_alone` of `comparison_of(width)` for all widths, under "<place>/<width>/", at all `places`.
+
+    A CPU is too slow for larger widths than `widest_on_cpu`.
+    """
+    found: Found = {}
+    for place in places(device):
+        for width in widths:
+            if place != "cpu" or width <= widest_on_cpu:
+                each = time_alone(comparison_of(width), repeats, seconds, device=place)
+                found |= prefixed(f"{place}/{width}", each)
+    return found
 
 
 def compare_seconds(
