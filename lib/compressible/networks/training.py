@@ -137,7 +137,7 @@ def train(
         _factors(schedule, warmup, steps),
         augment is not None,
         _autocast(precision, device),
-        max(length for length in range(1, LONGEST + 1) if every % length == 0),
+        _stretch(every),
     )
     assert sets[0] is not None
     with _computing(precision, device), _own_randomness(device), devices.peak_inside(device) as peak:
@@ -174,6 +174,12 @@ def _go(
 
 def _marks(steps: int, every: int, snapshots: Sequence[int]) -> list[int]:
     return sorted({0, steps, *range(0, steps + 1, every), *snapshots})
+
+
+def _stretch(every: int) -> int:
+    """Steps in one CUDA graph: they fill the time between two records, or most of it and single steps the rest."""
+    whole = max(length for length in range(1, LONGEST + 1) if every % length == 0)
+    return whole if whole >= LONGEST // 2 else min(LONGEST // 2, every)
 
 
 def _factors(schedule: str, warmup: int, steps: int) -> Tensor:
