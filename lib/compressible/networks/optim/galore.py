@@ -31,7 +31,7 @@ def leading_vectors(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the r = `rank` leading left (m, r) and right (r, n) singular vectors of a gradient (m, n)."""
     exact = gradient if gradient.dtype == torch.float64 else gradient.float()
     left, _, right = torch.linalg.svd(exact, full_matrices=False)
-    return left[:, :rank].to(gradient.dtype), right[:rank].to(gradient.dtype)
+    return left[:, :rank].to(gradient.dtype, copy=True), right[:rank].to(gradient.dtype, copy=True)  # not a view of all
 
 
 class _GaLore(torch.optim.Optimizer):
