@@ -48,6 +48,7 @@ _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
     " inner_width tuning_seeds tuning_steps patch layers heads"
     " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
+    " tuning_rows"
     " period draws",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
     " batch_sizes run_counts periods",
@@ -60,6 +61,7 @@ _NAMES: dict[Parameter, str] = {
     " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds"
     " small_init_scale long_step_size",
     Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates"
+    " full_rates plus_rates galore_rates relora_rates"
     " learning_rates"
     " layer_scales tail_exponents",
     Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay",
