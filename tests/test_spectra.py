@@ -93,10 +93,7 @@ def test_leading_angle_takes_the_side_that_turned_more():
 
 
 def _with_values(values, shape, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.linalg.qr(torch.randn(size, len(values), generator=g, dtype=torch.float64)).Q for size in shape
-    )
+    left, right = (_subspace(size, len(values), seed + side) for side, size in enumerate(shape))
     return left * torch.tensor(values, dtype=torch.float64) @ right.mT
 
 
@@ -127,8 +124,15 @@ def test_singular_values_are_those_of_the_decomposition(shape, dtype):
     torch.testing.assert_close(values, torch.linalg.svdvals(matrix.double()), rtol=1e-12, atol=1e-12)
     small = spectra.singular_values(_with_values([1.0, 1e-5], (30, 20)))
     assert small[1].item() == pytest.approx(1e-5, rel=1e-5) and small[2] < 1e-7
-    with pytest.raises(ValueError, match="not finite"):
-        spectra.singular_values(matrix / 0)
+
+
+def test_a_matrix_that_is_not_finite_has_no_values_and_the_others_of_its_stack_keep_theirs():
+    stack = torch.eye(3).repeat(3, 1, 1)
+    stack[0, 1, 2], stack[1, 0, 0] = torch.nan, torch.inf
+    values = spectra.singular_values(stack)
+    assert values.isnan().all(-1).tolist() == [True, True, False] and values[2].tolist() == [1, 1, 1]
+    assert spectra.effective_count(values).isnan().tolist() == [True, True, False]
+    assert spectra.stable_count(values).isnan().tolist() == [True, True, False]
 
 
 def test_leading_share_is_of_squares_or_of_values():

@@ -117,21 +117,21 @@ def singular_values(matrix: Tensor) -> Tensor:
         matrix: (..., m, n), of any float type.
 
     Returns:
-        (..., min(m, n)), not negative.
+        (..., min(m, n)), not negative; NaN for a matrix with an entry that is not finite, such as a run that diverged.
 
     Raises:
-        ValueError: if an entry is not finite.
+        torch.linalg.LinAlgError: PyTorch's own, if the eigenvalues do not converge.
 
     Example:
         >>> import torch, compressible as cd
         >>> cd.spectra.singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])).tolist()
         [4.0, 3.0]
     """
-    if not matrix.isfinite().all():
-        raise ValueError(f"matrix {tuple(matrix.shape)} has entries that are not finite, expected finite ones")
     matrix = matrix.double()
     gram = matrix @ matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix.mT @ matrix
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0).sqrt()
+    finite = gram.isfinite().all(-1).all(-1)[..., None]
+    values = torch.linalg.eigvalsh(torch.where(finite[..., None], gram, 0)).flip(-1).clamp(min=0).sqrt()
+    return torch.where(finite, values, torch.nan)
 
 
 def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
@@ -169,8 +169,8 @@ def effective_count(values: Tensor) -> Tensor:
     singular values.
     """
     total = values.sum(-1, keepdim=True)
-    shares = values / torch.where(total > 0, total, 1)
-    return torch.where(total[..., 0] > 0, torch.special.entr(shares).sum(-1).exp(), 0)
+    shares = values / torch.where(total == 0, 1, total)
+    return torch.where(total[..., 0] == 0, 0, torch.special.entr(shares).sum(-1).exp())
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def stable_count(values: Tensor) -> Tensor:
     """Return the sum of squares of the values (..., k) >= 0 over the largest square; 0 where all are zero."""
     squares = values.square()
     top = squares.amax(-1)
-    return squares.sum(-1) / torch.where(top > 0, top, 1)
+    return squares.sum(-1) / torch.where(top == 0, 1, top)
 
 
 def stable_rank(matrix: Tensor) -> Tensor:
