@@ -51,7 +51,8 @@ _NAMES: dict[Parameter, str] = {
     " tuning_rows"
     " period draws",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
-    " batch_sizes run_counts periods",
+    " batch_sizes run_counts periods"
+    " step_counts seed_counts",
     Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
@@ -63,8 +64,9 @@ _NAMES: dict[Parameter, str] = {
     Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates"
     " full_rates plus_rates galore_rates relora_rates"
     " learning_rates"
-    " layer_scales tail_exponents",
-    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay",
+    " layer_scales tail_exponents"
+    " adam_rates",
+    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay noise_ratio",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
     Parameter(float, "(0, 1]"): "observed large_observed smallest_value keep_rate single_keep_rate",
     Parameter(float, "(0, 1]", many=True): "keep_rates strengths",
@@ -79,6 +81,7 @@ _NAMES: dict[Parameter, str] = {
     Parameter(str, _PRECISIONS, many=True): "tuning_precisions",
     Parameter(str, r"[\w./-]+"): "encoder",
     Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True): "encoders",
+    Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True): "networks",
     Parameter(str, r"[a-z0-9-]+"): "task",
     Parameter(str, "authors|clean"): "protocol",
     Parameter(str, r"[\w.-]+", many=True): "matrices",
