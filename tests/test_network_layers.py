@@ -191,6 +191,21 @@ def test_weights_and_gradient_span_the_directions_of_p1(shape):
     assert torch.allclose(net[int(name)].weight, projection, atol=1e-10)
 
 
+def test_a_convolutions_gradient_start_is_the_steepest_of_its_width():
+    """Of all products of norm one and rank k, that of the top singular vectors goes down the loss most steeply."""
+    net = models.seeded(0, models.vgg, 3, [4, "M", 5], 6, image=8).double()
+    images, labels = draw(6, 3, 8, 8), torch.arange(6) % 3
+    plain = net.body.features[4].weight
+    [gradient] = torch.autograd.grad(functional.cross_entropy(net(images), labels), [plain])
+    values = torch.linalg.svdvals(gradient.flatten(1))
+    factorize(
+        net, ["features.4"], width=2, init_scale=1.0, start="gradient",
+        loss_step=lambda net: functional.cross_entropy(net(images), labels),
+    )  # fmt: skip
+    slope = (gradient.flatten(1) * net.body.features[4].weight).sum()
+    assert slope.item() == pytest.approx(-values[:2].sum().item(), rel=1e-8)
+
+
 def test_the_projection_does_not_depend_on_the_depth():
     weight, gradient = draw(8, 6), draw(8, 6, seed=1)
     products = [cd.product(starts.from_weights_and_gradient(weight, gradient, depth, 4)) for depth in (3, 4, 6)]

@@ -6,7 +6,7 @@ follow a table by the number of the step, and losses are added up there. So a st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from compressible.networks.batches import Draws, Examples, crop_and_flip
+from compressible.networks.evaluation import evaluate_one, evaluate_stacked
 from compressible.networks.layers import outer_factors
-from compressible.networks.losses import Loss, correct
+from compressible.networks.losses import Loss
 from compressible.networks.optim.rules import Rule, Update
+from compressible.networks.stacks import Named, by_rate, own, shared_or_stacked, stack
 
 CHUNK_BYTES = 2**26  # of the order of the examples that lies on the device at a time
-EVALUATED = {"cpu": 1024, "cuda": 2**15}  # cases of all models together in one pass of an evaluation
-EVALUATED_ALONE = {"cpu": 512, "cuda": 2048}  # of a large model
-Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class SideBySide:
         self.stacked = len(models) > 1
         self.device = train_set.inputs.device
         names = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
-        self.parameters = _stack(models, names) if self.stacked else _own(models[0], names)
-        self.fixed, self.fixed_dims = _shared_or_stacked(models, names) if self.stacked else ({}, {})
-        self.groups = _groups(list(self.parameters), rates, outer_factors(models[0]), plan.outer_ratio)
+        self.parameters = stack(models, names) if self.stacked else own(models[0], names)
+        self.fixed, self.fixed_dims = shared_or_stacked(models, names) if self.stacked else ({}, {})
+        self.groups = by_rate(list(self.parameters), rates, outer_factors(models[0]), plan.outer_ratio)
         tensors = [[self._part(self.parameters, *place) for place in places] for places in self.groups.values()]
         self.update = Update(plan.rule, tensors, [rate for rate, _ in self.groups])
         self.factors = plan.factors.to(self.update.rates)
@@ -219,97 +218,17 @@ class SideBySide:
         """Return the loss (S,) of every model's first batch, or of all examples where all are taken."""
         if not self.draws:
             return self.evaluate(self.train_set)[0]
-        losses = []
-        for model, rows in zip(self.models, self.order[0], strict=True):
-            losses.append(_evaluate_one(model, self._chosen(rows), self.plan, len(rows))[0])
-        return torch.stack(losses)
-
-    def _chosen(self, rows: Tensor) -> Examples:
-        return Examples(*(part.index_select(0, rows) for part in self._parts()))
+        batches = [Examples(*(part.index_select(0, rows) for part in self._parts())) for rows in self.order[0]]
+        return torch.stack([self._alone(model, batch)[0] for model, batch in zip(self.models, batches, strict=True)])
 
     def evaluate(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        """Return the mean loss (S,) and the accuracy (S,) on examples, float64 on the CPU."""
+        """Return the mean loss (S,) and the accuracy (S,) on examples, in evaluation mode, float64 on the CPU."""
         if self.stacked:
-            return self._evaluate_stacked(examples)
-        rows = EVALUATED_ALONE[self.device.type]
-        loss, accuracy = _evaluate_one(self.models[0], examples, self.plan, rows)
+            self._mode(False)
+            plan, held = self.plan, (self.parameters, self.fixed, self.fixed_dims)
+            return evaluate_stacked(self.models[0], *held, examples, plan.loss, plan.autocast)
+        loss, accuracy = self._alone(self.models[0], examples)
         return loss[None], accuracy[None]
 
-    @torch.no_grad()
-    def _evaluate_stacked(self, examples: Examples) -> tuple[Tensor, Tensor]:
-        self._mode(False)
-
-        def one(parameters: Named, fixed: Named, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            outputs = functional_call(self.models[0], (parameters, fixed), (inputs,))
-            return self.plan.loss(outputs, targets).double(), correct(outputs, targets)
-
-        each = vmap(one, in_dims=(0, self.fixed_dims, None, None))
-        rows = max(1, EVALUATED[self.device.type] // len(self.models))
-        with self.plan.autocast():
-            parts = [(*each(self.parameters, self.fixed, *part), len(part[0])) for part in _split(examples, rows)]
-        return _means(parts, len(examples))
-
-
-@torch.no_grad()
-def _evaluate_one(model: nn.Module, examples: Examples, plan: Plan, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean loss () and accuracy () of one model."""
-    model.eval()
-    parts = []
-    with plan.autocast():
-        for inputs, targets in _split(examples, rows):
-            outputs = model(inputs)
-            parts.append((plan.loss(outputs, targets).double(), correct(outputs, targets), len(inputs)))
-    return _means(parts, len(examples))
-
-
-def _split(examples: Examples, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(examples.inputs.split(rows), examples.targets.split(rows), strict=True)
-
-
-def _means(parts: list[tuple[Tensor, Tensor, int]], count: int) -> tuple[Tensor, Tensor]:
-    loss = torch.stack([loss * size for loss, _, size in parts]).sum(0) / count
-    right = torch.stack([right for _, right, _ in parts]).sum(0).double() / count
-    return loss.cpu(), right.cpu()
-
-
-def _stack(models: list[nn.Module], names: set[str]) -> Named:
-    """Stacked parameters (S, ...); every model's own become views of them."""
-    found = [dict(model.named_parameters()) for model in models]
-    stacked = {}
-    for name in found[0]:
-        if name in names:
-            stacked[name] = torch.stack([parameters[name].detach() for parameters in found])
-            for index, parameters in enumerate(found):
-                parameters[name].data = stacked[name][index]
-    return stacked
-
-
-def _own(model: nn.Module, names: set[str]) -> Named:
-    return {name: parameter for name, parameter in model.named_parameters() if name in names}
-
-
-def _shared_or_stacked(models: list[nn.Module], names: set[str]) -> tuple[Named, dict[str, int | None]]:
-    """What is not trained: once where it is the same in all models, such as a graph, else stacked (S, ...)."""
-    found = [dict(model.named_parameters()) | dict(model.named_buffers()) for model in models]
-    fixed: Named = {}
-    dims: dict[str, int | None] = {}
-    for name, first in found[0].items():
-        if name not in names:
-            same = all(torch.equal(first, other[name]) for other in found[1:])
-            dims[name] = None if same else 0
-            fixed[name] = first.detach() if same else torch.stack([other[name].detach() for other in found])
-    return fixed, dims
-
-
-def _groups(
-    names: list[str], rates: Sequence[float], outer: set[str], ratio: float
-) -> dict[tuple[float, bool], list[tuple[str, int | None]]]:
-    """Parameters by rate: whole stacks where all models share a rate, else the models' slices."""
-    groups: dict[tuple[float, bool], list[tuple[str, int | None]]] = {}
-    models: list[int | None] = [None] if len(set(rates)) == 1 else list(range(len(rates)))
-    for index in models:
-        for name in names:
-            faster = name in outer and ratio != 1
-            rate = rates[index or 0] * (ratio if faster else 1)
-            groups.setdefault((rate, faster), []).append((name, index))
-    return groups
+    def _alone(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+        return evaluate_one(model, examples, self.plan.loss, self.plan.autocast)
