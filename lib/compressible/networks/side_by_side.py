@@ -52,9 +52,9 @@ class SideBySide:
         names = {name for name, parameter in models[0].named_parameters() if parameter.requires_grad}
         self.parameters = stack(models, names) if self.stacked else own(models[0], names)
         self.fixed, self.fixed_dims = shared_or_stacked(models, names) if self.stacked else ({}, {})
-        self.groups = by_rate(list(self.parameters), rates, outer_factors(models[0]), plan.outer_ratio)
+        self.groups = by_rate(list(self.parameters), rates, outer_factors(models[0]), plan.outer_ratio, plan.rule)
         tensors = [[self._part(self.parameters, *place) for place in places] for places in self.groups.values()]
-        self.update = Update(plan.rule, tensors, [rate for rate, _ in self.groups])
+        self.update = Update(plan.rule, tensors, [key[0] for key in self.groups], [key[2] for key in self.groups])
         self.factors = plan.factors.to(self.update.rates)
         self.step, self.cursor = (torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(2))
         self.loss_sum = torch.zeros(len(models), dtype=torch.float64, device=self.device)

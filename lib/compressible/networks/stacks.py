@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compressible.networks.optim.rules import Rule
+
 Named = dict[str, Tensor]
 
 
@@ -41,14 +43,14 @@ def shared_or_stacked(models: list[nn.Module], names: set[str]) -> tuple[Named, 
 
 
 def by_rate(
-    names: list[str], rates: Sequence[float], outer: set[str], ratio: float
-) -> dict[tuple[float, bool], list[tuple[str, int | None]]]:
-    """Parameters by rate: whole stacks where all models share a rate, else the models' slices."""
-    groups: dict[tuple[float, bool], list[tuple[str, int | None]]] = {}
+    names: list[str], rates: Sequence[float], outer: set[str], ratio: float, rule: Rule
+) -> dict[tuple[float, bool, float], list[tuple[str, int | None]]]:
+    """Parameters by rate and weight decay: whole stacks where all models share a rate, else the models' slices."""
+    groups: dict[tuple[float, bool, float], list[tuple[str, int | None]]] = {}
     models: list[int | None] = [None] if len(set(rates)) == 1 else list(range(len(rates)))
     for index in models:
         for name in names:
             faster = name in outer and ratio != 1
             rate = rates[index or 0] * (ratio if faster else 1)
-            groups.setdefault((rate, faster), []).append((name, index))
+            groups.setdefault((rate, faster, rule.decay_of(name)), []).append((name, index))
     return groups

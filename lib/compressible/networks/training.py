@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ def train(
     batch_size: int | None = None,
     optimizer: str = "adam",
     momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    weight_decay: float | Mapping[str, float] = 0.0,
     outer_ratio: float = 1.0,
     schedule: str = "constant",
     warmup: int = 0,
@@ -73,7 +73,8 @@ def train(
         batch_size: B, examples a step, drawn epoch by epoch without replacement; None takes all in every step.
         optimizer: "adam", "adamw" or "sgd", with PyTorch's constants.
         momentum: of sgd, 0 to below 1.
-        weight_decay: >= 0; decoupled for adamw, else added to the gradient.
+        weight_decay: >= 0; decoupled for adamw, else added to the gradient. A mapping {regular expression: decay} names
+            parameters, as r"body\\.input\\..*"; those that none matches have no decay.
         outer_ratio: the papers' alpha (or gamma): multiplies the rate of the first and the last factor of every
             factored layer; usually 0.01 to 10.
         schedule: "constant", or "cosine" down to zero at the last step.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ def check_numbers(
     steps: int,
     batch_size: int | None,
     momentum: float,
-    weight_decay: float,
+    weight_decay: float | Mapping[str, float],
     outer_ratio: float,
     warmup: int,
     evaluate_every: int | None,
@@ -29,7 +29,8 @@ def check_numbers(
     for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
         expect(name, value, value is None or (is_integer(value) and value >= 1), "an integer >= 1 or None")
     expect("momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "a number >= 0 and < 1")
-    expect("weight_decay", weight_decay, is_number(weight_decay) and weight_decay >= 0, "a finite number >= 0")
+    decays = list(weight_decay.values()) if isinstance(weight_decay, Mapping) else [weight_decay]
+    expect("weight_decay", weight_decay, all(is_number(each) and each >= 0 for each in decays), "finite numbers >= 0")
     expect("outer_ratio", outer_ratio, is_number(outer_ratio) and outer_ratio >= 0, "a finite number >= 0")
     expect("warmup", warmup, is_integer(warmup) and 0 <= warmup < steps, f"an integer from 0 to below steps = {steps}")
 

@@ -6,7 +6,8 @@ for each model of a stack. The rates live in one tensor on the device, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,17 +27,27 @@ class Rule:
 
     name: str
     momentum: float = 0.9  # of sgd
-    weight_decay: float = 0.0  # decoupled for adamw, part of the gradient for adam and sgd
+    # decoupled for adamw, part of the gradient for adam and sgd; a mapping names parameters by regular expressions
+    weight_decay: float | Mapping[str, float] = 0.0
+
+    def decay_of(self, name: str) -> float:
+        """Return the weight decay of the parameter of this name; of a mapping that of the first that matches, or 0."""
+        if not isinstance(self.weight_decay, Mapping):
+            return self.weight_decay
+        return next((decay for names, decay in self.weight_decay.items() if re.fullmatch(names, name)), 0.0)
 
 
 class Update:
     """The optimiser's state for groups of parameters, and its steps in place.
 
-    parameters[g] are the tensors of group g, rates (G,) its learning rate before the schedule's factor.
+    parameters[g] are the tensors of group g, rates (G,) its learning rate before the schedule's factor, decays (G,) its
+    weight decay.
     """
 
-    def __init__(self, rule: Rule, parameters: Sequence[Sequence[Tensor]], rates: Sequence[float]) -> None:
-        self.rule, self.parameters = rule, [list(group) for group in parameters]
+    def __init__(
+        self, rule: Rule, parameters: Sequence[Sequence[Tensor]], rates: Sequence[float], decays: Sequence[float]
+    ) -> None:
+        self.rule, self.parameters, self.decays = rule, [list(group) for group in parameters], list(decays)
         self.device = self.parameters[0][0].device
         self.base = [float(rate) for rate in rates]
         exact = torch.float32 if self.device.type == "cuda" else torch.float64  # CUDA's kernels read float32
@@ -59,7 +70,7 @@ class Update:
         return [*kept, *(step for group in self.steps for step in group)]
 
     def _step(self, group: int, gradients: list[Tensor], rate: Tensor | float) -> None:
-        parameters, decay = self.parameters[group], self.rule.weight_decay
+        parameters, decay = self.parameters[group], self.decays[group]
         moments = [moment[group] for moment in self.moments]
         options: dict[str, Any] = {"fused": True, "lr": rate, "weight_decay": decay, "maximize": False}
         if self.rule.name == "sgd":
