@@ -92,7 +92,8 @@ class Comparison:
         """
         sets = {"train_set": self.training, "test_set": self.test, "outer_ratio": self.variants[name].outer_ratio}
         options: Any = {**sets, **self.plan, **changes}
-        return train([self.build(name, seed) for seed in seeds], learning_rates=rates, seed=list(seeds), **options)
+        built = {seed: self.build(name, seed) for seed in dict.fromkeys(seeds)}  # `train` copies what it is given
+        return train([built[seed] for seed in seeds], learning_rates=rates, seed=list(seeds), **options)
 
     def only(self, *names: str) -> Comparison:
         """Return the comparison of these variants alone."""
@@ -209,7 +210,7 @@ def image_examples(
         name: as `load_images` knows it.
         validation_rows: images of the training set, drawn by the seed, that choose rates.
         seed: of that draw, >= 0.
-        train_rows, test_rows: take so many of the first images only, 0 for all.
+        train_rows, test_rows: take so many images only, evenly spread since some sets are sorted; 0 for all.
         device: where they are to lie, so that not every training moves them.
     """
     data = load_images(name)
@@ -228,7 +229,7 @@ def _records(comparison: Comparison, changes: Mapping[str, Any]) -> dict[str, in
 
 
 def _first(part: Images, rows: int) -> Images:
-    return part.take(torch.arange(rows)) if rows else part
+    return part.take(torch.arange(rows) * len(part) // rows) if 0 < rows < len(part) else part
 
 
 def as_array(values: Any) -> np.ndarray:
