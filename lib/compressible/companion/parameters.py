@@ -48,11 +48,11 @@ _NAMES: dict[Parameter, str] = {
     Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
     " inner_width tuning_seeds tuning_steps patch layers heads"
     " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
-    " tuning_rows"
+    " tuning_rows noisy_rows noisy_steps records"
     " period draws",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
     " batch_sizes run_counts periods"
-    " step_counts seed_counts",
+    " step_counts seed_counts width_multiples",
     Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
@@ -65,13 +65,14 @@ _NAMES: dict[Parameter, str] = {
     " full_rates plus_rates galore_rates relora_rates"
     " learning_rates"
     " layer_scales tail_exponents"
-    " adam_rates",
+    " adam_rates rate_factors",
     Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay noise_ratio",
     Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
     Parameter(float, "(0, 1]"): "observed large_observed smallest_value keep_rate single_keep_rate",
     Parameter(float, "(0, 1]", many=True): "keep_rates strengths",
     Parameter(float, "(0, 1)"): "validation_fraction",
     Parameter(float, "[0, 1)"): "momentum",
+    Parameter(float, "[0, 1)", many=True): "wrong_shares",
     Parameter(float, "[0, 1]"): "decay_ratio",
     Parameter(bool): "compiled",
     Parameter(str, r"[a-z][a-z0-9_-]*"): "preset",
@@ -83,6 +84,7 @@ _NAMES: dict[Parameter, str] = {
     Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True): "encoders",
     Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True): "networks",
     Parameter(str, r"[a-z0-9-]+"): "task",
+    Parameter(str, r"mlp|digits-resnet|resnet|vgg|gcn|gcn-16", many=True): "architectures",
     Parameter(str, "authors|clean"): "protocol",
     Parameter(str, r"[\w.-]+", many=True): "matrices",
     Parameter(str, r"movielens-[a-z0-9-]+", many=True): "tables",
