@@ -49,11 +49,12 @@ _NAMES: dict[Parameter, str] = {
     " inner_width tuning_seeds tuning_steps patch layers heads"
     " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
     " tuning_rows noisy_rows noisy_steps records"
-    " period draws",
+    " period draws pooling",
     Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
     " batch_sizes run_counts periods"
     " step_counts seed_counts width_multiples",
-    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps",
+    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps"
+    " descent_steps",
     Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
     Parameter(int, "[2, inf)"): "depth",
     Parameter(int, "[2, inf)", many=True): "depths stacks",
@@ -74,6 +75,7 @@ _NAMES: dict[Parameter, str] = {
     Parameter(float, "[0, 1)"): "momentum",
     Parameter(float, "[0, 1)", many=True): "wrong_shares",
     Parameter(float, "[0, 1]"): "decay_ratio",
+    Parameter(float, "[0, 1)", many=True): "mask_rates",
     Parameter(bool): "compiled",
     Parameter(str, r"[a-z][a-z0-9_-]*"): "preset",
     Parameter(str, r"auto|cpu|cuda(:\d+)?"): "device",
