@@ -72,6 +72,15 @@ def test_low_rank_throughout_replaces_all_but_the_output():
 
 
 @needs_local_data
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_networks_take_the_images_of_cifar10(name):
+    case = other.compare(name, 1, [2], RATIOS, {"train_rows": 40, "validation_rows": 20, "test_rows": 30}, steps=1)
+    sizes = [len(part.targets) for part in (case.training, case.tuning, case.validation, case.test)]
+    assert sizes == [40, 20, 20, 30] and len(case.test.targets.unique()) == 10
+    assert case.build("compressed", 0).eval()(case.training.inputs[:2].cpu()).shape == (2, 10)
+
+
+@needs_local_data
 def test_the_graph_network_of_the_published_size():
     case = other.compare("gcn-16", 1, [2], [1.0], {}, steps=1)
     model = case.make()
