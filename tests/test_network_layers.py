@@ -216,7 +216,7 @@ def test_the_projection_does_not_depend_on_the_depth():
 
 
 def test_gradient_starts_leave_no_trace_and_need_a_gradient():
-    net, inputs = models.mlp(6, 6, 2), torch.ones(3, 6)
+    net, inputs = models.seeded(0, models.mlp, 6, 6, 2), draw(3, 6).float()
     net.body.hidden2.weight.requires_grad_(False)
     factorize(net, ["hidden2"], width=2, start="gradient", loss_step=lambda net: net(inputs).square().sum())
     assert all(parameter.grad is None for parameter in net.parameters())

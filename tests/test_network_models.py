@@ -28,7 +28,7 @@ def pictures(count: int = 2) -> torch.Tensor:
 @pytest.mark.parametrize("name", SMALL)
 def test_networks_name_their_penultimate_matrix_and_can_have_it_swapped(name):
     make, shape, width = SMALL[name]
-    net = make().eval()
+    net = models.seeded(0, make).eval()
     assert net(pictures()).shape == (2, 5)
     assert tuple(weight_matrix(net.get_submodule(net.penultimate)).shape) == shape
     seen = models.features(net, pictures())
@@ -59,8 +59,8 @@ def test_published_sizes():
 
 
 def test_an_mlp_without_activation_is_its_product():
-    net = models.mlp(6, 5, 3, hidden=2, activation="identity").double()
-    inputs = torch.randn(4, 6, dtype=torch.float64)
+    net = models.seeded(0, models.mlp, 6, 5, 3, hidden=2, activation="identity").double()
+    inputs = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrices = [net.body.get_submodule(name) for name in ("input", "hidden1", "output")]
     weight = matrices[2].weight @ matrices[1].weight @ matrices[0].weight
     zero = net(torch.zeros(1, 6, dtype=torch.float64))
@@ -92,7 +92,7 @@ def test_the_adjacency_is_symmetric_and_has_spectral_norm_one():
 
 def test_the_graph_network_is_kipf_and_wellings_formula():
     inputs, edges, _ = graph()
-    net = models.gcn(inputs, edges, 3, width=4).eval()
+    net = models.seeded(0, models.gcn, inputs, edges, 3, width=4).eval()
     adjacency = normalised_adjacency(edges, 9).float()
     hidden, output = net.body.input, net.body.output
     first = torch.relu(adjacency @ (inputs @ hidden.weight.mT + hidden.bias))
