@@ -113,6 +113,26 @@ def test_equal_rates_step_as_whole_stacks_and_as_slices_alike():
     assert np.allclose(whole.loss[:2], slices.loss[:2], rtol=1e-12)
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_weight_decay_by_name_is_pytorchs_decay_of_a_group(stacked):
+    data, nets = examples(dtype=torch.float64), networks(2, torch.float64)
+    history = train(
+        nets, data, learning_rates=[0.01] * 2, steps=20, weight_decay={r"body\.input\..*": 0.3}, stacked=stacked,
+        device="cpu",
+    )  # fmt: skip
+    for index, net in enumerate(nets):
+        own = copy.deepcopy(net)
+        decayed = list(own.body.input.parameters())
+        rest = [p for name, p in own.named_parameters() if not name.startswith("body.input.")]
+        optimizer = torch.optim.Adam([{"params": decayed, "weight_decay": 0.3}, {"params": rest}], lr=0.01)
+        for _ in range(20):
+            optimizer.zero_grad()
+            functional.cross_entropy(own(data.inputs), data.targets).backward()
+            optimizer.step()
+        for name, parameter in own.named_parameters():
+            assert torch.allclose(history.models[index].get_parameter(name), parameter, rtol=1e-8, atol=1e-11)
+
+
 def test_the_schedule_warms_up_and_falls():
     data, net = examples(dtype=torch.float64), networks(1, torch.float64)[0]
     options = {"steps": 30, "batch_size": 16, "warmup": 5, "evaluate_every": 1, "device": "cpu"}
@@ -303,6 +323,7 @@ def test_bfloat16_trains_the_same_network_with_fewer_digits():
         ({"precision": "float16"}, "unknown precision 'float16'"),
         ({"augment": "crop_and_flip"}, "expected None without batches of images"),
         ({"momentum": 1.0}, "momentum is 1.0, expected a number >= 0 and < 1"),
+        ({"weight_decay": {"body.inpt.*": 0.1}}, "'body.inpt.*', which matches no trained parameter; the closest is"),
         ({"outer_ratio": -1.0}, "outer_ratio is -1.0"),
         ({"warmup": 5}, "warmup is 5, expected an integer from 0 to below steps = 5"),
         ({"snapshots": [6]}, r"snapshots is \[6\], expected steps from 0 to 5"),

@@ -20,6 +20,7 @@ from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import Rule
 from compressible.networks.side_by_side import Plan, SideBySide
 from compressible.networks.training_checks import (
+    check_decay,
     check_models,
     check_names,
     check_numbers,
@@ -116,6 +117,7 @@ def train(
     check_numbers(steps, batch_size, momentum, weight_decay, outer_ratio, warmup, evaluate_every)
     check_names(optimizer, schedule, loss, augment, precision)
     check_models(models, learning_rates)
+    check_decay(models[0], weight_decay)
     seeds = seeds_of(seed, len(models))
     check_sets(train_set, batch_size, augment)
     names = snapshot_names(models[0], snapshots, snapshot_of, steps)

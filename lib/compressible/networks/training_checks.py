@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from compressible.networks.batches import Examples
 from compressible.networks.layers import weight_matrix
 from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import OPTIMIZERS
-from compressible.runtime.checks import expect, is_integer, is_number, unknown
+from compressible.runtime.checks import closest, expect, is_integer, is_number, unknown
 
 SCHEDULES, PRECISIONS = ("constant", "cosine"), ("float32", "tf32", "bfloat16")
 
@@ -54,6 +55,14 @@ def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
     expect("seed", seed, len(seeds) == count, f"an integer, or one for each of the {count} models")
     expect("seed", seed, all(is_integer(each) and 0 <= each < 2**32 for each in seeds), "integers from 0 to 2^32 - 1")
     return seeds
+
+
+def check_decay(model: nn.Module, weight_decay: float | Mapping[str, float]) -> None:
+    """Raise ValueError for an expression that names no trained parameter."""
+    known = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for names in weight_decay if isinstance(weight_decay, Mapping) else ():
+        if not any(re.fullmatch(names, name) for name in known):
+            raise ValueError(f"weight_decay names {names!r}, which matches no trained parameter{closest(names, known)}")
 
 
 def check_models(models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
