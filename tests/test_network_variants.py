@@ -213,10 +213,17 @@ def test_images_that_choose_rates_are_no_images_that_judge(monkeypatch: pytest.M
     assert abs(parts["training"].inputs.mean()) < 0.1 and abs(parts["training"].inputs.std() - 1) < 0.1
 
 
-def test_widths_are_timed_up_to_one_on_the_cpu(case: nv.Comparison) -> None:
+def test_widths_are_timed_on_the_device_and_the_smaller_ones_on_the_cpu(
+    case: nv.Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def of(width: int) -> nv.Comparison:
         return replace(case.only("plain"), make=partial(models.mlp, INPUTS, width, CLASSES))
 
-    clock = costs.time_widths(of, [6, 12, 24], 12, "cpu", repeats=2, seconds=0.001)
-    assert {key.rpartition("/plain/")[0] for key in clock} == {"cpu/6", "cpu/12"}
-    assert clock["cpu/12/plain/operations"] > clock["cpu/6/plain/operations"]
+    clock = costs.time_widths(of, [6, 24], 12, "cpu", repeats=2, seconds=0.001)
+    assert {key.rpartition("/plain/")[0] for key in clock} == {"cpu/6", "cpu/24"}
+    assert clock["cpu/24/plain/operations"] > clock["cpu/6/plain/operations"]
+    monkeypatch.setattr(costs, "places", lambda device: ["cpu", "cuda"])
+    monkeypatch.setattr(costs, "time_alone", lambda case, repeats, seconds, device: {"device": device})
+    assert set(costs.time_widths(of, [6, 24], 12, "cuda", 2, 0.001)) == {
+        f"{p}/device" for p in ("cpu/6", "cuda/6", "cuda/24")
+    }

@@ -85,15 +85,25 @@ class Comparison:
             factorize(model, where, variant.kind, start=variant.start, **options, **drawn)
         return model
 
-    def train(self, name: str, seeds: Sequence[int], rates: Sequence[float], **changes: Any) -> NetworkHistory:
+    def train(
+        self,
+        name: str,
+        seeds: Sequence[int],
+        rates: Sequence[float],
+        built: Sequence[nn.Module] | None = None,
+        **changes: Any,
+    ) -> NetworkHistory:
         """Train networks of a variant side by side, one for each pair of `seeds` and `rates`; test examples judge.
 
-        A seed has the same batches in all variants. `changes` go over the plan, `train_set` and `test_set` among them.
+        A seed has the same batches in all variants. `built` are the networks where they were built before. `changes`
+        go over the plan, `train_set` and `test_set` among them.
         """
         sets = {"train_set": self.training, "test_set": self.test, "outer_ratio": self.variants[name].outer_ratio}
         options: Any = {**sets, **self.plan, **changes}
-        built = {seed: self.build(name, seed) for seed in dict.fromkeys(seeds)}  # `train` copies what it is given
-        return train([built[seed] for seed in seeds], learning_rates=rates, seed=list(seeds), **options)
+        if built is None:
+            each = {seed: self.build(name, seed) for seed in dict.fromkeys(seeds)}  # `train` copies what it is given
+            built = [each[seed] for seed in seeds]
+        return train(built, learning_rates=rates, seed=list(seeds), **options)
 
     def only(self, *names: str) -> Comparison:
         """Return the comparison of these variants alone."""
@@ -214,7 +224,7 @@ def image_examples(
         device: where they are to lie, so that not every training moves them.
     """
     data = load_images(name)
-    whole, test = _first(data.train, train_rows), _first(data.test, test_rows)
+    whole, test = _thinned(data.train, train_rows), _thinned(data.test, test_rows)
     rest, held_out = whole.split(validation_rows, seed)
     examples = {}
     for part, chosen in {"training": whole, "test": test, "tuning": rest, "validation": held_out}.items():
@@ -228,7 +238,7 @@ def _records(comparison: Comparison, changes: Mapping[str, Any]) -> dict[str, in
     return {"evaluate_every": max(1, {**comparison.plan, **changes}["steps"] // 20)}
 
 
-def _first(part: Images, rows: int) -> Images:
+def _thinned(part: Images, rows: int) -> Images:
     return part.take(torch.arange(rows) * len(part) // rows) if 0 < rows < len(part) else part
 
 

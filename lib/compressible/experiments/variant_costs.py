@@ -5,10 +5,12 @@ The variants are those of network_variants.py. Seconds are of one network alone:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,16 +45,17 @@ def time_alone(comparison: Comparison, repeats: int, seconds: float, **changes: 
     found: Found = {}
     paces: dict[str, list[float]] = {name: [] for name in comparison.variants}
     counts: dict[str, int] = {}
-    for name in comparison.variants:  # a round before tells how many steps fill the time, and is not kept
-        pace, history = _pace(comparison, name, 4, **changes)
+    built = {name: comparison.build(name, 0) for name in comparison.variants}
+    for name, network in built.items():  # a round before tells how many steps fill the time, and is not kept
+        pace, history = _pace(comparison, name, network, 4, **changes)
         half = max(2, round(seconds / pace / 2))
         counts[name] = 2 * (half if half < STRETCH else half - half % STRETCH)
         sizes = {"state_bytes": STATE_BYTES * history.parameters, "peak_bytes": history.peak_memory_bytes}
-        sizes["operations"] = _operations(comparison, name, **changes)
+        sizes["operations"] = _operations(comparison, network, **changes)
         found |= prefixed(name, {key: np.array([value]) for key, value in sizes.items()})
     for _ in range(repeats):
         for name, each in paces.items():
-            each.append(_pace(comparison, name, counts[name], **changes)[0])
+            each.append(_pace(comparison, name, built[name], counts[name], **changes)[0])
     return found | {f"{name}/step_seconds": np.array(each) for name, each in paces.items()}
 
 
@@ -66,12 +69,13 @@ def time_widths(
 ) -> Found:
     """Return `time_alone` of `comparison_of(width)` for all widths, under "<place>/<width>/", at all `places`.
 
-    A CPU is too slow for larger widths than `widest_on_cpu`.
+    Beside a GPU a CPU is too slow for larger widths than `widest_on_cpu`.
     """
     found: Found = {}
-    for place in places(device):
+    where = places(device)
+    for place in where:
         for width in widths:
-            if place != "cpu" or width <= widest_on_cpu:
+            if place == where[-1] or width <= widest_on_cpu:
                 each = time_alone(comparison_of(width), repeats, seconds, device=place)
                 found |= prefixed(f"{place}/{width}", each)
     return found
@@ -120,19 +124,21 @@ def arrival(accuracy: np.ndarray, level: np.ndarray, at: np.ndarray) -> np.ndarr
     return np.where(np.isfinite(later), at[before] + share * (at[index] - at[before]), np.nan)
 
 
-def _pace(comparison: Comparison, name: str, steps: int, **changes: Any) -> tuple[float, NetworkHistory]:
+def _pace(
+    comparison: Comparison, name: str, network: nn.Module, steps: int, **changes: Any
+) -> tuple[float, NetworkHistory]:
     """Seconds a step over the last two thirds of one network's steps, nothing evaluated."""
     half = steps // 2
     plan = {"steps": 3 * half, "evaluate_every": half, "warmup": 0, "test_set": None, "stacked": False} | changes
-    history = comparison.train(name, [0], [1e-4], **plan)
+    history = comparison.train(name, [0], [1e-4], [network], **plan)
     seconds = as_array(history.seconds)
     return float(seconds[-1] - seconds[-3]) / (2 * half), history
 
 
-def _operations(comparison: Comparison, name: str, **changes: Any) -> int:
+def _operations(comparison: Comparison, network: nn.Module, **changes: Any) -> int:
     """Operations of the matrix products of one step, forwards and backwards, as PyTorch counts them."""
     size = {**comparison.plan, **changes}.get("batch_size")
-    model = comparison.build(name, 0).train()
+    model = copy.deepcopy(network).train()
     with FlopCounterMode(display=False) as counter:
         inputs, targets = comparison.training.inputs[:size].cpu(), comparison.training.targets[:size].cpu()
         functional.cross_entropy(model(inputs), targets).backward()
