@@ -44,55 +44,70 @@ class Parameter:
 
 _COUNT, _NOT_NEGATIVE, _POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
 _PRECISIONS = "float32|tf32|bfloat16"
-_NAMES: dict[Parameter, str] = {
-    Parameter(int, _COUNT): "dimension large_dimension sparse_dimension entries rank guess measurements width users"
-    " inner_width tuning_seeds tuning_steps patch layers heads"
-    " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
-    " tuning_rows noisy_rows noisy_steps records"
-    " period draws pooling",
-    Parameter(int, _COUNT, many=True): "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
-    " batch_sizes run_counts periods"
-    " step_counts seed_counts width_multiples",
-    Parameter(int, _NOT_NEGATIVE): "steps seed validation_rows filter_step train_rows test_rows warmup long_steps"
-    " descent_steps",
-    Parameter(int, _NOT_NEGATIVE, many=True): "snapshots evaluate_at",
-    Parameter(int, "[2, inf)"): "depth",
-    Parameter(int, "[2, inf)", many=True): "depths stacks",
-    Parameter(int, "[3, inf)"): "length max_length",
-    Parameter(float, _POSITIVE): "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
-    " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds"
-    " small_init_scale long_step_size",
-    Parameter(float, _POSITIVE, many=True): "init_scales step_sizes step_fractions deep_rates lora_rates"
-    " full_rates plus_rates galore_rates relora_rates"
-    " learning_rates"
-    " layer_scales tail_exponents"
-    " adam_rates rate_factors",
-    Parameter(float, _NOT_NEGATIVE): "outer_ratio tolerance ridge weight_decay noise_ratio",
-    Parameter(float, _NOT_NEGATIVE, many=True): "outer_ratios noise_ratios skews ridges weight_decays",
-    Parameter(float, "(0, 1]"): "observed large_observed smallest_value keep_rate single_keep_rate",
-    Parameter(float, "(0, 1]", many=True): "keep_rates strengths",
-    Parameter(float, "(0, 1)"): "validation_fraction",
-    Parameter(float, "[0, 1)"): "momentum",
-    Parameter(float, "[0, 1)", many=True): "wrong_shares",
-    Parameter(float, "[0, 1]"): "decay_ratio",
-    Parameter(float, "[0, 1)", many=True): "mask_rates",
-    Parameter(bool): "compiled",
-    Parameter(str, r"[a-z][a-z0-9_-]*"): "preset",
-    Parameter(str, r"auto|cpu|cuda(:\d+)?"): "device",
-    Parameter(str, "float64|float32", many=True): "precisions",
-    Parameter(str, _PRECISIONS): "precision",
-    Parameter(str, _PRECISIONS, many=True): "tuning_precisions",
-    Parameter(str, r"[\w./-]+"): "encoder",
-    Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True): "encoders",
-    Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True): "networks",
-    Parameter(str, r"[a-z0-9-]+"): "task",
-    Parameter(str, r"mlp|digits-resnet|resnet|vgg|gcn|gcn-16", many=True): "architectures",
-    Parameter(str, "authors|clean"): "protocol",
-    Parameter(str, r"[\w.-]+", many=True): "matrices",
-    Parameter(str, r"movielens-[a-z0-9-]+", many=True): "tables",
-    Parameter(str, r"auto|u[1-5]|seed\d+", many=True): "splits",
-}
-VOCABULARY = {name: entry for entry, names in _NAMES.items() for name in names.split()}
+_NAMES: tuple[tuple[Parameter, str], ...] = (
+    (
+        Parameter(int, _COUNT),
+        "dimension large_dimension sparse_dimension entries rank guess measurements width users"
+        " inner_width tuning_seeds tuning_steps patch layers heads"
+        " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
+        " tuning_rows noisy_rows noisy_steps records"
+        " period draws pooling",
+    ),
+    (
+        Parameter(int, _COUNT, many=True),
+        "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
+        " batch_sizes run_counts periods"
+        " step_counts seed_counts width_multiples",
+    ),
+    (
+        Parameter(int, _NOT_NEGATIVE),
+        "steps seed validation_rows filter_step train_rows test_rows warmup long_steps descent_steps",
+    ),
+    (Parameter(int, _NOT_NEGATIVE, many=True), "snapshots evaluate_at"),
+    (Parameter(int, "[2, inf)"), "depth"),
+    (Parameter(int, "[2, inf)", many=True), "depths stacks"),
+    (Parameter(int, "[3, inf)"), "length max_length"),
+    (
+        Parameter(float, _POSITIVE),
+        "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
+        " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds"
+        " small_init_scale long_step_size",
+    ),
+    (
+        Parameter(float, _POSITIVE, many=True),
+        "init_scales step_sizes step_fractions deep_rates lora_rates"
+        " full_rates plus_rates galore_rates relora_rates"
+        " learning_rates"
+        " layer_scales tail_exponents"
+        " adam_rates rate_factors",
+    ),
+    (Parameter(float, _NOT_NEGATIVE), "outer_ratio tolerance ridge weight_decay noise_ratio"),
+    (Parameter(float, _NOT_NEGATIVE, many=True), "outer_ratios noise_ratios skews ridges weight_decays"),
+    (Parameter(float, "(0, 1]"), "observed large_observed smallest_value keep_rate single_keep_rate"),
+    (Parameter(float, "(0, 1]", many=True), "keep_rates strengths"),
+    (Parameter(float, "(0, 1)"), "validation_fraction"),
+    (Parameter(float, "[0, 1)"), "momentum"),
+    (Parameter(float, "[0, 1)", many=True), "wrong_shares"),
+    (Parameter(float, "[0, 1]"), "decay_ratio"),
+    (Parameter(float, "[0, 1)", many=True), "mask_rates"),
+    (Parameter(bool), "compiled"),
+    (Parameter(str, r"[a-z][a-z0-9_-]*"), "preset"),
+    (Parameter(str, r"auto|cpu|cuda(:\d+)?"), "device"),
+    (Parameter(str, "float64|float32", many=True), "precisions"),
+    (Parameter(str, _PRECISIONS), "precision"),
+    (Parameter(str, _PRECISIONS, many=True), "tuning_precisions"),
+    (Parameter(str, r"[\w./-]+"), "encoder"),
+    (Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True), "encoders"),
+    (Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True), "networks"),
+    (Parameter(str, r"[a-z0-9-]+"), "task"),
+    (Parameter(str, r"mlp|digits-resnet|resnet|vgg|gcn|gcn-16", many=True), "architectures"),
+    (Parameter(str, "authors|clean"), "protocol"),
+    (Parameter(str, r"[\w.-]+", many=True), "matrices"),
+    (Parameter(str, r"movielens-[a-z0-9-]+", many=True), "tables"),
+    (Parameter(str, r"auto|u[1-5]|seed\d+", many=True), "splits"),
+)
+VOCABULARY = {name: entry for entry, names in _NAMES for name in names.split()}
+assert len(VOCABULARY) == sum(len(names.split()) for _, names in _NAMES), "a name stands twice in _NAMES"
 
 AT_MOST = (
     ("inner_width", ("width",)),
