@@ -136,10 +136,10 @@ def _pace(
 
 
 def _operations(comparison: Comparison, network: nn.Module, **changes: Any) -> int:
-    """Operations of the matrix products of one step, forwards and backwards, as PyTorch counts them."""
+    """Operations of the matrix products of one step, forwards and backwards, as PyTorch counts them by shapes alone."""
     size = {**comparison.plan, **changes}.get("batch_size")
-    model = copy.deepcopy(network).train()
+    model = copy.deepcopy(network).to("meta").train()
+    inputs, targets = (part[:size].to("meta") for part in (comparison.training.inputs, comparison.training.targets))
     with FlopCounterMode(display=False) as counter:
-        inputs, targets = comparison.training.inputs[:size].cpu(), comparison.training.targets[:size].cpu()
         functional.cross_entropy(model(inputs), targets).backward()
     return counter.get_total_flops()
