@@ -108,7 +108,7 @@ def test_full_fine_tuning_goes_as_a_plain_loop(base, task):
     run = FineTuningRun(cd.DeepLoraConfig(), 0.01, 3, task.subset(8, 3))
     model = copy.deepcopy(base).train()
     weight, bias = fresh_head(model.classifier, run, "classifier")
-    model.classifier.weight.data, model.classifier.bias.data = weight, bias
+    model.classifier.weight.data, model.classifier.bias.data = weight, bias + task.train.labels[run.subset].mean()
     named = dict(model.named_parameters())
     head = [named.pop("classifier.weight"), named.pop("classifier.bias")]
     groups = [{"params": [*named.values()], "lr": 0.01}, {"params": head, "lr": 0.02}]

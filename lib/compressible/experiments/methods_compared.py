@@ -2,7 +2,8 @@
 
 A method's rate is chosen on rows that train and judge nothing, over seeds that judge nothing; the grid grows beyond an
 end that wins. Then the methods are judged on the task's validation rows. A seed draws the same training rows, order,
-head and dropout for all, so that differences are taken seed by seed.
+head and dropout for all, so that differences are taken seed by seed. In a regression the head's bias starts at the mean
+label of the run's rows: otherwise a body at a high rate learns that mean first, and saturates.
 """
 
 from __future__ import annotations
@@ -128,11 +129,13 @@ def train(
     method: str, base: nn.Module, task: Task, judging: Examples, rate: float, seed: int, setting: Setting
 ) -> Trained:
     """Fine-tune a copy of `base` on the device of the task's rows, and score it on the rows `judging`."""
-    run = FineTuningRun(DeepLoraConfig(), rate, seed, task.subset(setting.few_rows, seed, replace=False))
+    rows = task.subset(setting.few_rows, seed, replace=False)
+    run = FineTuningRun(DeepLoraConfig(), rate, seed, rows)
+    start = task.train.take(rows).labels.mean().item() if task.kind == "regression" else 0.0
     order = data_order(run, len(task.train), setting.steps, setting.batch_size)
     device = task.train.labels.device
     with _own_randomness(device, seed), _peak_bytes(device) as peak:
-        model = _with_fresh_head(base, run).to(device).train()
+        model = _with_fresh_head(base, run, start).to(device).train()
         began = devices.clock(task.train.labels)
         prepared = prepare(method, model, rate, setting, lambda model: _loss(model, task, order[0]))
         torch.manual_seed(seed)  # starts draw more or less; dropout is to be the same
@@ -228,13 +231,15 @@ def _loss(model: nn.Module, task: Task, rows: Tensor) -> Tensor:
     return run_losses(task.kind, model(**tokens).logits, labels, 1)[0]
 
 
-def _with_fresh_head(base: nn.Module, run: FineTuningRun) -> nn.Module:
-    """A copy whose head is that of the run's seed."""
+def _with_fresh_head(base: nn.Module, run: FineTuningRun, start: float) -> nn.Module:
+    """A copy whose head is that of the run's seed, with its bias at `start`."""
     model = copy.deepcopy(base)
     for name in head_layers(model):
         head: Any = model.get_submodule(name)
         weight, bias = fresh_head(head, run, name)
-        head.load_state_dict({"weight": weight} | ({} if head.bias is None else {"bias": bias}))
+        head.weight.data.copy_(weight)
+        if head.bias is not None:
+            head.bias.data.copy_(bias + start)
     return model
 
 
