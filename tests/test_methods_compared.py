@@ -13,6 +13,7 @@ import torch
 import compressible as cd
 from compressible.experiments import fine_tuning_methods as methods
 from compressible.experiments import methods_compared as compared
+from compressible.experiments.rate_grid import best_of
 from compressible.finetuning.run import FineTuningRun, data_order, fresh_head
 
 SETTING = methods.Setting(rank=2, period=2, steps=6, batch_size=4, few_rows=8, head_rate=0.02)
@@ -159,36 +160,6 @@ def test_a_run_that_diverges_has_no_score_and_stops_nothing(base, task):
         assert math.isnan(found.score) and found.losses.shape == (6,)
 
 
-@pytest.mark.parametrize(
-    ("peak", "rates", "expected"),
-    [
-        (1e-3, [1e-4, 1e-3, 1e-2], [1e-4, 1e-3, 1e-2]),
-        (1e-2, [1e-4, 1e-3], [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]),
-        (1e-5, [1e-4, 1e-3], [3e-6, 1e-5, 3e-5, 1e-4, 1e-3]),
-        (1e-4, [1e-4, 1e-3], [3e-5, 1e-4, 1e-3]),
-        (1.0, [9e-4, 2e-3], [9e-4, 2e-3, 3e-3, 1e-2, 3e-2, 1e-1]),  # four more at most
-        (1e-9, [4e-4, 9e-4], [1e-5, 3e-5, 1e-4, 3e-4, 4e-4, 9e-4]),
-    ],
-)
-def test_a_grid_grows_beyond_an_end_that_wins(peak, rates, expected):
-    asked = []
-    found = compared.search_rates(lambda rate: asked.append(rate) or -abs(math.log(rate / peak)), rates)
-    assert list(found) == pytest.approx(expected) and sorted(asked) == pytest.approx(expected)
-    inside = min(found) < compared.best_of(found) < max(found)
-    assert inside == (expected[0] < peak < expected[-1])
-
-
-def test_scores_that_are_not_finite_lose_and_one_rate_is_not_tried():
-    scores = {1e-3: 0.2, 1e-2: math.nan, 1e-1: math.nan, 3e-4: 0.1}
-    assert compared.search_rates(scores.get, [3e-4, 1e-3, 1e-2]) == {
-        3e-4: 0.1,
-        1e-3: 0.2,
-        1e-2: pytest.approx(math.nan, nan_ok=True),
-    }
-    assert compared.best_of(scores) == 1e-3 and compared.best_of({2.0: math.nan, 1.0: math.nan}) == 1.0
-    assert list(compared.search_rates(lambda rate: 1 / 0, [0.5])) == [0.5]
-
-
 def test_rows_that_choose_rates_are_apart(task):
     numbered = replace(task.train, labels=torch.arange(ROWS, dtype=torch.float32))
     rest, tuning = compared.split_rows(replace(task, train=numbered), 5)
@@ -213,13 +184,14 @@ def test_a_comparison_tunes_and_judges_on_different_rows_and_seeds(base, task, m
     found = compared.compare(base, rest, tuning, rates, setting, seeds=2, tuning_seeds=2)
     assert {seed for _, for_tuning, _, seed in calls if for_tuning} == {2, 3}
     assert {seed for _, for_tuning, _, seed in calls if not for_tuning} == {0, 1}
-    best = compared.best_of(dict(zip(found["LoRA/rates"], found["LoRA/tuning"], strict=True)))
+    best = best_of(dict(zip(found["LoRA/rates"], found["LoRA/tuning"], strict=True)))
     assert (
         {rate for method, tuned, rate, _ in calls if method == "LoRA" and not tuned} == {best} == {found["LoRA/rate"]}
     )
     assert found["Deep LoRA - LoRA"] == pytest.approx(found["Deep LoRA/score"] - found["LoRA/score"])
     assert found["full/losses"].shape == (2, 2) and found["state as predicted"].tolist() == [True] * 3
     assert found["rates inside"][0] == found["full/inside"] and not found["full/inside"]
+    assert not any(tuned for method, tuned, _, _ in calls if method != "LoRA")  # a single rate is not tried
     assert "memory saved" not in found  # on a CPU
 
 

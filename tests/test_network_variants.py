@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,11 +90,50 @@ def test_the_rate_is_chosen_on_validation_examples(case: nv.Comparison) -> None:
         assert found[f"{name}/own_rate"] == [0.02]
         assert found[f"{name}/inside"] == [True]
         assert found[f"{name}/tuning"][1] > 0.75 > found[f"{name}/tuning"][0]
+        assert found[f"{name}/rates"].tolist() == [1e-7, 0.02, 1e4]
+
+
+def with_accuracies(case: nv.Comparison, accuracy_of: Any) -> tuple[nv.Comparison, list[list[float]]]:
+    """The comparison whose trainings come to what accuracy_of(rate, seed) says, NaN for one that diverges."""
+    calls: list[list[float]] = []
+
+    class Told(nv.Comparison):
+        def train(self, name: str, seeds: Any, rates: Any, built: Any = None, **changes: Any) -> Any:
+            calls.append(list(rates))
+            ends = np.array([accuracy_of(rate, seed) for rate, seed in zip(rates, seeds, strict=True)])
+            curves = np.nan_to_num(ends, nan=0.33)[:, None].repeat(21, 1)  # a diverged network guesses
+            return SimpleNamespace(accuracy=curves, diverged=np.isnan(ends))
+
+    return Told(**{part.name: getattr(case.only("plain"), part.name) for part in fields(case)}), calls
+
+
+def test_a_grid_grows_until_its_best_rate_lies_inside_it(case: nv.Comparison) -> None:
+    told, calls = with_accuracies(case, lambda rate, seed: 0.9 - abs(np.log10(rate / 0.1)) / 10 + seed / 1000)
+    found = nv.tune(told, [1e-3, 1e-2], [7, 8])
+    assert calls == [[1e-3, 1e-3, 1e-2, 1e-2], [0.03, 0.03], [0.1, 0.1], [0.3, 0.3]]
+    assert found["plain/rates"].tolist() == [1e-3, 1e-2, 0.03, 0.1, 0.3]
+    assert found["plain/own_rate"] == [0.1] and found["plain/inside"] == [True]
+    assert found["plain/tuning"].shape == (5,) and found["plain/tuning"][3] == pytest.approx(0.9075)
 
 
 def test_a_best_rate_at_an_end_of_the_grid_is_told(case: nv.Comparison) -> None:
-    found = nv.tune(case.only("plain"), [1e-7, 0.02], [7])
-    assert found["plain/own_rate"] == [0.02] and found["plain/inside"] == [False]
+    found = nv.tune(with_accuracies(case, lambda rate, _: rate)[0], [1e-7, 1e-6], [7])
+    assert found["plain/rates"].tolist() == [1e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4]
+    assert found["plain/own_rate"] == [1e-4] and found["plain/inside"] == [False]
+
+
+@pytest.mark.parametrize("failed", [1 / 3, np.nan])
+def test_a_rate_at_which_one_of_three_seeds_fails_loses(case: nv.Comparison, failed: float) -> None:
+    told, _ = with_accuracies(case, lambda rate, seed: {1e-3: 0.6, 1e-2: 0.8, 0.1: failed if seed == 9 else 0.95}[rate])
+    found = nv.tune(told, [1e-3, 1e-2, 0.1], [7, 8, 9])
+    assert found["plain/own_rate"] == [1e-2]
+    assert found["plain/tuning"][2] == pytest.approx((1.9 + np.nan_to_num(failed)) / 3)
+
+
+def test_a_single_rate_is_taken_as_it_is(case: nv.Comparison) -> None:
+    found = nv.tune(case.only("plain"), [0.02], [7])
+    assert found["plain/rates"].tolist() == [0.02] == found["plain/own_rate"].tolist()
+    assert found["plain/tuning"][0] > 0.75 and found["plain/inside"] == [False]
 
 
 @pytest.mark.parametrize("rates", [[0.1, 0.01], [0.01, 0.01], [-1.0, 0.1]])

@@ -32,6 +32,7 @@ from compressible.experiments.fine_tuning_methods import (
     state_bytes,
 )
 from compressible.experiments.outcomes import prefixed
+from compressible.experiments.rate_grid import best_of, is_inside, search_rates
 from compressible.finetuning.losses import run_losses
 from compressible.finetuning.run import FineTuningRun, data_order, fresh_head, run_generator
 from compressible.networks.optim.relora import restart
@@ -156,28 +157,6 @@ def judged(model: nn.Module, task: Task, rows: Examples) -> float:
     return task.score(outputs.cpu().numpy(), rows.labels.cpu().numpy())
 
 
-def search_rates(score_of: Callable[[float], float], rates: Sequence[float], more: int = 4) -> dict[float, float]:
-    """Return {rate: score} of `rates`, and of up to `more` rates (1, 3, 10, ...) beyond an end while it is the best.
-
-    A score that is not finite loses. A single rate is taken as it is, and not scored.
-    """
-    if len(rates) == 1:
-        return {rates[0]: math.nan}
-    found = {rate: score_of(rate) for rate in rates}
-    for _ in range(more):
-        best = best_of(found)
-        if min(found) < best < max(found):
-            break
-        beyond = _beside(best, 1 if best == max(found) else -1)
-        found[beyond] = score_of(beyond)
-    return dict(sorted(found.items()))
-
-
-def best_of(scores: Mapping[float, float]) -> float:
-    """Return the rate with the highest finite score; the lowest rate where none is finite."""
-    return max(sorted(scores), key=lambda rate: scores[rate] if math.isfinite(scores[rate]) else -math.inf)
-
-
 def _compare_one(
     method: str, given: tuple[nn.Module, Task, Setting], tuning: Examples, grid: Sequence[float], seeds: int, extra: int
 ) -> dict[str, Any]:
@@ -187,14 +166,17 @@ def _compare_one(
     def run(rate: float, seed: int, judging: Examples) -> Trained:
         return train(method, base, task, judging, rate, seed, setting)
 
-    scores = search_rates(lambda rate: float(np.mean([run(rate, seeds + i, tuning).score for i in range(extra)])), grid)
+    def mean_scores(rates: Sequence[float]) -> list[float]:
+        return [float(np.mean([run(rate, seeds + i, tuning).score for i in range(extra)])) for rate in rates]
+
+    scores = search_rates(mean_scores, grid) if len(grid) > 1 else {grid[0]: math.nan}  # one rate needs no choice
     best = best_of(scores)
     found = [run(best, seed, task.validation) for seed in range(seeds)]
     return {
         "rates": np.array(list(scores)),
         "tuning": np.array(list(scores.values())),
         "rate": best,
-        "inside": min(scores) < best < max(scores),
+        "inside": is_inside(scores),
         "score": np.array([each.score for each in found]),
         "losses": np.array([each.losses for each in found]),
         "seconds": np.array([each.seconds for each in found]),
@@ -241,14 +223,6 @@ def _with_fresh_head(base: nn.Module, run: FineTuningRun, start: float) -> nn.Mo
         if head.bias is not None:
             head.bias.data.copy_(bias + start)
     return model
-
-
-def _beside(rate: float, direction: int) -> float:
-    """The next of 1, 3, 10, 30, ... times a power of ten above (1) or below (-1) a rate."""
-    ladder = [float(f"{digit}e{power}") for power in range(-12, 4) for digit in (1, 3)]
-    if direction > 0:
-        return min(step for step in ladder if step > 1.01 * rate)
-    return max(step for step in ladder if step < 0.99 * rate)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from compressible.data.images import Images, load_images, standardised
 from compressible.experiments.outcomes import prefixed
+from compressible.experiments.rate_grid import best_of, is_inside, search_rates
 from compressible.networks.factorize import factorize
 from compressible.networks.training import Examples, NetworkHistory, train
 from compressible.runtime.devices import resolve_device
@@ -117,34 +118,32 @@ class Comparison:
 
 
 def tune(comparison: Comparison, rates: Sequence[float], seeds: Sequence[int], **changes: Any) -> Found:
-    """Return what each variant comes to on the validation data at each of N `rates`, and its own best rate.
+    """Return what each variant comes to on the validation data at each of N rates, and its own best one.
+
+    A variant's grid grows beyond an end that is its best, as `search_rates` has it; a single rate is taken as it is.
 
     Args:
         comparison: trained on its tuning examples, judged on its validation examples.
-        rates: learning rates in ascending order, a factor of about 3 apart.
-        seeds: of the trained networks; take others than those that are judged later.
+        rates: learning rates to begin with, in ascending order, a factor of about 3 apart.
+        seeds: of the trained networks, three at least for a choice to be relied on; others than those judged later.
         **changes: go over the plan, fewer steps, say.
 
     Returns:
-        "<name>/tuning" (N,), mean accuracy at the end over the seeds, 0 where one diverged; "<name>/own_rate" (1,), the
-        best; "<name>/inside" (1,), whether it lies inside the grid, beyond whose ends the true best may lie.
+        "<name>/rates" (N,), ascending, N being the variant's own; "<name>/tuning" (N,), mean accuracy at the end over
+        the seeds, of which a diverged one counts as 0; "<name>/own_rate" (1,), the best, of equals the lowest;
+        "<name>/inside" (1,), whether it lies inside the grid, beyond whose ends the true best may lie.
 
     Raises:
         ValueError: rates that do not ascend.
     """
-    if list(rates) != sorted(set(rates)) or min(rates) <= 0:
-        raise ValueError(f"rates are {list(rates)}, expected them above 0 and ascending")
     sets = {"train_set": comparison.tuning, "test_set": comparison.validation, **_records(comparison, changes)}
-    pairs = [(rate, seed) for rate in rates for seed in seeds]
     found: Found = {}
     for name in comparison.variants:
-        history = comparison.train(
-            name, [seed for _, seed in pairs], [rate for rate, _ in pairs], **{**sets, **changes}
-        )
-        ends = np.nan_to_num(end(as_array(history.accuracy))).reshape(len(rates), len(seeds)).mean(1)
-        best = int(ends.argmax())
-        inside = np.array([0 < best < len(rates) - 1])
-        found |= prefixed(name, {"tuning": ends, "own_rate": np.array([rates[best]]), "inside": inside})
+        scores_of = partial(_validated, comparison, name, seeds, {**sets, **changes})
+        scores = search_rates(scores_of, rates, more=4 if len(rates) > 1 else 0)
+        tried = {"rates": np.array(list(scores)), "tuning": np.array(list(scores.values()))}
+        chosen = {"own_rate": np.array([best_of(scores)]), "inside": np.array([is_inside(scores)])}
+        found |= prefixed(name, tried | chosen)
     return found
 
 
@@ -231,6 +230,16 @@ def image_examples(
         pixels = standardised(chosen, data.mean, data.std)
         examples[part] = Examples(pixels, chosen.labels).to(resolve_device(device))
     return examples
+
+
+def _validated(
+    comparison: Comparison, name: str, seeds: Sequence[int], plan: Mapping[str, Any], rates: Sequence[float]
+) -> list[float]:
+    """Mean end accuracies over the seeds at N rates, all trained side by side."""
+    pairs = [(rate, seed) for rate in rates for seed in seeds]
+    history = comparison.train(name, [seed for _, seed in pairs], [rate for rate, _ in pairs], **plan)
+    ends = np.where(history.diverged, 0.0, np.nan_to_num(end(as_array(history.accuracy))))
+    return ends.reshape(len(rates), len(seeds)).mean(1).tolist()
 
 
 def _records(comparison: Comparison, changes: Mapping[str, Any]) -> dict[str, int]:

@@ -1,14 +1,63 @@
-"""One study of networks at several learning rates side by side, and what it gives at the rate that validates best."""
+"""How a learning rate is chosen: by the mean score over seeds on rows that judge nothing, on a grid that may grow.
+
+`at_best_rate` gives what one study of networks, side by side at several rates, finds at the rate that validates best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 Found = dict[str, np.ndarray]
+ROUNDING = 1e-9  # scores are means of accuracies or correlations, of the order of 1
+
+
+def search_rates(
+    scores_of: Callable[[Sequence[float]], Sequence[float]], rates: Sequence[float], more: int = 4
+) -> dict[float, float]:
+    """Return {rate: score}, ascending, of `rates` and of up to `more` rates beyond an end while that end is the best.
+
+    Those beyond are 1, 3, 10, 30, ... times a power of ten: a grid that has these goes on by its own factor.
+
+    Args:
+        scores_of: called first with all of `rates`, so that they may train side by side, then with one more at a time;
+            returns their scores, the higher the better; one that is not finite loses. A mean over three seeds or more
+            falls far enough if one of them diverges or stays at chance for its rate to lose.
+        rates: at least one, ascending and above 0.
+        more: how often the grid may grow.
+
+    Raises:
+        ValueError: unless the rates ascend.
+    """
+    _check_ascending(rates)
+    found = dict(zip(rates, map(float, scores_of(list(rates))), strict=True))
+    for _ in range(more):
+        if is_inside(found):
+            break
+        best = best_of(found)
+        beyond = _beside(best, 1 if best == max(found) else -1)
+        found[beyond] = float(scores_of([beyond])[0])
+    return dict(sorted(found.items()))
+
+
+def best_of(scores: Mapping[float, float]) -> float:
+    """Return the rate with the highest finite score; the lowest rate where none is finite.
+
+    Of rates whose scores are equal up to rounding it is the lowest: that is the safer one, as the seeds that are judged
+    are others, and too high a rate lets some of them diverge or stay at chance, while too low a one is only slow.
+    """
+    finite = {rate: score if math.isfinite(score) else -math.inf for rate, score in scores.items()}
+    highest = max(finite.values())
+    return min(rate for rate, score in finite.items() if score >= highest - ROUNDING)
+
+
+def is_inside(scores: Mapping[float, float]) -> bool:
+    """Return whether the best rate is at no end of the grid, beyond which the true best may lie."""
+    return min(scores) < best_of(scores) < max(scores)
 
 
 def at_best_rate(
@@ -36,8 +85,7 @@ def at_best_rate(
     Raises:
         ValueError: unless the rates ascend, or if all diverge.
     """
-    if list(rates) != sorted(set(rates)) or not rates:
-        raise ValueError(f"rates are {rates!r}, expected at least one, ascending")
+    _check_ascending(rates)
     models = [make(seed) for _ in rates for seed in seeds]
     each = {"learning_rates": [rate for rate in rates for _ in seeds], "seed": [seed for _ in rates for seed in seeds]}
     found = study(models, **each, **options)
@@ -50,3 +98,16 @@ def at_best_rate(
     out = {name: values[chosen] if len(values) == len(models) else values for name, values in found.items()}
     out |= {f"{name}_by_rate": found[name].reshape(grid) for name in kept}
     return out | {"best_rate": np.array([rates[best]]), "best_is_inside": np.array([0 < best < len(rates) - 1])}
+
+
+def _check_ascending(rates: Sequence[float]) -> None:
+    if not len(rates) or list(rates) != sorted(set(rates)) or min(rates) <= 0:
+        raise ValueError(f"rates are {list(rates)}, expected at least one, above 0 and ascending")
+
+
+def _beside(rate: float, direction: int) -> float:
+    """The next of 1, 3, 10, 30, ... times a power of ten above (1) or below (-1) a rate."""
+    ladder = [float(f"{digit}e{power}") for power in range(-12, 7) for digit in (1, 3)]
+    if direction > 0:
+        return min(step for step in ladder if step > 1.01 * rate)
+    return max(step for step in ladder if step < 0.99 * rate)
