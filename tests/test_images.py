@@ -259,6 +259,14 @@ def test_a_split_is_a_partition_that_depends_on_the_seed_alone():
     assert held[0] == sorted(np.argsort(raw)[:4].tolist())
 
 
+def test_spread_images_are_evenly_spaced_and_all_for_0_or_too_many():
+    whole = some_images()
+    assert whole.spread(5).labels.tolist() == whole.labels[::2].tolist()
+    assert len(whole.spread(0)) == len(whole.spread(99)) == len(whole) == 10
+    with pytest.raises(ValueError, match="spread: rows is -1"):
+        whole.spread(-1)
+
+
 @pytest.mark.parametrize("rows", [0, 10, -1, 2.0, True])
 def test_a_split_without_a_row_on_either_side_is_refused(rows):
     with pytest.raises(ValueError, match=rf"split: rows is {rows}, expected 1 to 9"):

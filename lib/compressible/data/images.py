@@ -73,6 +73,14 @@ class Images:
         """The images with these numbers, (K,) int64."""
         return Images(self.pixels[rows], self.labels[rows])
 
+    def spread(self, rows: int) -> Images:
+        """`rows` images evenly spaced over the set, as some sets are sorted by class; all for 0 or more than there are.
+
+        Raises ValueError for a number below 0.
+        """
+        expect("spread: rows", rows, is_integer(rows) and rows >= 0, "an integer >= 0")
+        return self.take(torch.arange(rows) * len(self) // rows) if 0 < rows < len(self) else self
+
     def split(self, rows: int, seed: int) -> tuple[Images, Images]:
         """(the rest, `rows` images drawn at random and held out); the same for ever, each in the order of the set.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressible.data.images import Images, load_images, standardised
+from compressible.data.images import load_images, standardised
 from compressible.experiments.outcomes import prefixed
 from compressible.experiments.rate_grid import best_of, is_inside, search_rates
 from compressible.networks.factorize import factorize
@@ -223,7 +223,7 @@ def image_examples(
         device: where they are to lie, so that not every training moves them.
     """
     data = load_images(name)
-    whole, test = _thinned(data.train, train_rows), _thinned(data.test, test_rows)
+    whole, test = data.train.spread(train_rows), data.test.spread(test_rows)
     rest, held_out = whole.split(validation_rows, seed)
     examples = {}
     for part, chosen in {"training": whole, "test": test, "tuning": rest, "validation": held_out}.items():
@@ -245,10 +245,6 @@ def _validated(
 def _records(comparison: Comparison, changes: Mapping[str, Any]) -> dict[str, int]:
     """Twenty records are enough to see an end."""
     return {"evaluate_every": max(1, {**comparison.plan, **changes}["steps"] // 20)}
-
-
-def _thinned(part: Images, rows: int) -> Images:
-    return part.take(torch.arange(rows) * len(part) // rows) if 0 < rows < len(part) else part
 
 
 def as_array(values: Any) -> np.ndarray:

@@ -129,7 +129,7 @@ def image_examples(name: str, rows: int = 0, held_out: int = 0, flat: bool = Fal
     """
     data = load_images(name)
     expect("rows", rows, 0 <= rows <= len(data.train), f"0 for all, or at most the set's {len(data.train)}")
-    parts = {"train": data.train.take(torch.arange(rows) * len(data.train) // rows) if rows else data.train}
+    parts = {"train": data.train.spread(rows)}
     if held_out:
         parts["train"], parts["validation"] = parts["train"].split(held_out, seed=0)
     found = {}

@@ -2,7 +2,7 @@
 
 The theorem: orthogonal starts, a target of rank r, white inputs, plain gradient descent; then d - 2r directions of each
 layer share one value rho_l(t) and never turn. `step_size` is eta on the sum loss 1/2 ||W_L...W_1 - Phi||_F^2 throughout
-(for a mean over N entries: the step over N). The derivations are in notebooks/beyond/11_edges_of_the_theorem.
+(for a mean over N entries: the step over N).
 """
 
 from __future__ import annotations
