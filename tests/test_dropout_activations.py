@@ -129,6 +129,6 @@ def test_ranks_across_widths():
 def test_a_rate_that_diverges_is_not_taken():
     task = {"linear": True, "dimension": 6, "rank": 6, "width": 8, "noise": 0.1, "rows": (64, 32, 32), "dropout": 0.0}
     options = {"steps": 40, "evaluate_every": 20, "batch_size": 32, **PLAN}
-    found = activations.synthetic_study([0, 1], [0.02, 1e3], **task, **options)
+    found = activations.synthetic_study([0, 1], [1e-5, 0.02, 1e3], **task, **options)
     assert found["best_rate"].tolist() == [0.02] and np.isfinite(found["effective"]).all()
-    assert np.isnan(found["end_effective_by_rate"][1]).all()
+    assert np.isnan(found["end_effective_by_rate"][2]).all() and found["best_is_inside"].tolist() == [True]

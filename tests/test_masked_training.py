@@ -80,10 +80,24 @@ def test_trained_linear_map_is_the_closed_form(pixels, networks):
 
 def test_the_best_learning_rate_is_kept(networks):
     _, found = networks
-    assert found["validation"].shape == (3, 3)
-    assert (found["validation"][:, 0] > 0.9).all()  # of a network that hardly moved
-    assert set(found["learning_rate"]) <= {0.01, 0.03}
-    assert found["at_end"].tolist() == (found["learning_rate"] == 0.03).tolist()
+    tried, losses = found["learning_rates"], found["validation"]
+    assert losses.shape == (3, len(tried)) and set(tried) >= {1e-6, 0.01, 0.03}
+    assert (losses[:, 0] > 0.9).all()  # of a network that hardly moved
+    np.testing.assert_array_equal(found["learning_rate"], tried[np.nanargmin(losses, 1)])
+
+
+def test_grids_grow_until_the_best_learning_rate_lies_inside(pixels):
+    """At far too low rates the highest is best, for every mask rate, and up to four more are tried."""
+    setting = masked_training.Setting(RATES, [1e-5, 1e-4], range(2), width=16, steps=60, batch_size=64)
+    nets, found = masked_training.trained("linear", pixels, setting)
+    assert found["learning_rates"].tolist() == pytest.approx([1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
+    assert (found["learning_rate"] >= 3e-3).all() and [len(nets[q]) for q in RATES] == [2, 2, 2]
+    ends = np.array([np.flatnonzero(np.isfinite(row))[-1] for row in found["validation"]])
+    best = np.nanargmin(found["validation"], 1)
+    assert found["inside"].tolist() == (best < ends).tolist()
+    for q, row in zip(RATES, found["validation"], strict=True):
+        losses = [masked_training.masked_loss(net, pixels.validation, q) for net in nets[q]]
+        assert np.mean(losses) == pytest.approx(np.nanmin(row))
 
 
 def test_measures_of_a_linear_network_are_those_of_its_matrix(pixels, networks):

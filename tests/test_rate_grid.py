@@ -48,6 +48,21 @@ def _near(scores, rate):
     return next((score for known, score in scores.items() if math.isclose(known, rate)), 0.0)
 
 
+def test_grids_of_several_cases_grow_apart_and_are_scored_together():
+    peaks, asked = {"low": 1e-5, "inside": 1e-3, "high": 3e-1}, []
+
+    def scores_of(pairs):
+        asked.append(list(pairs))
+        return [-abs(math.log(rate / peaks[case])) for case, rate in pairs]
+
+    found = rate_grid.search_each(scores_of, list(peaks), [1e-4, 1e-3, 1e-2, 1e-1])
+    assert asked[0] == [(case, rate) for case in peaks for rate in (1e-4, 1e-3, 1e-2, 1e-1)]
+    assert [[case for case, _ in some] for some in asked[1:]] == [["low", "high"], ["low", "high"], ["low"]]
+    for case, peak in peaks.items():
+        assert rate_grid.best_of(found[case]) == pytest.approx(peak) and rate_grid.is_inside(found[case])
+    assert list(found["inside"]) == [1e-4, 1e-3, 1e-2, 1e-1]
+
+
 def test_growth_can_be_forbidden():
     assert list(rate_grid.search_rates(lambda some: some, [0.1, 0.3], more=0)) == [0.1, 0.3]
 

@@ -149,15 +149,29 @@ def _named(seed):
     return net
 
 
-@pytest.mark.parametrize(("losses", "best", "inside"), [((3, 1, 2), 0.1, True), ((1, 2, np.nan), 0.01, False)])
-def test_the_rate_that_validates_best_is_kept_with_all_its_seeds(losses, best, inside):
-    rates = [0.01, 0.1, 1.0]
-    study = _study(dict(zip(rates, losses, strict=True)))
-    found = at_best_rate(study, _named, [5, 7], rates, kept=("validation_loss",))
-    assert found["best_rate"].tolist() == [best] and found["best_is_inside"].tolist() == [inside]
+@pytest.mark.parametrize(
+    ("losses", "rates", "best"),
+    [
+        ({0.01: 3, 0.1: 1, 1.0: 2}, [0.01, 0.1, 1.0], 0.1),
+        ({0.003: 2, 0.01: 1, 0.1: np.nan, 1.0: np.inf}, [0.01, 0.1, 1.0], 0.01),  # the grid grows below
+        ({0.01: 4, 0.03: 3, 0.1: 2, 0.3: 1, 1.0: 5}, [0.01, 0.03], 0.3),  # and above, one rate at a time
+        ({0.003: 4, 0.01: np.nan, 0.03: np.nan, 0.001: 5}, [0.01, 0.03], 0.003),  # all of the first diverge
+    ],
+)
+def test_the_rate_that_validates_best_is_kept_with_all_its_seeds(losses, rates, best):
+    found = at_best_rate(_study(losses), _named, [5, 7], rates, kept=("validation_loss",))
+    assert found["best_rate"].tolist() == [best] and found["best_is_inside"].tolist() == [True]
     assert found["name"].tolist() == ["net 5", "net 7"] and found["at"].tolist() == [0, 1, 2]
-    assert found["validation_loss_by_rate"].shape == (3, 2)
-    np.testing.assert_allclose(found["validation_loss"], np.array([0.5, 0.7]) + losses[rates.index(best)])
+    assert found["rates"].tolist() == sorted(losses)
+    wanted = [[losses[rate] + 0.5, losses[rate] + 0.7] for rate in sorted(losses)]
+    np.testing.assert_allclose(found["validation_loss_by_rate"], wanted)
+    np.testing.assert_allclose(found["validation_loss"], np.array([0.5, 0.7]) + losses[best])
+
+
+def test_a_single_rate_is_taken_as_it_is():
+    found = at_best_rate(_study({0.1: 1.0}), _named, [5, 6, 7], [0.1])
+    assert found["rates"].tolist() == [0.1] and not found["best_is_inside"][0]
+    assert len(found["name"]) == 3 and found["at"].tolist() == [0, 1, 2]  # as many records as networks
 
 
 def test_rates_that_do_not_ascend_or_all_diverge_are_refused():
@@ -174,7 +188,7 @@ def test_a_seed_goes_the_same_way_at_its_rate_whatever_the_other_rates():
     def make(seed):
         return models.seeded(seed, models.mlp, INPUTS, WIDTH, CLASSES).double()
 
-    many = at_best_rate(growth.update_spectra, make, [3, 4], [1e-4, 0.2], **options, **DESCENT)
+    many = at_best_rate(growth.update_spectra, make, [3, 4], [1e-4, 0.2, 1e4], **options, **DESCENT)
     alone = at_best_rate(growth.update_spectra, make, [3, 4], [0.2], **options, **DESCENT)
-    assert many["best_rate"].tolist() == [0.2]
+    assert many["best_rate"].tolist() == [0.2] and len(many["rates"]) == 3
     np.testing.assert_allclose(many["values"], alone["values"], rtol=1e-6, atol=1e-9)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn import functional
 
 from compressible.data.images import ImageData, Images
+from compressible.experiments.rate_grid import best_of, is_inside, search_each
 from compressible.networks import models, training
 from compressible.recovery import spectra
 from compressible.recovery.theory import masking
@@ -27,6 +27,7 @@ from compressible.runtime.checks import expect
 KINDS = {"linear": {"hidden": 1, "activation": "identity"}, "nonlinear": {"hidden": 2, "activation": "gelu"}}
 LEAST_DEVIATION = 0.1  # of the largest: pixels that vary less are left out
 Found = dict[str, np.ndarray]
+Pair = tuple[float, float]  # a mask rate and a learning rate
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,41 @@ def standardised_pixels(data: ImageData, pooling: int, rows: int, validation_row
 def trained(kind: str, pixels: Pixels, setting: Setting) -> tuple[dict[float, list[nn.Module]], Found]:
     """Train autoencoders of a kind, and keep for each mask rate the S that did best on validation images.
 
-    Returns {mask rate: S networks} and "validation" (rates, learning rates), mean loss a pixel at the mask rate of the
-    training, NaN where a seed diverged, "learning_rate" (rates,) that was chosen, and "at_end" (rates,), whether it is
-    an end of the grid. Raises ValueError where all diverge.
+    The learning rates of a mask rate grow beyond an end that is its best, as `search_each` has it; a single one is
+    taken as it is. Returns {mask rate: S networks} and "learning_rates" (L,), all that were tried, "validation"
+    (rates, L), mean loss a pixel at the mask rate of the training, NaN where a seed diverged or none was trained,
+    "learning_rate" (rates,) that was chosen, and "inside" (rates,), whether it is at no end of its grid. Raises
+    ValueError where all diverge.
     """
-    places = list(product(setting.mask_rates, setting.learning_rates, setting.seeds))
+    nets: dict[Pair, list[nn.Module]] = {}
+    losses: dict[Pair, float] = {}
+
+    def scores_of(pairs: Sequence[Pair]) -> list[float]:
+        nets.update(_side_by_side(kind, pixels, setting, pairs))
+        losses.update({pair: float(np.mean([masked_loss(net, pixels.validation, pair[0]) for net in nets[pair]]))
+                       for pair in pairs})  # fmt: skip
+        return [-losses[pair] for pair in pairs]
+
+    more = 4 if len(setting.learning_rates) > 1 else 0
+    scores = search_each(scores_of, setting.mask_rates, setting.learning_rates, more)
+    best = {q: best_of(each) for q, each in scores.items()}
+    ends = np.array([losses[pair] for pair in best.items()])
+    expect("learning_rates", list(setting.learning_rates), bool(np.isfinite(ends).all()), "one that converges")
+    tried = sorted({rate for _, rate in losses})
+    found = {
+        "learning_rates": np.array(tried),
+        "validation": np.array([[losses.get((q, rate), np.nan) for rate in tried] for q in setting.mask_rates]),
+        "learning_rate": np.array(list(best.values())),
+        "inside": np.array([is_inside(each) for each in scores.values()]),
+    }
+    return {q: nets[q, rate] for q, rate in best.items()}, found
+
+
+def _side_by_side(kind: str, pixels: Pixels, setting: Setting, pairs: Sequence[Pair]) -> dict[Pair, list[nn.Module]]:
+    """{(mask rate, learning rate): S networks}, all trained as one stack."""
     size = pixels.train.shape[1]
     shape = {"width": setting.width, "classes": size, **KINDS[kind]}
+    places = [(*pair, seed) for pair in pairs for seed in setting.seeds]
     nets = [Masked(models.seeded(seed, models.mlp, size, **shape), q) for q, _, seed in places]
     history = training.train(
         nets, training.Examples(pixels.train.float(), pixels.train.float()),
@@ -119,17 +148,8 @@ def trained(kind: str, pixels: Pixels, setting: Setting) -> tuple[dict[float, li
         schedule="cosine", loss="squared", seed=[seed for *_, seed in places], evaluate_every=setting.steps,
         precision=setting.precision, device=setting.device, stacked=True,
     )  # fmt: skip
-    losses = [masked_loss(net, pixels.validation, q) for net, (q, *_) in zip(history.models, places, strict=True)]
-    grid = (len(setting.mask_rates), len(setting.learning_rates), len(setting.seeds))
-    means = np.array(losses).reshape(grid).mean(2)
-    expect("learning_rates", list(setting.learning_rates), bool(np.isfinite(means).any(1).all()), "one that converges")
-    best = np.nanargmin(means, 1)
-    chosen = {
-        q: history.models[start : start + grid[2]]
-        for q, start in zip(setting.mask_rates, (np.arange(grid[0]) * grid[1] + best) * grid[2], strict=True)
-    }
-    rates = np.array(setting.learning_rates)[best]
-    return chosen, {"validation": means, "learning_rate": rates, "at_end": np.isin(best, (0, grid[1] - 1))}
+    count = len(setting.seeds)
+    return {pair: history.models[i * count : (i + 1) * count] for i, pair in enumerate(pairs)}
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 Found = dict[str, np.ndarray]
+Case = TypeVar("Case")
 ROUNDING = 1e-9  # scores are means of accuracies or correlations, of the order of 1
 
 
@@ -33,15 +34,33 @@ def search_rates(
     Raises:
         ValueError: unless the rates ascend.
     """
+    return search_each(lambda pairs: scores_of([rate for _, rate in pairs]), [None], rates, more)[None]
+
+
+def search_each(
+    scores_of: Callable[[Sequence[tuple[Case, float]]], Sequence[float]],
+    cases: Sequence[Case],
+    rates: Sequence[float],
+    more: int = 4,
+) -> dict[Case, dict[float, float]]:
+    """Return what `search_rates` does for each of several cases, whose grids grow apart; {case: {rate: score}}.
+
+    Args:
+        scores_of: called with pairs of a case and a rate, so that cases may train side by side, too: first with all,
+            then with one rate more for each case that needs one; returns the pairs' scores.
+        cases: what is trained, each with a rate of its own; distinct.
+        rates, more: as in `search_rates`.
+    """
     _check_ascending(rates)
-    found = dict(zip(rates, map(float, scores_of(list(rates))), strict=True))
-    for _ in range(more):
-        if is_inside(found):
+    found: dict[Case, dict[float, float]] = {case: {} for case in cases}
+    pairs = [(case, rate) for case in cases for rate in rates]
+    for grown in range(more + 1):
+        for (case, rate), score in zip(pairs, scores_of(pairs), strict=True):
+            found[case][rate] = float(score)
+        pairs = [(case, _beyond(scores)) for case, scores in found.items() if not is_inside(scores)]
+        if not pairs or grown == more:
             break
-        best = best_of(found)
-        beyond = _beside(best, 1 if best == max(found) else -1)
-        found[beyond] = float(scores_of([beyond])[0])
-    return dict(sorted(found.items()))
+    return {case: dict(sorted(scores.items())) for case, scores in found.items()}
 
 
 def best_of(scores: Mapping[float, float]) -> float:
@@ -70,39 +89,63 @@ def at_best_rate(
 ) -> Found:
     """Train make(seed) for all seeds at all rates as one stack, and return what `study` gives at the best rate.
 
-    The best rate has the least mean of the last "validation_loss" (R S,) over the S seeds; one that diverges has none.
+    The best rate has the least mean of the last "validation_loss" over the S seeds; one that diverges has none. The
+    grid grows beyond an end that is its best, as `search_rates` has it; a single rate is taken as it is.
 
     Args:
-        study: called as study(models, learning_rates=, seed=, **options); its arrays whose first axis is the models, R
-            rates times S seeds, are cut to the best rate, all others stay.
+        study: called as study(models, learning_rates=, seed=, **options), first with R rates times S seeds; the first
+            axis of its arrays is the models, but of "at", the records, which are the same for all.
         make: builds the network of a seed; a seed draws the same batches at every rate.
         seeds, rates: S and R of them; `rates` ascend.
-        kept: names of (R S,) arrays to return at all rates, too, as "<name>_by_rate" (R, S).
+        kept: names of (S,) arrays to return at all R' rates that were tried, too, as "<name>_by_rate" (R', S).
 
     Returns:
-        The study's arrays, "best_rate" (1,) and "best_is_inside" (1,), whether it is at no end of the rates.
+        The study's arrays, "rates" (R',), ascending, "best_rate" (1,) and "best_is_inside" (1,), whether it is at no
+        end of the rates.
 
     Raises:
         ValueError: unless the rates ascend, or if all diverge.
     """
-    _check_ascending(rates)
+    tried: dict[float, Found] = {}
+
+    def scores_of(some: Sequence[float]) -> list[float]:
+        tried.update(_side_by_side(study, make, seeds, some, options))
+        return [-float(tried[rate]["validation_loss"].mean()) for rate in some]
+
+    scores = search_rates(scores_of, rates, more=4 if len(rates) > 1 else 0)
+    best = best_of(scores)
+    if not math.isfinite(scores[best]):
+        raise ValueError(f"all of the rates {list(scores)!r} diverge, expected one that does not")
+    by_rate = {f"{name}_by_rate": np.stack([tried[rate][name] for rate in scores]) for name in kept}
+    chosen = {"best_rate": np.array([best]), "best_is_inside": np.array([is_inside(scores)])}
+    return tried[best] | by_rate | {"rates": np.array(list(scores))} | chosen
+
+
+def _side_by_side(
+    study: Callable[..., Found],
+    make: Callable[[int], nn.Module],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    options: Mapping[str, Any],
+) -> dict[float, Found]:
+    """{rate: what the study found at it}, all of them trained as one stack."""
     models = [make(seed) for _ in rates for seed in seeds]
     each = {"learning_rates": [rate for rate in rates for _ in seeds], "seed": [seed for _ in rates for seed in seeds]}
     found = study(models, **each, **options)
-    grid = len(rates), len(seeds)
-    losses = np.nan_to_num(found["validation_loss"].reshape(grid).mean(1), nan=np.inf, posinf=np.inf)
-    best = int(losses.argmin())
-    if not np.isfinite(losses[best]):
-        raise ValueError(f"all of the rates {rates!r} diverge, expected one that does not")
-    chosen = slice(best * len(seeds), (best + 1) * len(seeds))
-    out = {name: values[chosen] if len(values) == len(models) else values for name, values in found.items()}
-    out |= {f"{name}_by_rate": found[name].reshape(grid) for name in kept}
-    return out | {"best_rate": np.array([rates[best]]), "best_is_inside": np.array([0 < best < len(rates) - 1])}
+    parts = [slice(i * len(seeds), (i + 1) * len(seeds)) for i in range(len(rates))]
+    cut = [{name: values if name == "at" else values[part] for name, values in found.items()} for part in parts]
+    return dict(zip(rates, cut, strict=True))
 
 
 def _check_ascending(rates: Sequence[float]) -> None:
     if not len(rates) or list(rates) != sorted(set(rates)) or min(rates) <= 0:
         raise ValueError(f"rates are {list(rates)}, expected at least one, above 0 and ascending")
+
+
+def _beyond(scores: Mapping[float, float]) -> float:
+    """The next rate beyond the end of the grid that is its best."""
+    best = best_of(scores)
+    return _beside(best, 1 if best == max(scores) else -1)
 
 
 def _beside(rate: float, direction: int) -> float:
