@@ -57,7 +57,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         Parameter(int, _COUNT, many=True),
         "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
         " batch_sizes run_counts periods"
-        " step_counts seed_counts width_multiples",
+        " step_counts seed_counts tuning_counts width_multiples",
     ),
     (
         Parameter(int, _NOT_NEGATIVE),
