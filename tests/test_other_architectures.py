@@ -29,7 +29,7 @@ def two_moons(count, seed):
     return Examples(inputs, (inputs[:, 0] * inputs[:, 1] > 0).long())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def comparison():
     variants = {"plain": Variant(), "compressed": Variant("compressed", r"body\.hidden2", width=4)}
     parts = {part: two_moons(256, i) for i, part in enumerate(("training", "test", "tuning", "validation"))}
@@ -165,27 +165,51 @@ def test_a_share_of_wrong_labels_is_below_one(share):
         wrong_labels.mislabelled(torch.arange(4), share, 4, torch.Generator())
 
 
-def test_networks_fit_wrong_labels_when_they_train_long(comparison):
-    plan = comparison.plan | {"steps": 400, "batch_size": 32, "evaluate_every": 40}
-    case = replace(comparison, plan=plan)
-    found = wrong_labels.under_wrong_labels(case, [0.0, 0.4], [1e-3, 1e-2], [9], [0, 1], rows=64, classes=2)
-    for name in case.variants:
-        final, best, fitted = (found[f"{name}/{key}"] for key in ("final", "best", "fitted"))
-        assert final.shape == best.shape == (2, 2) and (best >= final).all()
-        np.testing.assert_allclose(found[f"{name}/drop"], best - final)
-        assert np.isnan(fitted[0]).all() and ((fitted[1] >= 0) & (fitted[1] <= 1)).all()
-    assert found["plain/final"][0].mean() > found["plain/final"][1].mean()
-    gains = wrong_labels.less_overfit(found, "compressed")
-    np.testing.assert_allclose(
-        gains["compressed - plain/fitted"], (found["plain/fitted"] - found["compressed/fitted"])[1]
-    )
-    np.testing.assert_allclose(gains["compressed - plain/final"], (found["compressed/final"] - found["plain/final"])[1])
+@pytest.fixture(scope="module")
+def overfitting(comparison):
+    """What networks come to that pass over 64 examples 200 times."""
+    case = replace(comparison, plan=comparison.plan | {"steps": 400, "batch_size": 32, "evaluate_every": 40})
+    return wrong_labels.under_wrong_labels(case, [0.0, 0.4], [1e-3, 1e-2], 1e-2, [9], [0, 1], rows=64, classes=2)
 
 
-def test_validation_labels_are_as_wrong_and_the_examples_apart(comparison):
+def test_networks_fit_wrong_labels_when_they_train_long(overfitting):
+    found = overfitting
+    for name in ("plain", "compressed"):
+        for kind in ("own", "shared"):
+            final, best, fitted = (found[f"{name}/{kind}/{key}"] for key in ("final", "best", "fitted"))
+            assert final.shape == best.shape == (2, 2) and (best >= final).all()
+            np.testing.assert_allclose(found[f"{name}/{kind}/drop"], best - final)
+            assert np.isnan(fitted[0]).all() and ((fitted[1] >= 0) & (fitted[1] <= 1)).all()
+    assert found["plain/shared/fitted"][1].mean() > 0.9
+    assert found["plain/shared/final"][0].mean() > found["plain/shared/final"][1].mean() + 0.05
+    for kind in ("own", "shared"):
+        finals, fitted = ([found[f"{n}/{kind}/{k}"][1] for n in ("compressed", "plain")] for k in ("final", "fitted"))
+        np.testing.assert_allclose(found[f"compressed - plain/{kind}/final"], finals[0] - finals[1])
+        np.testing.assert_allclose(found[f"compressed - plain/{kind}/fitted"], fitted[1] - fitted[0])
+
+
+def test_every_share_of_wrong_labels_has_its_own_rate(overfitting, comparison):
+    for name in ("plain", "compressed"):
+        assert overfitting[f"{name}/own_rate"].shape == overfitting[f"{name}/inside"].shape == (2,)
+        for place, share in enumerate(("0", "0.4")):
+            rates, scores = (overfitting[f"{name}/{share}/{key}"] for key in ("rates", "tuning"))
+            assert rates.shape == scores.shape and overfitting[f"{name}/own_rate"][place] == rates[scores.argmax()]
+    case = replace(comparison, plan=comparison.plan | {"steps": 20, "evaluate_every": 5}).only("plain")
+    once = wrong_labels.under_wrong_labels(case, [0.4], [1e-3], 1e-3, [9], [0, 1], rows=64, classes=2)
+    np.testing.assert_array_equal(once["plain/own/final"], once["plain/shared/final"])
+    twice = wrong_labels.under_wrong_labels(case, [0.4], [1e-4], 1e-3, [9], [0, 1], rows=64, classes=2)
+    np.testing.assert_array_equal(twice["plain/shared/final"], once["plain/shared/final"])
+    assert (twice["plain/own/fitted"] != once["plain/own/fitted"]).any()
+
+
+def test_wrong_labels_are_among_those_to_train_on_alone(comparison):
     noisy, wrong = wrong_labels._noisy(comparison, 0.25, 128, 2)
     assert len(noisy.training.targets) == 128 and len(wrong.targets) == 32
-    assert (noisy.validation.targets != comparison.validation.targets).float().mean() == 0.25
-    assert noisy.test is comparison.test and noisy.tuning is noisy.training
-    source = {tuple(row) for row in comparison.tuning.inputs.tolist()}
-    assert all(tuple(row) in source for row in noisy.training.inputs.tolist())
+    assert noisy.validation is comparison.validation and noisy.test is comparison.test
+    assert noisy.tuning is noisy.training
+    source = {
+        tuple(row): int(target)
+        for row, target in zip(comparison.tuning.inputs.tolist(), comparison.tuning.targets, strict=True)
+    }
+    truth = [source[tuple(row)] for row in noisy.training.inputs.tolist()]
+    assert (torch.tensor(truth) != noisy.training.targets).sum() == 32

@@ -79,7 +79,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         " full_rates plus_rates galore_rates relora_rates"
         " learning_rates"
         " layer_scales tail_exponents"
-        " adam_rates rate_factors",
+        " adam_rates rate_factors noisy_factors",
     ),
     (Parameter(float, _NOT_NEGATIVE), "outer_ratio tolerance ridge weight_decay noise_ratio"),
     (Parameter(float, _NOT_NEGATIVE, many=True), "outer_ratios noise_ratios skews ridges weight_decays"),

@@ -1,11 +1,15 @@
 """One network on examples of which a share has wrong labels: does a compressed block fit fewer of them?
 
+The learning rate decides that as much as the network does: a low one has not learned the wrong labels when training
+ends, and too high a one never does, so that accuracy may have two humps over the rates. A rate of a network's own is
+therefore chosen for each share, on a grid wide enough for both humps, and one rate for all stands beside it.
+
 One draw of wrong labels serves all seeds, so intervals over seeds say what starts and batches change, and no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +17,12 @@ import torch
 from torch import Tensor
 
 from compressible.experiments.network_variants import Comparison, Found, end, tune
+from compressible.experiments.outcomes import prefixed
 from compressible.networks.training import Examples
 from compressible.runtime.checks import expect
+
+KINDS = ("own", "shared")
+SIGNS = {"final": 1, "drop": -1, "fitted": -1}  # whether more is better
 
 
 def mislabelled(targets: Tensor, share: float, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -46,62 +54,82 @@ def under_wrong_labels(
     comparison: Comparison,
     shares: Sequence[float],
     rates: Sequence[float],
+    shared: float,
     tuning_seeds: Sequence[int],
     seeds: Sequence[int],
     rows: int,
     classes: int,
 ) -> Found:
-    """Train every variant on `rows` examples of which a share has wrong labels; the test labels are all right.
+    """Train every variant on `rows` examples of which a share has wrong labels; all other labels are right.
 
-    The validation labels are as often wrong as those of training, for nobody has better ones where these are bad. One
-    draw of wrong labels serves all seeds.
+    A variant's own rate is chosen at each share: on the same rows with the same wrong labels, after the same steps, by
+    the accuracy at the end on validation examples, whose labels are right. Who has such labels can thus avoid learning
+    the wrong ones by a rate that is too low for it, and no training is stopped on the way.
 
     Args:
-        comparison: its tuning and validation examples are taken, and its test data judge.
+        comparison: "plain" and others; its tuning and validation examples are taken, and its test data judge.
         shares: of labels to be wrong, [0, 1), ascending.
-        rates: grid from which each variant takes its own learning rate at each share.
+        rates: grid from which each variant takes its own learning rate at each share, as `tune` has it; wide, a factor
+            of 3,000 or so from end to end, for the best of a narrow one may be the lower of two humps.
+        shared: learning rate of all variants, for the comparison beside.
         tuning_seeds, seeds: those that choose the rates, and S others that are judged.
         rows: examples to train on, few enough for the plan's steps to pass over them often.
         classes: number K of classes.
 
     Returns:
-        Arrays (shares, S) at each variant's own best rate: "<name>/final" test accuracy, "<name>/best" on the way,
-        "<name>/drop" from there to the end, "<name>/fitted", the share of wrong labels that the network has learned
-        (NaN where none is wrong).
+        Arrays (shares, S) for each kind of rate, "own" and "shared": "<name>/<kind>/final" test accuracy, ".../best" on
+        the way, ".../drop" from there to the end, ".../fitted", the share of wrong labels that the network has learned
+        (NaN where none is wrong). Of the choice, as `tune` has them: "<name>/own_rate" and "<name>/inside" (shares,),
+        "<name>/<share>/rates" and "<name>/<share>/tuning" (N,), N being those of a variant and a share. And what
+        `less_overfit` makes of each variant beside "plain".
     """
-    by_share = [_noisy(comparison, share, rows, classes) for share in shares]
     found: dict[str, list[np.ndarray]] = {}
-    for noisy, wrong in by_share:
+    grids: Found = {}
+    for share in shares:
+        noisy, wrong = _noisy(comparison, share, rows, classes)
         tuned = tune(noisy, rates, tuning_seeds, evaluate_every=noisy.plan["evaluate_every"])
         for name in noisy.variants:
-            rate = float(tuned[f"{name}/own_rate"][0])
-            for key, values in _fit(noisy, wrong, name, seeds, rate).items():
+            grids |= {f"{name}/{share:g}/{key}": tuned[f"{name}/{key}"] for key in ("rates", "tuning")}
+            chosen = {key: tuned[f"{name}/{key}"][0] for key in ("own_rate", "inside")}
+            kinds = {"own": float(chosen["own_rate"]), "shared": shared}
+            for key, values in (chosen | _fit(noisy, wrong, name, seeds, kinds)).items():
                 found.setdefault(f"{name}/{key}", []).append(values)
-    return {key: np.stack(values) for key, values in found.items()}
+    stacked = {key: np.stack(values) for key, values in found.items()}
+    others = [name for name in comparison.variants if name != "plain"]
+    return grids | stacked | less_overfit(stacked, others)
 
 
-def less_overfit(found: Found, name: str, base: str = "plain") -> Found:
-    """Return by how much `name` ends above `base`, drops less, fits fewer wrong labels at the largest share, (S,)."""
-    signs = {"final": 1, "drop": -1, "fitted": -1}
-    return {f"{name} - {base}/{k}": s * (found[f"{name}/{k}"] - found[f"{base}/{k}"])[-1] for k, s in signs.items()}
+def less_overfit(found: Found, names: Sequence[str], base: str = "plain") -> Found:
+    """Return "<name> - <base>/<kind>/<key>" (S,), how much better each name is than `base` at the largest share.
+
+    For "final" it is by how much it ends above, for "drop" and "fitted" by how much less it drops and fits.
+    """
+    kinds = [(name, f"{kind}/{key}", sign) for name in names for kind in KINDS for key, sign in SIGNS.items()]
+    return {f"{n} - {base}/{k}": sign * (found[f"{n}/{k}"] - found[f"{base}/{k}"])[-1] for n, k, sign in kinds}
 
 
 def _noisy(comparison: Comparison, share: float, rows: int, classes: int) -> tuple[Comparison, Examples | None]:
     """The comparison on fewer examples with wrong labels, and those that are wrong, None for none."""
     generator = torch.Generator().manual_seed(0)
-    known, held = comparison.tuning, comparison.validation
+    known = comparison.tuning
     few = torch.randperm(len(known.targets), generator=generator)[:rows]
     labels, wrong = mislabelled(known.targets[few], share, classes, generator)
-    held_labels, _ = mislabelled(held.targets, share, classes, generator)
     noisy = Examples(known.inputs[few], labels)
-    validation = Examples(held.inputs, held_labels)
-    changed = replace(comparison, training=noisy, tuning=noisy, validation=validation)
+    changed = replace(comparison, training=noisy, tuning=noisy)
     return changed, Examples(noisy.inputs[wrong], labels[wrong]) if wrong.any() else None
 
 
 def _fit(
-    comparison: Comparison, wrong: Examples | None, name: str, seeds: Sequence[int], rate: float
-) -> dict[str, np.ndarray]:
-    history = comparison.train(name, seeds, [rate] * len(seeds), validation_set=wrong)
-    final, best = end(history.accuracy), history.accuracy.max(1)
-    return {"final": final, "best": best, "drop": best - final, "fitted": history.validation_accuracy[:, -1]}
+    comparison: Comparison, wrong: Examples | None, name: str, seeds: Sequence[int], kinds: Mapping[str, float]
+) -> Found:
+    """What the seeds come to at each kind of rate, {kind: rate}, all trained side by side, (S,) each."""
+    taken = list(dict.fromkeys(kinds.values()))  # an own rate that is the shared one is trained once
+    each = [seed for _ in taken for seed in seeds]
+    history = comparison.train(name, each, [rate for rate in taken for _ in seeds], validation_set=wrong)
+    final, best, fitted = end(history.accuracy), history.accuracy.max(1), history.validation_accuracy[:, -1]
+    found: Found = {}
+    for kind, rate in kinds.items():
+        rows = slice(taken.index(rate) * len(seeds), (taken.index(rate) + 1) * len(seeds))
+        values = {"final": final, "best": best, "drop": best - final, "fitted": fitted}
+        found |= prefixed(kind, {key: value[rows] for key, value in values.items()})
+    return found
