@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import peft
 import torch
+from peft.optimizers import create_loraplus_optimizer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from compressible.adapters.compressed_init import compress_adapters
-from compressible.adapters.layer import adapters, get_deep_lora_model
-from compressible.adapters.merge import first_output
-from compressible.adapters.param_groups import param_groups
-from compressible.adapters.targets import saved_modules
+import compressible as cd
+from compressible.adapters.layer import DeepLoraLayer
 from compressible.finetuning.batches import LENGTHS, DeviceRows, TaskLike, validation_score
 from compressible.finetuning.dropout.per_run import PerRunDropout
-from compressible.finetuning.losses import run_losses, token_losses
-from compressible.finetuning.run import FineTuningRun, RunHistory, data_order, fresh_head, run_generator
+from compressible.finetuning.losses import first_output, run_losses, token_losses
+from compressible.finetuning.run import FineTuningRun, RunHistory, data_order, fresh_head
 from compressible.finetuning.trainer import BETAS, EPS
 
 
@@ -33,7 +33,7 @@ def reference_fine_tune(
     evaluate_at: Sequence[int] = (),
     dropout: bool = True,
 ) -> list[RunHistory]:
-    """Train each run alone with `get_deep_lora_model` and torch's AdamW; the meaning of `fine_tune`."""
+    """Train each run alone with `peft.get_peft_model` and torch's AdamW; the meaning of `fine_tune`."""
     return [PlainRun(model, run, task, steps, batch_size, dropout).train(decay_ratio, evaluate_at) for run in runs]
 
 
@@ -49,16 +49,30 @@ class PlainRun:
         self.per_run = PerRunDropout([run.seed], self.counter)
         self.rows = DeviceRows(task.train, self.device)
         self.order = data_order(run, len(task.train.labels), steps, batch_size)
-        self.model = get_deep_lora_model(copy.deepcopy(source), run.config, run_generator(run, "factors"))
-        head: Any
-        for name, head in saved_modules(self.model, run.config):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.model = peft.get_peft_model(copy.deepcopy(source), copy.deepcopy(run.config))
+        generator = torch.Generator().manual_seed(int(run.seed))
+        if run.start is not None:
+            run.start(self.model, generator)
+        for name, head in self.heads().items():
             weight, bias = fresh_head(head, run, name)
             head.weight.data = weight
             if head.bias is not None:
                 head.bias.data = bias
         self.model.train(dropout)
-        if run.config.variant == "compressed":
-            compress_adapters(self.model, lambda: self.loss(0), generator=run_generator(run, "factors"))
+        if getattr(run.config, "variant", None) == "compressed" and run.config.init_weights:
+            cd.compress_adapters(self.model, lambda: self.loss(0), generator=generator)
+
+    def heads(self) -> dict[str, Any]:
+        """The linear layers that peft trains whole, by their names in the plain model."""
+        found = {}
+        for name, module in self.model.get_base_model().named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                for inner, part in module.modules_to_save["default"].named_modules():
+                    if isinstance(part, nn.Linear):
+                        found[f"{name}.{inner}".rstrip(".")] = part
+        return found
 
     def loss(self, step: int) -> Tensor:
         tokens, labels = self.rows.batch(self.order[step], LENGTHS[self.device.type])
@@ -89,11 +103,21 @@ class PlainRun:
         return self.history(losses, scores, time.perf_counter() - began)
 
     def optimiser(self) -> torch.optim.AdamW:
-        groups = param_groups(self.model, self.run.lr)
-        for group in groups:
-            if group["name"] == "saved" and self.run.head_lr is not None:
-                group["lr"] = self.run.head_lr
-        return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=0.0)
+        """With the rates of `param_groups`, or of peft's LoRA+; the heads at a rate of their own."""
+        run, given = self.run, {"betas": BETAS, "eps": EPS, "weight_decay": 0.0}
+        if isinstance(run.config, cd.DeepLoraConfig):
+            adam = torch.optim.AdamW(cd.param_groups(self.model, run.lr), **given)
+        else:
+            rates = {"lr": run.lr, "loraplus_lr_ratio": run.lr_ratio or 1.0, "loraplus_lr_embedding": run.lr}
+            adam = create_loraplus_optimizer(self.model, torch.optim.AdamW, **rates, **given)
+        wholes = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        heads = [parameter for module in wholes for parameter in module.modules_to_save.parameters()]
+        apart = {id(parameter) for parameter in heads}
+        for group in adam.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in apart]
+        if heads:
+            adam.add_param_group({"params": heads, "lr": run.lr if run.head_lr is None else run.head_lr, **given})
+        return adam
 
     @torch.no_grad()
     def score(self) -> float:
@@ -114,7 +138,13 @@ class PlainRun:
     def history(self, losses: np.ndarray, scores: dict[int, float], spent: float) -> RunHistory:
         lost = np.flatnonzero(~np.isfinite(losses))
         divergence = int(lost[0]) if len(lost) else None
-        found = adapters(self.model)
-        chains = {name: [factor.detach() for factor in adapter.factors] for name, adapter in found.items()}
-        heads = {name: dict(module.named_parameters()) for name, module in saved_modules(self.model, self.run.config)}
+        chains = {}
+        for name, layer in self.model.get_base_model().named_modules():
+            if isinstance(layer, DeepLoraLayer):
+                chains[name] = [factor.detach() for factor in layer.deep_lora_factors["default"]]
+            elif isinstance(layer, peft.tuners.lora.Embedding):
+                chains[name] = [layer.lora_embedding_A["default"].detach(), layer.lora_embedding_B["default"].detach()]
+            elif isinstance(layer, peft.tuners.lora.LoraLayer):
+                chains[name] = [layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()]
+        heads = {name: dict(module.named_parameters()) for name, module in self.heads().items()}
         return RunHistory(self.run, losses, scores, {}, divergence, spent, 0, 1, chains, heads, self.source)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_finetune import assert_equal, bert, mixed, task
+from test_finetune import assert_equal, bert, lora, mixed, task
 from torch import nn
 
 import compressible as cd
+from compressible.finetuning.checkpoint import _plain
 from compressible.finetuning.trainer import Trainer
 from compressible.finetuning.update_spectra import Spectra, watch_spectra
 
@@ -43,6 +44,37 @@ def test_a_killed_call_goes_on_where_it_was(tmp_path):
     with pytest.raises(ValueError, match="belongs to other runs"):
         cd.fine_tune(bert(), runs, data, checkpoint=tmp_path / "state.safetensors", **(options | {"steps": 12}))
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be stacked")
+@pytest.mark.parametrize("alone", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"bias": "all"}])
+def test_a_killed_run_of_a_kind_that_goes_alone_goes_on_where_it_was(tmp_path, monkeypatch, alone):
+    runs, advance = [cd.FineTuningRun(lora(**alone), 1e-2), mixed()[2]], Trainer.advance
+    options = {"task": task(), "steps": 6, "batch_size": 4, "evaluate_at": (3, 6), "checkpoint_every": 2}
+    expected = cd.fine_tune(bert().float(), runs, **options)
+
+    def killed(trainer, step):
+        if step == 5:
+            raise Killed
+        advance(trainer, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", killed)
+        with pytest.raises(Killed):
+            cd.fine_tune(bert().float(), runs, checkpoint=tmp_path / "state", **options)
+    for found, other in zip(
+        cd.fine_tune(bert().float(), runs, checkpoint=tmp_path / "state", **options), expected, strict=True
+    ):
+        assert_equal(found, other, 1e-6)
+
+
+def test_a_state_does_not_depend_on_the_order_in_which_layers_are_named(tmp_path):
+    names = ["query", "value", "dense", "key"]
+    given = {"task": task(), "steps": 2, "batch_size": 4, "checkpoint": tmp_path / "state"}
+    for listed in (names, names[::-1]):  # peft keeps a set, whose order differs from process to process
+        runs = [cd.FineTuningRun(lora(target_modules=listed), 1e-3)]
+        cd.fine_tune(bert(), runs, **given)
+    assert _plain({"b", "a", "c"}) == ["a", "b", "c"]
 
 
 def test_a_state_belongs_to_its_model_and_its_data(tmp_path):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from text_helpers import save_bert
 
 import compressible as cd
-from compressible.adapters.layer import adapters
 from compressible.data.pretrained import load_encoder
 from compressible.experiments import early_subspaces, few_shot, rates_compared
 
@@ -42,21 +42,34 @@ def encoder(tmp_path_factory):
 def test_methods_are_started_and_paced_as_they_are_called(encoder):
     chosen = few_shot.methods(encoder, ["value"], "authors", 4, 1e-3, RATES)
     assert tuple(chosen) == few_shot.METHODS
-    configs = {name: config for name, (config, _) in chosen.items()}
-    assert [configs[name].depth for name in few_shot.METHODS] == [2, 2, 2, 2, 3, 3, 3, 3]
-    assert [configs[name].init_lora_weights for name in ("paper", "standard", "control")] == [
-        "paper", "standard", "standard",
+    configs = {name: way.config for name, way in chosen.items()}
+    kinds = [peft.LoraConfig] * 4 + [cd.DeepLoraConfig] * 4
+    assert [type(configs[name]) for name in few_shot.METHODS] == kinds
+    assert [chosen[name].start for name in (*few_shot.STARTS, "control", "full")] == [
+        cd.paper_lora_start, few_shot.standard_start, None, few_shot.standard_start, None,
     ]  # fmt: skip
-    assert [rate for _, rate in chosen.values()] == [1e-4, 1e-4, 1e-4, 1e-3, 1e-4, 1e-4, 1e-2, 2e-3]
+    assert [way.rate for way in chosen.values()] == [1e-4, 1e-4, 1e-4, 1e-3, 1e-4, 1e-4, 1e-2, 2e-3]
+    assert [configs[name].lr_ratio for name in ("full", "compressed", "slower")] == pytest.approx([1, 0.01, 0.05])
     assert configs["compressed"].variant == configs["slower"].variant == "compressed"
     for config in configs.values():
         assert config.modules_to_save is None and "classifier" in config.exclude_modules
 
 
+def test_the_standard_start_of_an_embedding_is_that_of_a_linear_layer(encoder):
+    way = few_shot.methods(encoder, ["all-dense"], "clean", 4, 1e-3, RATES)["standard"]
+    model = peft.get_peft_model(copy.deepcopy(encoder), copy.deepcopy(way.config))
+    layer = model.get_base_model().bert.embeddings.word_embeddings
+    assert layer.lora_embedding_B["default"].any() and not layer.lora_embedding_A["default"].any()
+    way.start(model, torch.Generator().manual_seed(0))
+    a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+    assert not b.any() and 0.9 < a.abs().max() * a.shape[1] ** 0.5 <= 1
+
+
 def test_all_dense_adapts_the_word_embeddings_and_the_pooler_too(encoder):
-    few = few_shot.methods(encoder, ["value"], "clean", 4, 1e-3, RATES)["thin"][0]
-    all_of_them = few_shot.methods(encoder, ["all-dense"], "clean", 4, 1e-3, RATES)["thin"][0]
-    adapted = [set(adapters(cd.get_deep_lora_model(copy.deepcopy(encoder), each))) for each in (few, all_of_them)]
+    few = few_shot.methods(encoder, ["value"], "clean", 4, 1e-3, RATES)["thin"].config
+    all_of_them = few_shot.methods(encoder, ["all-dense"], "clean", 4, 1e-3, RATES)["thin"].config
+    models = [peft.get_peft_model(copy.deepcopy(encoder), copy.deepcopy(each)) for each in (few, all_of_them)]
+    adapted = [set(model.base_model.targeted_module_names) for model in models]
     words, pooler = "bert.embeddings.word_embeddings", "bert.pooler.dense"
     assert len(adapted[0]) == 2 and adapted[0] < adapted[1] and {words, pooler} <= adapted[1]
     assert not any("position" in name or "classifier" in name for name in adapted[1])
@@ -131,7 +144,7 @@ def test_a_run_ends_in_the_subspace_that_it_ends_in():
 def test_full_width_trains_the_head_only_in_the_clean_protocol(encoder):
     configs = [early_subspaces.full_width(encoder, ["query"], protocol, 3, 1e-3) for protocol in ("authors", "clean")]
     assert [config.modules_to_save for config in configs] == [None, ["classifier"]]
-    assert all(config.variant == "full" and config.exclude_modules == ["classifier"] for config in configs)
+    assert all(config.variant == "full" and config.exclude_modules == {"classifier"} for config in configs)
 
 
 # rates compared
@@ -161,7 +174,7 @@ def test_the_best_rates_are_compared_seed_by_seed():
 
 def test_merging_and_peft_keep_the_logits(encoder):
     config = cd.DeepLoraConfig(r=4, variant="thin", init_scale=0.3, task_type="SEQ_CLS")
-    model = cd.get_deep_lora_model(copy.deepcopy(encoder), config)
+    model = peft.get_peft_model(copy.deepcopy(encoder), config)
     tokens = {"input_ids": torch.tensor([[2, 5, 6, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}
     before = encoder(**tokens).logits
     found = rates_compared.round_trip(model.eval(), encoder, tokens)

@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from compressible.experiments.speed import finetuning as speed
+from compressible.experiments.speed import goals
 
 LAYERS, HIDDEN, WIDE, BATCH, LENGTH = 2, 64, 160, 2, 8
 
@@ -58,10 +59,25 @@ def test_what_breaks_and_what_comes_too_late_say_so_and_leave_the_others(monkeyp
 def test_claims_come_first_and_no_case_twice():
     cases = list(speed.cases(["a", "b"], [1, 5, 20, 40], ["bfloat16", "tf32"], 5, compiled=True))
     assert len(cases) == len(set(cases))
-    needed = [(case.method, case.runs, case.modes) for case in cases if case.encoder == "a"][:5]
-    assert needed[:2] == [("peft", 1, ("eager",))] * 2
-    assert needed[2:4] == [("compressed", 1, ("eager", "graph")), ("compressed", 20, ("graph",))]
-    assert needed[4] == ("compressed", 20, ("compiled",))
+    needed = [(case.method, case.runs, case.modes) for case in cases if case.encoder == "a"][:7]
+    stock = ["peft", "peft", "peft-compressed", "peft-thin"]
+    assert needed[:4] == [(method, 1, ("eager",)) for method in stock]
+    assert needed[4:6] == [("compressed", 1, ("eager", "graph")), ("compressed", 20, ("graph",))]
+    assert needed[6] == ("compressed", 20, ("compiled",))
+
+
+def test_deep_lora_is_held_against_lora_of_peft_by_steps_and_memory():
+    out = {"a/tf32/1 x peft/eager/steps": np.array([2.0, 4.0]), "a/tf32/1 x peft/eager/memory": 10.0}
+    out |= {f"a/tf32/1 x peft-{kind}/eager/steps": np.array([3.0, 4.0]) for kind in ("compressed", "thin")}
+    out["a/tf32/1 x peft-thin/eager/memory"] = 11.0
+    found = goals.over_lora(out, ["a", "b"], "tf32")
+    assert found["a peft-compressed steps over LoRA"].tolist() == [1.5, 1.0]
+    assert found["a peft-thin memory over LoRA"] == pytest.approx([1.1])
+    assert "a peft-compressed memory over LoRA" not in found and len(found) == 3
+    assert goals.over_lora(out | {"a/tf32/1 x peft/eager/memory": 0.0}, ["a"], "tf32").keys() == {
+        "a peft-compressed steps over LoRA",
+        "a peft-thin steps over LoRA",
+    }
 
 
 def test_an_endless_pass_starts_its_data_again():

@@ -12,8 +12,8 @@ from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 
 import compressible as cd
 from compressible import data
-from compressible.adapters.targets import places, saved_modules
 from compressible.data import hub, pretrained, sources, tasks, text
+from compressible.finetuning.stackable import structure
 
 MINILM = [name.partition("/")[2] for name in data.load_manifest() if name.startswith("minilm/")]
 needs_minilm = pytest.mark.skipif(
@@ -178,14 +178,13 @@ def test_head_layers_are_those_that_a_protocol_leaves_or_trains_whole(kind):
     names = pretrained.head_layers(model)
     assert names == HEADS[kind][1] == cd.head_layers(model)
     assert [model.get_submodule(name) for name in names] == pretrained.new_parts(model)[0]
-    given = {"variant": "thin", "r": 2, "task_type": "SEQ_CLS", "target_modules": "all-linear"}
-    left = places(model, cd.DeepLoraConfig(**given, exclude_modules=names))
-    trained = cd.DeepLoraConfig(**given, modules_to_save=names)
-    assert left and not {*left} & {*names} and {*places(model, trained)} == {*left}
-    assert [name for name, _ in saved_modules(model, trained)] == names
-    if kind == "Bert":  # as with the names that notebooks gave themselves
-        assert {*left} == {*places(model, cd.DeepLoraConfig(**given))}
-        assert {*left} == {*places(model, cd.DeepLoraConfig(**given, modules_to_save=["classifier"]))}
+    given = {"variant": "thin", "r": 2, "target_modules": "all-linear"}
+    left = structure(model, cd.DeepLoraConfig(**given, exclude_modules=names))
+    trained = structure(model, cd.DeepLoraConfig(**given, modules_to_save=names))
+    assert left.layers == trained.layers and not {*left.layers} & {*names}
+    assert [*left.heads] == [] and [*trained.heads] == names
+    if kind == "Bert":  # as with what peft takes for the head
+        assert structure(model, cd.DeepLoraConfig(**given, task_type="SEQ_CLS")).key == trained.key
 
 
 def test_a_model_without_a_padding_token_pads_with_the_mark_of_the_end(tmp_path, monkeypatch):

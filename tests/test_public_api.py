@@ -23,8 +23,8 @@ PUBLIC = {
     ],
     "descent": ["descend", "DivergenceError", "History"],
     "adapters": [
-        "DeepLoraConfig", "get_deep_lora_model", "param_groups", "compress_adapters", "merge_and_unload",
-        "save_adapter", "load_adapter", "save_peft_adapter",
+        "DeepLoraConfig", "DeepLoraModel", "compress_adapters", "param_groups", "create_deep_lora_optimizer",
+        "paper_lora_start", "save_as_lora",
     ],
     "finetuning": ["FineTuningRun", "RunHistory", "fine_tune"],
     "networks": ["FactoredLinear", "FactoredConv2d", "factorize"],

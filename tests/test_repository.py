@@ -98,7 +98,7 @@ def is_cached_call(node):
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("cd.runs.run", "runs.run")
 
 
-PLAIN_CALLS = re.compile(r"cd\.DeepLoraConfig|devices\.resolve_device|range|list|tuple|dict|set|sorted|len|min|max")
+PLAIN_CALLS = re.compile(r"(cd\.Deep)?LoraConfig|devices\.resolve_device|range|list|tuple|dict|set|sorted|len|min|max")
 
 
 def define(node, name, space):

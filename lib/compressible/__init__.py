@@ -1,10 +1,14 @@
 """Compressible Dynamics: training primitives for deep low-rank factorizations.
 
-The public API; each name is imported when it is first used, so that the command line starts without PyTorch.
+The public API; each name is imported when it is first used, so that the command line starts without PyTorch. Deep LoRA
+becomes a method of peft when peft is imported, before or after this package: `import compressible` is all that
+`peft.PeftModel.from_pretrained` needs.
 """
 
 from importlib import import_module
 from typing import Any
+
+from compressible.runtime.when_imported import when_imported
 
 __version__ = "0.1.0"
 
@@ -27,19 +31,18 @@ _HOME = {
     "DivergenceError": "descent.history",
     "History": "descent.history",
     "DeepLoraConfig": "adapters.config",
-    "get_deep_lora_model": "adapters.layer",
+    "DeepLoraModel": "adapters.model",
     "param_groups": "adapters.param_groups",
-    "merge_and_unload": "adapters.merge",
+    "create_deep_lora_optimizer": "adapters.param_groups",
     "compress_adapters": "adapters.compressed_init",
+    "save_as_lora": "adapters.lora",
+    "paper_lora_start": "adapters.lora",
     "FineTuningRun": "finetuning.run",
     "RunHistory": "finetuning.run",
     "fine_tune": "finetuning.finetune",
     "FactoredConv2d": "networks.layers",
     "FactoredLinear": "networks.layers",
     "factorize": "networks.factorize",
-    "save_adapter": "adapters.save_and_load",
-    "load_adapter": "adapters.save_and_load",
-    "save_peft_adapter": "adapters.save_and_load",
     "Examples": "data.tasks",
     "Task": "data.tasks",
     "load_task": "data.tasks",
@@ -76,3 +79,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+when_imported("peft", lambda: import_module(".adapters.model", __name__))

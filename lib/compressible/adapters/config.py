@@ -1,63 +1,66 @@
-"""What is adapted and how: the configuration of LoRA and Deep LoRA."""
+# Copyright 2026 The Compressible Dynamics authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What is adapted and how: the configuration of Deep LoRA, one of peft's."""
 
 from __future__ import annotations
 
-import functools
-import math
-import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from peft import PeftConfig
 
 from compressible.runtime.checks import expect, is_integer, is_number
 
 VARIANTS = ("compressed", "thin", "full")
-KAIMING = ("standard", "peft")
-STARTS = ("paper", *KAIMING)
-EPS = 1e-3
-TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")  # peft's
-ALL_LINEAR = "all-linear"
+BIASES = ("none", "all", "deep_lora_only")
+SHARE_OF_OUTER = 0.01  # of the inner rate, in P1's experiments with compressed factors
 
 
-def _renamed(kind: type) -> type:
-    """Let the class be called with the old name of a field."""
-    start: Callable = kind.__init__  # type: ignore[misc]  # the class is at hand, no instance
+class DeepLoraType(str, Enum):  # noqa: UP042  # as peft's own, whose format a StrEnum has not
+    """The method's name: peft's enum of them cannot be extended, but its tables take any string as a key."""
 
-    @functools.wraps(start)
-    def init(self: Any, *values: Any, **named: Any) -> None:
-        if "lr_ratio" in named:
-            if "outer_ratio" in named:
-                raise TypeError("lr_ratio is the old name of outer_ratio, expected one of them")
-            warnings.warn("lr_ratio is called outer_ratio now", DeprecationWarning, stacklevel=2)
-            named["outer_ratio"] = named.pop("lr_ratio")
-        start(self, *values, **named)
-
-    kind.__init__ = init  # type: ignore[misc]
-    return kind
+    DEEP_LORA = "DEEP_LORA"
 
 
-@_renamed
 @dataclass
-class DeepLoraConfig:
-    """What is adapted and how; names that peft's LoraConfig has mean what they mean there.
+class DeepLoraConfig(PeftConfig):
+    """Configuration of Deep LoRA, for `peft.get_peft_model`; names that LoraConfig has mean what they mean there.
 
     Args:
-        r: inner width, usually 4 to 64; compressed: even, r / 2 directions a side; full: not used.
-        depth: number of factors L >= 2; 2 is LoRA.
-        init_scale: eps, the scale of every factor of a chain of 3 or more, usually 1e-3 to 1e-1.
-        variant: "compressed", "thin" or "full", see `compressible.adapters.layer`; LoRA is "thin".
-        outer_ratio: step size of the outer factors over that of the inner ones, by default .01 for "compressed" and 1
-            otherwise. Its old name, lr_ratio, is still understood.
-        target_modules: names or their ends, a regular expression, or "all-linear".
-        exclude_modules: names, or a regular expression, of what is left out.
-        modules_to_save: names of what is trained whole, such as ["classifier"].
-        embeddings: whether every nn.Embedding is adapted, too (papers' trap T10).
-        lora_alpha: LoRA's scaling is lora_alpha / r; r by default (peft's is 8).
-        use_rslora: whether LoRA's scaling is lora_alpha / sqrt(r).
-        init_lora_weights: LoRA's start: "standard" (Kaiming inputs, zero outputs), "peft" or True (the same but for
-            embeddings: zero inputs, N(0, 1) outputs), or "paper" (N(0, 1) outputs, zero inputs, no scaling: T2).
-        lora_dropout: share of the inputs to a layer's update that is dropped, in [0, 1).
-        task_type: peft's, such as "SEQ_CLS", whose head is then left out.
+        r: width of the factors, hence the largest rank of an update, usually 4 to 64. Of variant "compressed" it is
+            even, since r / 2 directions of the first gradient are taken on each side; of "full" it is not used.
+        depth: number L >= 3 of factors, which "compressed" puts between its two outer ones; depth 2 is LoraConfig.
+        init_scale: eps, the scale of every factor at the start, usually 1e-3 to 1e-1.
+        variant: "compressed" (outer factors from the first gradient, see `compress_adapters`), "thin" (L random factors
+            of width r) or "full" (L random factors of width min(m, n), as in the paper's tables).
+        lr_ratio: step size of the outer two factors over that of the inner ones, by default 0.01 for "compressed" and 1
+            otherwise; what `param_groups` and `create_deep_lora_optimizer` read.
+        target_modules: names or ends of names, a regular expression, or "all-linear"; None takes peft's for LoRA.
+        exclude_modules: names or ends of names, or a regular expression, of what is left out.
+        lora_dropout: share of the inputs to a linear layer's update that is dropped in training, in [0, 1).
+        fan_in_fan_out: kept for peft's sake; whether a weight is transposed is read off each layer's class.
+        bias: "none", "all" or "deep_lora_only", which biases are trained, too.
+        modules_to_save: names of modules that are trained and saved whole, such as ["classifier"].
+        init_weights: True for the paper's start; False draws random factors in the place of those from a gradient.
+        layers_to_transform: index or indices of the layers that are adapted, where target_modules is a list.
+        layers_pattern: name or names of the list that these indices count, such as "layers".
+        rank_pattern: other r by regular expression of a module's name, such as {"mlp.*": 16}.
+        target_parameters: not supported, None; peft's LoraConfig adapts parameters that no module owns alone.
+        task_type, base_model_name_or_path, revision, inference_mode, peft_type, peft_version, auto_mapping: as in every
+            config of peft.
 
     Raises:
         ValueError: with the value, where a combination makes no sense.
@@ -65,103 +68,110 @@ class DeepLoraConfig:
     Example:
         >>> import compressible as cd
         >>> config = cd.DeepLoraConfig(r=8, depth=3, variant="compressed")
-        >>> config.outer_ratio, config.scaling
-        (0.01, 1.0)
+        >>> config.peft_type.value, config.lr_ratio, config.chain(4, 20)
+        ('DEEP_LORA', 0.01, [(8, 20), (8, 8), (8, 8), (8, 8), (4, 8)])
 
     Reference:
-        P1 (Yaras et al. 2024), section 4, Deep LoRA; Hu et al. 2021, LoRA.
+        P1 (Yaras et al. 2024), section 4, Deep LoRA.
     """
 
-    r: int = 8
-    depth: int = 3
-    init_scale: float = EPS
-    variant: str = "compressed"
-    outer_ratio: float | None = None
-    target_modules: str | list[str] = ALL_LINEAR
-    exclude_modules: str | list[str] | None = None
-    modules_to_save: list[str] | None = None
-    embeddings: bool = False
-    lora_alpha: float | None = None
-    use_rslora: bool = False
-    init_lora_weights: str | bool | None = None
-    lora_dropout: float = 0.0
-    task_type: str | None = None
+    papers: ClassVar[tuple[str, ...]] = (
+        "Yaras, Wang, Balzano, Qu: Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation, "
+        "https://huggingface.co/papers/2406.04112",
+    )
+
+    r: int = field(default=8, metadata={"help": "Width of the factors, hence the largest rank of an update."})
+    depth: int = field(default=3, metadata={"help": "Number of factors, at least 3."})
+    init_scale: float = field(default=1e-3, metadata={"help": "Scale of every factor at the start."})
+    variant: str = field(default="compressed", metadata={"help": "One of 'compressed', 'thin' and 'full'."})
+    lr_ratio: float | None = field(
+        default=None, metadata={"help": "Step size of the outer two factors over that of the inner ones."}
+    )
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Names, a regular expression or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules that are left out."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of the inputs to an update that is dropped."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Not needed: read off each layer's class."})
+    bias: str = field(default="none", metadata={"help": "One of 'none', 'all' and 'deep_lora_only'."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Names of modules that are trained and saved whole."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False draws random factors in the place of those from a gradient."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers that are adapted; target_modules must be a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
+    )
+    rank_pattern: dict = field(default_factory=dict, metadata={"help": "Other r by regular expression of a name."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
 
     def __post_init__(self) -> None:
-        expect("r", self.r, is_integer(self.r, numpys=False) and self.r >= 1, "an integer >= 1")
-        expect("depth", self.depth, is_integer(self.depth, numpys=False) and self.depth >= 2, "an integer >= 2")
-        expect("init_scale", self.init_scale, is_number(self.init_scale, 0), "a finite number > 0")
-        expect("variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
-        dropout = self.lora_dropout
-        expect("lora_dropout", dropout, dropout == 0 or (is_number(dropout, 0) and dropout < 1), "a number in [0, 1)")
-        for name in ("embeddings", "use_rslora"):
-            expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
-        expect("task_type", self.task_type, self.task_type in (None, *TASKS), f"None or one of {', '.join(TASKS)}")
-        self._take_names()
-        self._check_factors(self.depth == 2)
-        self._check_lora(self.depth == 2)
+        super().__post_init__()
+        self.peft_type = DeepLoraType.DEEP_LORA
+        self._check_numbers()
+        self._check_choices()
+        self._check_names()
+        if self.lr_ratio is None:
+            self.lr_ratio = SHARE_OF_OUTER if self.variant == "compressed" else 1.0
+        ratio = self.lr_ratio
+        expect("lr_ratio", ratio, ratio == 0 or is_number(ratio, 0), "a finite number >= 0")
 
-    @property
-    def scaling(self) -> float:
-        """What the product of the factors is multiplied by: 1 except for LoRA's standard start."""
-        if self.init_lora_weights not in KAIMING:
-            return 1.0
-        return float(self.lora_alpha or self.r) / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    @property
-    def lr_ratio(self) -> float | None:
-        """The old name of outer_ratio."""
-        warnings.warn("lr_ratio is called outer_ratio now", DeprecationWarning, stacklevel=2)
-        return self.outer_ratio
+    def chain(self, m: int, n: int, r: int | None = None) -> list[tuple[int, int]]:
+        """Return the shapes (outputs, inputs) of the factors W_1, ..., W_L of an (m, n) update, of width r if given."""
+        width = min(m, n) if self.variant == "full" else r or self.r
+        inner = self.depth if self.variant == "compressed" else self.depth - 2
+        return [(width, n), *[(width, width)] * inner, (m, width)]
 
     def outer_lr(self, lr: float) -> float:
         """Return the step size of the outer factors where that of the inner ones is `lr`."""
-        return lr * (self.outer_ratio or 0.0)
+        return lr * (self.lr_ratio or 0.0)
 
-    def _take_names(self) -> None:
-        """Lists of names in the place of tuples and sets, which JSON does not have."""
-        targets, excluded, saved = self.target_modules, self.exclude_modules, self.modules_to_save
-        self.target_modules = _names("target_modules", targets, f"names, a regular expression or {ALL_LINEAR!r}")
-        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:  # in capitals, too, as in peft
-            self.target_modules = ALL_LINEAR
-        if excluded is not None:
-            self.exclude_modules = _names("exclude_modules", excluded, "names, a regular expression or None")
+    def _check_numbers(self) -> None:
+        for name, r in {
+            "r": self.r,
+            **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()},
+        }.items():
+            expect(name, r, is_integer(r, numpys=False) and r >= 1, "an integer >= 1")
+            even = self.variant != "compressed" or r % 2 == 0
+            expect(name, r, even, 'even with variant = "compressed": it holds r / 2 directions a side')
+        known = is_integer(self.depth, numpys=False) and self.depth >= 3
+        expect("depth", self.depth, known, "an integer >= 3: depth 2 is LoRA, which peft.LoraConfig configures")
+        expect("init_scale", self.init_scale, is_number(self.init_scale, 0), "a finite number > 0")
+        dropout = self.lora_dropout
+        expect("lora_dropout", dropout, dropout == 0 or (is_number(dropout, 0) and dropout < 1), "a number in [0, 1)")
+
+    def _check_choices(self) -> None:
+        expect("variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}")
+        expect("bias", self.bias, self.bias in BIASES, f"one of {', '.join(BIASES)}")
+        for name in ("init_weights", "fan_in_fan_out"):
+            expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        lora = "None: Deep LoRA adapts modules; peft.LoraConfig adapts parameters, such as fused experts"
+        expect("target_parameters", self.target_parameters, not self.target_parameters, lora)
+
+    def _check_names(self) -> None:
+        self.target_modules = _names("target_modules", self.target_modules, "names or a regular expression")
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules, "names or a regular expression")
+        saved = self.modules_to_save
+        expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
         if saved is not None:
-            expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
-            self.modules_to_save = list(_names("modules_to_save", saved, "names of modules or None")) or None
-
-    def _check_factors(self, lora: bool) -> None:
-        expect("variant", self.variant, not lora or self.variant == "thin", '"thin" with depth = 2, which is LoRA')
-        even = self.variant != "compressed" or self.r % 2 == 0
-        expect("r", self.r, even, 'even with variant = "compressed": it holds r / 2 directions a side')
-        own = self.init_scale != EPS
-        expect("init_scale", self.init_scale, not (lora and own), "none with depth = 2: LoRA's start has no eps")
-        if self.outer_ratio is None:
-            self.outer_ratio = 0.01 if self.variant == "compressed" else 1.0
-        ratio = self.outer_ratio
-        expect("outer_ratio", ratio, ratio == 0 or is_number(ratio, 0), "a finite number >= 0")
-        expect("outer_ratio", ratio, not lora or ratio == 1, "1 with depth = 2, which has no inner factors")
-
-    def _check_lora(self, lora: bool) -> None:
-        if self.init_lora_weights is True:
-            self.init_lora_weights = "peft"
-        if lora and self.init_lora_weights is None:
-            self.init_lora_weights = "standard"
-        start = self.init_lora_weights
-        known = start is None or (lora and start in STARTS)
-        expect("init_lora_weights", start, known, f"one of {STARTS}, with depth 2")
-        standard = start in KAIMING
-        if standard and self.lora_alpha is None:
-            self.lora_alpha = float(self.r)
-        alpha = self.lora_alpha
-        expect("lora_alpha", alpha, alpha is None or standard, 'None without the "standard" start')
-        expect("lora_alpha", alpha, alpha is None or is_number(alpha, 0), "a finite number > 0")
-        expect("use_rslora", self.use_rslora, not self.use_rslora or standard, 'False without the "standard" start')
+            self.modules_to_save = sorted(_names("modules_to_save", saved, "names of modules"))
+        for name in ("layers_to_transform", "layers_pattern"):
+            value, listed = getattr(self, name), not isinstance(self.target_modules, str)
+            expect(name, value, value is None or listed, "None where target_modules is a string")
+        alone = self.layers_pattern is None or self.layers_to_transform is not None
+        expect("layers_pattern", self.layers_pattern, alone, "None without layers_to_transform")
 
 
-def _names(name: str, value: Any, expected: str) -> str | list[str]:
-    if isinstance(value, str):
+def _names(name: str, value: Any, expected: str) -> Any:
+    """Names as the set that peft keeps; a string or None as it is."""
+    if value is None or isinstance(value, str):
         return value
     known = isinstance(value, Iterable) and not isinstance(value, dict) and all(isinstance(v, str) for v in value)
     expect(name, value, known, expected)
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    return set(value)

@@ -1,258 +1,277 @@
-"""Deep LoRA (P1): low-rank updates of frozen layers as products of three or more factors; LoRA is the case of two.
+# Copyright 2026 The Compressible Dynamics authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Deep LoRA (P1) in a layer: the update of a frozen weight as a product of three or more factors.
 
-For a layer with weight (m, n), m outputs and n inputs, the update is W_L ... W_1 with W_1 (k, n) on the input side and
-W_L (m, k) on the output side. Variants, which the papers call by one name (papers' traps T1, T2):
+For a layer with m outputs and n inputs, the update is W_L ... W_1 with W_1 (k, n) on the input side and W_L (m, k) on
+the output side. Variants, which the papers call by one name (papers' traps T1, T2):
   full        width k = min(m, n), all factors eps times orthogonal; what P1's tables were made with
   thin        width k = r, all factors eps times (semi-)orthogonal
-  compressed  outer factors from the first gradient (P1, section 4), between them `depth` times eps I of size r; r even
-Use: get_deep_lora_model, for "compressed" then compress_adapters, param_groups for the optimiser. Factors stay in
-float32, since eps^L = 1e-9 is below what float16 holds; the model may be in bfloat16 or under autocast.
-Layers of one kind that share their weight, as T5's word embeddings do, get one update; a linear output layer tied to
-an embedding does not see the embedding's, of which a warning tells.
+  compressed  outer factors from the first gradient (P1, section 4), between them `depth` times eps I of size r
+Factors are kept in float32, also beside a half-precision or quantised layer, since eps^L = 1e-9 is below what float16
+holds; their product is formed in float32 and meets the activations in the activations' type, float16 excepted.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.targets import holders, places, saved_modules
-from compressible.runtime.checks import expect
-
-Layer = Any  # nn.Linear, nn.Embedding or transformers' Conv1D: a module with a weight
+from compressible.adapters.targets import quantization
+from compressible.runtime.chain import factor_dtype, product, updated
 
 
-class Adapter(nn.Module):
-    """A frozen layer and the factors [W_1, ..., W_L] of its update; behaves like the layer in all else."""
+class DeepLoraLayer(nn.Module, BaseTunerLayer):
+    """A frozen layer and, by adapter name, the factors [W_1 (k, n), ..., W_L (m, k)] of its update."""
 
-    base: Layer
+    adapter_layer_names: tuple[str, ...] = ("deep_lora_factors",)
+    other_param_names: tuple[str, ...] = ("r", "deep_lora_dropout", "deep_lora_config")
+    base_layer: Any
+    deep_lora_factors: Any  # an nn.ModuleDict of an nn.ParameterList by adapter
+    get_base_layer: Callable[[], Any]
+    lent: ClassVar[dict[int, Any] | None] = None  # in a model's first pass: weights read from outside, by their id
 
-    def __init__(self, base: Layer, config: DeepLoraConfig, generator: torch.Generator | None) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeepLoraConfig, r: int, **kwargs: Any) -> None:
         super().__init__()
-        self.base, self.config = base, config
-        self.probe: Callable[[Tensor, Tensor], Tensor] | None = None
-        start = starting_factors(self.shape, config, generator, base.weight.device, isinstance(base, nn.Embedding))
-        self.factors = nn.ParameterList([nn.Parameter(factor.to(factor_dtype(base))) for factor in start])
+        self.base_layer = base_layer
+        self.quantization_backend = quantization(self.get_base_layer(), kwargs.get("get_apply_tensor_subclass"))
+        sizes: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = sizes
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), (Conv1D, nn.Embedding))
+        self.r: dict[str, int] = {}
+        self.deep_lora_config: dict[str, DeepLoraConfig] = {}
+        self.deep_lora_factors = nn.ModuleDict()
+        self.deep_lora_dropout = nn.ModuleDict()
+        self.deep_lora_unset: set[str] = set()  # adapters that await their factors
+        self.deep_lora_inner: dict[str, Tensor] = {}  # during a pass of the model: W_{L-1} ... W_2 (k, k)
+        self._disable_adapters, self.merged_adapters = False, []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, r)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n), outputs and inputs, whatever the layout of the base's weight."""
-        return layer_shape(self.base)
+    def update_layer(self, adapter_name: str, config: DeepLoraConfig, r: int) -> None:
+        """Give the layer the factors of one more adapter."""
+        self.r[adapter_name], self.deep_lora_config[adapter_name] = r, config
+        if config.lora_dropout > 0:
+            self.deep_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        start = starting_factors(config.chain(self.out_features, self.in_features, r), config)
+        self.deep_lora_factors[adapter_name] = nn.ParameterList(start)
+        if config.variant == "compressed" and config.init_weights:
+            self.deep_lora_unset.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen layer's weight: models ask layers for its dtype and device."""
-        return self.base.weight
+        """The base layer's weight, which some models read for its type or its device."""
+        weight = self.get_base_layer().weight
+        if DeepLoraLayer.lent is None or not isinstance(weight, nn.Parameter) or weight.requires_grad:
+            return weight
+        alias = weight.detach()  # whose use tells that a model does more than that
+        DeepLoraLayer.lent[id(alias)] = (alias, self)
+        return alias
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The frozen layer's bias."""
-        return getattr(self.base, "bias", None)
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has not, its base may tell, such as num_embeddings."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self.base_layer, name)
 
-    def update(self) -> Tensor:
-        """Return the update W_L ... W_1 (m, n), scaled, in the factors' precision."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return product(list(self.ready())) * self.config.scaling
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Hand a weight that is tied to this layer's name to the base layer, as transformers' tie_weights means it."""
+        if name in ("weight", "bias"):
+            setattr(self.get_base_layer(), name, param)
+        else:
+            super().register_parameter(name, param)
 
-    def contracted(self) -> tuple[Tensor, Tensor]:
-        """Return W_{L-1} ... W_1 (k, n), scaled, and W_L (m, k): all but the last factor, once a step, in float32."""
-        *lower, last = self.ready()
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return product(lower) * self.config.scaling, last
+    def is_compressed(self, adapter: str) -> bool:
+        """Return whether an adapter's factors are there: at once, but for "compressed" after `compress_adapters`."""
+        if adapter in self.deep_lora_unset:  # as long as they are zero; who loads factors need not tell
+            first = next(iter(self.deep_lora_factors[adapter]))
+            if not first.is_meta and (first.full_tensor() if hasattr(first, "full_tensor") else first).any():
+                self.deep_lora_unset.discard(adapter)
+        return adapter not in self.deep_lora_unset
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base(x) plus the update's share; in the base's dtype."""
-        out = self.base(x)
-        if self.probe is not None:
-            return self.probe(x, out)
-        lower, last = self.contracted()
-        if isinstance(self.base, nn.Embedding):
-            return out + (functional.embedding(x, lower.mT) @ last.mT).to(out.dtype)
-        dropped = functional.dropout(x, self.config.lora_dropout, self.training)
-        kind = out.dtype
-        return out + functional.linear(functional.linear(dropped.to(kind), lower.to(kind)), last.to(kind))
+    def factors(self, adapter: str) -> list[Tensor]:
+        """Return [W_1 (k, n), ..., W_L (m, k)] of an adapter; RuntimeError where they await a first gradient."""
+        if adapter in self.deep_lora_unset and not self.is_compressed(adapter):
+            todo = "call compress_adapters(model, loss_step), load a trained adapter, or unload this one"
+            raise RuntimeError(f"adapter {adapter!r} of variant 'compressed' has no factors yet: {todo}")
+        chain = self.deep_lora_factors[adapter]
+        held = chain._parameters  # read directly, since indexing a ParameterList costs more than a product
+        return list(held.values()) if len(held) == len(chain) else list(chain)
 
-    def ready(self) -> nn.ParameterList:
-        """Return the factors; RuntimeError where there are none yet, ValueError where they are too short of digits."""
-        if not len(self.factors):
-            raise RuntimeError('variant "compressed" has no factors yet: call compress_adapters(model, loss_step)')
-        kinds = {factor.dtype for factor in self.factors}
-        if torch.float16 in kinds or _autocast_is_half(self.weight.device.type):
-            raise ValueError(f"adapters met float16, {_underflow(self.config)}")
-        return self.factors
+    @torch.no_grad()
+    def set_factors(self, adapter: str, chain: Sequence[Tensor]) -> None:
+        """Copy [W_1, ..., W_L] into an adapter, which is then ready; ValueError unless the shapes are its own."""
+        held = self.deep_lora_factors[adapter]
+        given = [tuple(factor.shape) for factor in chain]
+        if given != [tuple(factor.shape) for factor in held]:
+            raise ValueError(f"factors of {given}, expected {[tuple(factor.shape) for factor in held]}")
+        for parameter, factor in zip(held, chain, strict=True):
+            parameter.copy_(factor)
+        self.deep_lora_unset.discard(adapter)
 
+    def contracted(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A = W_1 (k, n) and B = W_L ... W_2 (m, k), whose product B A is the update."""
+        first, *rest = self.factors(adapter)
+        return first, product(rest)
 
-def get_deep_lora_model(
-    model: nn.Module, config: DeepLoraConfig, generator: torch.Generator | None = None
-) -> nn.Module:
-    """Freeze `model`, put an `Adapter` in the place of every targeted layer, and return it; it is changed in place.
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return the update in the layout of the base layer's weight: (m, n), or (n, m) for Conv1D and Embedding."""
+        with torch.autocast(self.deep_lora_factors[adapter][0].device.type, enabled=False):
+            delta = product([factor.to(factor_dtype(factor)) for factor in self.factors(adapter)])
+        return delta.mT if self.fan_in_fan_out else delta
 
-    Args:
-        model: any with nn.Linear, nn.Embedding or transformers' Conv1D layers, in float32, float64 or bfloat16.
-        config: what is adapted and how; of variant "compressed" the adapters get their factors by `compress_adapters`.
-        generator: of the CPU, from which factors are drawn; by default torch's own.
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of the named, or all active, adapters to the base weight; safe_merge refuses NaN first."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.deep_lora_factors:
+                self._add_to_base(self.get_delta_weight(name), safe_merge, name)
+                self.merged_adapters.append(name)
 
-    Returns:
-        The same model, of which factors and modules_to_save alone are trained.
+    def unmerge(self) -> None:
+        """Take all merged updates out of the base weight."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.deep_lora_factors:
+                self._add_to_base(-self.get_delta_weight(name), False, name)
 
-    Raises:
-        ValueError: before anything is changed, where nothing matches the targets, a target is neither linear nor an
-            nn.Embedding or its update would not be seen, the model has adapters already, or shares a saved module's
-            weight.
+    @torch.no_grad()
+    def _add_to_base(self, delta: Tensor, safe: bool, name: str) -> None:
+        backend, cpu = self.quantization_backend, self.get_base_layer().weight.device.type == "cpu"
+        if backend is not None and (not backend.supports_merge or (cpu and backend.backend_name == "bnb 4bit")):
+            raise ValueError(
+                f"cannot merge {name!r}: the base layer is quantised by {backend.backend_name}, which PEFT cannot undo"
+            )
+        weight = self.get_base_weight()
+        merged = (weight.to(factor_dtype(weight)) + delta.to(weight.device)).to(weight.dtype)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.set_base_weight(merged)
 
-    Example:
-        >>> import compressible as cd
-        >>> from torch import nn
-        >>> config = cd.DeepLoraConfig(r=2, depth=3, variant="thin")
-        >>> model = cd.get_deep_lora_model(nn.Sequential(nn.Linear(8, 4)), config)
-        >>> [tuple(factor.shape) for factor in model[0].factors]
-        [(2, 8), (2, 2), (4, 2)]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus the share of the active adapters, in the output's type."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or self.merged_adapters:
+            return self._unmixed(result, adapter_names)
+        if adapter_names is not None:
+            return self._mixed_batch(result, x, adapter_names)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        held = self.deep_lora_factors._modules
+        for name in self.active_adapters:
+            if name in held:
+                result = self.add_update(result, x, name)
+        return result
 
-    Reference:
-        P1 (Yaras et al. 2024), section 4, Deep LoRA.
-    """
-    found = places(model, config)
-    _check_model(model, config, found)
-    saved = list(saved_modules(model, config))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    wrapped = {name: Adapter(model.get_submodule(name), config, generator) for name in found}
-    for name, names in found.items():
-        for place in names:
-            replace_module(model, place, wrapped[name])
-    for _, module in saved:
-        module.requires_grad_(True)
-    vars(model)["deep_lora_config"] = config
-    for name, other in tied_layers(model).items():
-        warnings.warn(f"{name!r} shares its weight with {other!r}, which does not see the update", stacklevel=2)
-    return model
+    def add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """Return result (..., m) plus the update of one adapter applied to x; layers of each kind say how."""
+        raise NotImplementedError
 
+    def _unmixed(self, result: Tensor, adapter_names: list[str] | None) -> Tensor:
+        if adapter_names is not None and self.merged_adapters:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        return result
 
-def _check_model(model: nn.Module, config: DeepLoraConfig, found: dict[str, list[str]]) -> None:
-    if not found:
-        raise ValueError(f"target_modules = {config.target_modules!r} matches no layer of {type(model).__name__}")
-    present = next(iter(adapters(model)), None)
-    expect("the adapter of", present, present is None, "a model without adapters: merge_and_unload them first")
-    layers = {name: model.get_submodule(name) for name in found}
-    check_sizes({name: layer_shape(layer) for name, layer in layers.items()}, config)
-    for name, layer in layers.items():
-        if config.depth > 2 and layer.weight.dtype is torch.float16:
-            raise ValueError(f"{name!r} is in float16, {_underflow(config)}")
-    held = holders(model)
-    for name, module in saved_modules(model, config):
-        for parameter in module.parameters():
-            outside = [at for at, _ in held[id(parameter)] if at != name and not at.startswith(f"{name}.")]
-            if outside:
-                shared = f"modules_to_save {name!r} shares its weight with {outside[0]!r}"
-                raise ValueError(f"{shared}, expected one of its own: peft would train a copy; untie them first")
+    def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Return result with each row's own adapter; adapter_names has a name a row, "__base__" for none."""
+        if len(x) != len(adapter_names):
+            sizes = f"{len(adapter_names)} and {len(x)}"
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively."
+            )
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.deep_lora_factors:
+                rows = [row for row, own in enumerate(adapter_names) if own == name]
+                result[rows] = self.add_update(result[rows], x[rows], name)
+        return result
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to the base layer's device, in float32 at least; peft would take the base's type, too."""
+        found, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        chain = self.deep_lora_factors[adapter_name] if adapter_name in self.deep_lora_factors else nn.ParameterList()
+        if not any(factor.is_meta for factor in chain):
+            chain.to(device or found, factor_dtype(self.get_base_layer().weight))
 
-def tied_layers(model: nn.Module) -> dict[str, str]:
-    """Return, by name, the adapted layers whose weight another module holds, too, and that module's name."""
-    held = holders(model)
-    others = {
-        name: [at for at, module in held[id(adapter.weight)] if module is not adapter.base]
-        for name, adapter in adapters(model).items()
-    }
-    return {name: at[0].removesuffix(".base") for name, at in others.items() if at}
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place `name` of a model."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def check_sizes(shapes: dict[str, tuple[int, int]], config: DeepLoraConfig) -> None:
-    """Raise ValueError for a layer, shapes (m, n) by name, with fewer directions than a compressed start takes."""
-    for name, shape in shapes.items():
-        if config.variant == "compressed" and (2 * min(shape) < config.r or max(shape) < config.r):
-            size = f"{name!r} is {shape}, too small for r / 2 = {config.r // 2} directions a side"
-            raise ValueError(f"{size}: lower r, or name it in exclude_modules or modules_to_save")
-
-
-def layer_shape(layer: Layer) -> tuple[int, int]:
-    """Return (m, n), outputs and inputs of a layer, whatever the layout of its weight."""
-    rows, columns = layer.weight.shape
-    return (columns, rows) if is_transposed(layer) else (rows, columns)
-
-
-def is_transposed(layer: Layer) -> bool:
-    """Return whether a layer keeps its weight as (n, m), as transformers' Conv1D and nn.Embedding (ids in) do."""
-    return isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
-
-
-def factor_dtype(layer: Layer) -> torch.dtype:
-    """Return float32, or float64 for a layer in float64: eps^L needs more range than half precision has."""
-    return torch.promote_types(layer.weight.dtype, torch.float32)
-
-
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Return the adapters of a model by the name of the layer that they adapt."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    def __repr__(self) -> str:
+        return "deep_lora." + super().__repr__()
 
 
-def adapted(model: nn.Module) -> nn.Module:
-    """Return the adapted model behind torch.compile and DistributedDataParallel; ValueError if there is none."""
-    while "deep_lora_config" not in vars(model):
-        parallel = isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel))
-        inner = model.module if parallel else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            raise ValueError(f"{type(model).__name__} has no adapters, expected a model from get_deep_lora_model")
-        model = inner
-    return model
+class Linear(DeepLoraLayer):
+    """Deep LoRA of nn.Linear, transformers' Conv1D and quantised linear layers."""
+
+    def add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """Return result (..., m) + x W_1^T ... W_L^T for x (..., n)."""
+        if adapter in self.deep_lora_dropout:
+            x = self.deep_lora_dropout[adapter](x)
+        chain = self.factors(adapter)
+        # Under checkpointing a layer is run again, after the model's pass, and must do the same.
+        if adapter in self.deep_lora_inner and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            chain = [chain[0], self.deep_lora_inner[adapter], chain[-1]]
+        return updated(result, x, chain)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return that peft's convert_to_lora may take the update from get_delta_weight."""
+        return True
+
+
+class Embedding(DeepLoraLayer):
+    """Deep LoRA of nn.Embedding: the inputs n are the ids."""
+
+    def add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """Return result (..., m) + (W_L ... W_1)[:, x] for ids x (...)."""
+        base, often = self.get_base_layer(), self.get_base_layer().scale_grad_by_freq
+        with torch.autocast(result.device.type, enabled=False):
+            first, last = self.contracted(adapter)
+            update = functional.embedding(x, first.mT, base.padding_idx, scale_grad_by_freq=often) @ last.mT
+        scale = self._get_embed_scale()
+        return result + (update if scale is None else update * scale.to(update.dtype)).to(result.dtype)
 
 
 def starting_factors(
-    shape: tuple[int, int],
-    config: DeepLoraConfig,
-    generator: torch.Generator | None,
-    device: torch.device,
-    embedding: bool = False,
+    shapes: Sequence[tuple[int, int]], config: DeepLoraConfig, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """Return the factors of an (m, n) update as the config starts them, none yet for "compressed"."""
-    (m, n), r = shape, config.r
-    if config.variant == "compressed":
-        return []
-    if config.depth > 2:
-        width = min(m, n) if config.variant == "full" else r
-        sizes = pairwise([n, *[width] * (config.depth - 1), m])
-        start = [(config.init_scale * _orthogonal(rows, columns, generator)).float() for columns, rows in sizes]
-    elif config.init_lora_weights == "paper" or (embedding and config.init_lora_weights == "peft"):
-        start = [torch.zeros(r, n), torch.randn(m, r, generator=generator)]
-    else:
-        bound = 1 / math.sqrt(n)  # kaiming_uniform with a = sqrt(5), peft's
-        start = [(2 * torch.rand(r, n, generator=generator) - 1) * bound, torch.zeros(m, r)]
-    return [factor.to(device) for factor in start]
+    """Return factors of the shapes as the config starts them; the outer ones zero where they await a gradient."""
+    if config.variant != "compressed":
+        return [config.init_scale * orthogonal(*shape, generator) for shape in shapes]
+    first, *inner, last = shapes
+    inner_ones = [config.init_scale * torch.eye(*shape) for shape in inner]
+    if config.init_weights:
+        return [torch.zeros(*first), *inner_ones, torch.zeros(*last)]
+    return [orthogonal(*first, generator), *inner_ones, orthogonal(*last, generator)]
 
 
-def product(factors: Sequence[Tensor]) -> Tensor:
-    """Return W_L ... W_1 (..., m, n) of factors [W_1, ..., W_L], multiplied from W_1 on."""
-    result = factors[0]
-    for factor in factors[1:]:
-        result = factor @ result
-    return result
-
-
-def _orthogonal(rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+def orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
     """A uniformly random matrix with orthonormal columns, or rows where there are fewer; the tall one is drawn."""
     tall = torch.empty(max(rows, columns), min(rows, columns), dtype=torch.float64)
     nn.init.orthogonal_(tall, generator=generator)
-    return tall if rows >= columns else tall.mT.contiguous()
-
-
-def _underflow(config: DeepLoraConfig) -> str:
-    eps = config.init_scale**config.depth
-    return f"expected float32 or bfloat16: eps^L = {eps:.0e} underflows there"
-
-
-def _autocast_is_half(device: str) -> bool:
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+    return (tall if rows >= columns else tall.mT.contiguous()).float()

@@ -32,7 +32,6 @@ def full_width(model: nn.Module, matrices: list[str], protocol: str, depth: int,
         target_modules=matrices,
         exclude_modules=head,
         modules_to_save=head if protocol == "clean" else None,
-        task_type="SEQ_CLS",
     )
 
 

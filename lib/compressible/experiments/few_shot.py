@@ -6,19 +6,23 @@ compressed, the last at two rates of its inner factors. Scores are arrays by met
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import Embedding
 from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
+from compressible.adapters.lora import paper_lora_start
 from compressible.data.pretrained import head_layers
 from compressible.data.tasks import Task
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
-STARTS = ("paper", "standard", "peft")  # of LoRA
+STARTS = ("paper", "standard", "peft")  # of LoRA: the paper's; Kaiming and zeros everywhere; peft's own
 VARIANTS = ("full", "thin", "compressed", "slower")  # of Deep LoRA
 METHODS = (*STARTS, "control", *VARIANTS)
 FIXED = ["position_embeddings", "token_type_embeddings"]  # never adapted
@@ -38,41 +42,61 @@ class Rates:
     slower: float
 
 
+@dataclass(frozen=True)
+class Method:
+    """A configuration, the peak rate of its inner factors, and what gives its factors another start than peft's."""
+
+    config: PeftConfig
+    rate: float
+    start: Callable[[Any, torch.Generator], None] | None = None
+
+
 def methods(
     model: nn.Module, matrices: list[str], protocol: str, rank: int, init_scale: float, rates: Rates
-) -> dict[str, tuple[DeepLoraConfig, float]]:
-    """Return the configuration and the rate of each of METHODS for `matrices`, ends of layers' names or ALL_DENSE.
+) -> dict[str, Method]:
+    """Return each of METHODS for `matrices`, ends of layers' names or ALL_DENSE.
 
     Protocol "authors" leaves the head frozen, "clean" trains it. r = `rank`, eps = `init_scale`.
     """
     shared = _shared(model, matrices, protocol) | {"r": rank}
 
-    def lora(start: str) -> DeepLoraConfig:
-        return DeepLoraConfig(depth=2, variant="thin", init_lora_weights=start, **shared)
-
-    def deep(variant: str, inner: float) -> DeepLoraConfig:
+    def deep(variant: str, inner: float) -> Method:
         ratio = rates.outer / inner
-        return DeepLoraConfig(depth=3, variant=variant, init_scale=init_scale, outer_ratio=ratio, **shared)
+        return Method(DeepLoraConfig(depth=3, variant=variant, init_scale=init_scale, lr_ratio=ratio, **shared), inner)
 
+    lora = LoraConfig(lora_alpha=rank, **shared)
     return {
-        **{start: (lora(start), rates.outer) for start in STARTS},
-        "control": (lora("standard"), rates.control),
-        **{variant: (deep(variant, rates.outer), rates.outer) for variant in ("full", "thin")},
-        "compressed": (deep("compressed", rates.inner), rates.inner),
-        "slower": (deep("compressed", rates.slower), rates.slower),
+        "paper": Method(lora, rates.outer, paper_lora_start),
+        "standard": Method(lora, rates.outer, standard_start),
+        "peft": Method(lora, rates.outer),
+        "control": Method(lora, rates.control, standard_start),
+        "full": deep("full", rates.outer),
+        "thin": deep("thin", rates.outer),
+        "compressed": deep("compressed", rates.inner),
+        "slower": deep("compressed", rates.slower),
     }
 
 
+@torch.no_grad()
+def standard_start(model: nn.Module, generator: torch.Generator) -> None:
+    """Start LoRA of embeddings as of linear layers, Kaiming A (r, n) and B zero; peft has A zero and B from N(0, 1)."""
+    for layer in model.modules():
+        if isinstance(layer, Embedding):
+            for name, a in layer.lora_embedding_A.items():
+                a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / a.shape[1] ** 0.5)
+                layer.lora_embedding_B[name].zero_()
+
+
 def planned_runs(
-    chosen: Mapping[str, tuple[DeepLoraConfig, float]], task: Task, sizes: Sequence[int], seeds: Iterable[int]
+    chosen: Mapping[str, Method], task: Task, sizes: Sequence[int], seeds: Iterable[int]
 ) -> list[FineTuningRun]:
     """Return the runs by method, size and seed, the last one fastest; a head that trains takes the outer rate.
 
     The seed also draws the subset of the training rows, so that it is the same for all methods.
     """
     return [
-        FineTuningRun(config, rate, seed, task.subset(size, seed), rate * min(1, config.outer_ratio or 1))
-        for config, rate in chosen.values()
+        FineTuningRun(way.config, way.rate, seed, task.subset(size, seed), _head_rate(way), start=way.start)
+        for way in chosen.values()
         for size in sizes
         for seed in list(seeds)
     ]
@@ -113,12 +137,15 @@ def gains(scores: Mapping[str, np.ndarray], sizes: Sequence[int]) -> dict[str, n
     return out | {name: score.mean(1) for name, score in scores.items()} | {"gain shrinks": first - second}
 
 
+def _head_rate(way: Method) -> float:
+    return way.rate * min(1, getattr(way.config, "lr_ratio", 1))
+
+
 def _shared(model: nn.Module, matrices: list[str], protocol: str) -> dict[str, Any]:
-    head, dense = head_layers(model), matrices == ALL_DENSE
+    head = head_layers(model)
+    dense = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))]
     return {
-        "target_modules": "all-linear" if dense else matrices,
-        "embeddings": dense,
-        "task_type": "SEQ_CLS",
+        "target_modules": dense if matrices == ALL_DENSE else matrices,
         "exclude_modules": FIXED + head,
         "modules_to_save": head if protocol == "clean" else None,
     }

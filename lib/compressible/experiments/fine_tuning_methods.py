@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import peft
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
 from compressible.adapters.compressed_init import compress_adapters
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.layer import get_deep_lora_model
 from compressible.adapters.param_groups import param_groups
 from compressible.data.pretrained import head_layers
 from compressible.networks.optim.galore import GaLoreAdamW
@@ -145,8 +146,6 @@ def _lora(model: nn.Module, rates: _Rates, setting: Setting, first_loss: Loss) -
 
 
 def _lora_plus(model: nn.Module, rates: _Rates, setting: Setting, first_loss: Loss) -> tuple[nn.Module, Any]:
-    from peft.optimizers import create_loraplus_optimizer
-
     wrapped = _with_lora(model, setting.rank, rates.heads)
     asked = {"lr": rates.body, "loraplus_lr_ratio": PLUS_RATIO}
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(wrapped, torch.optim.AdamW, **asked, **ADAM)
@@ -167,13 +166,13 @@ def _galore(model: nn.Module, rates: _Rates, setting: Setting, first_loss: Loss)
     return model, GaLoreAdamW([body | {"params": matrices} | projection, body | {"params": rest}, head], **ADAM)
 
 
-def _deep_lora(model: nn.Module, rates: _Rates, setting: Setting, first_loss: Loss) -> tuple[nn.Module, Any]:
+def _deep_lora(model: Any, rates: _Rates, setting: Setting, first_loss: Loss) -> tuple[nn.Module, Any]:
     config = DeepLoraConfig(r=setting.rank, depth=DEPTH, modules_to_save=rates.heads, task_type="SEQ_CLS")
-    model = get_deep_lora_model(model, config)
+    model = peft.get_peft_model(model, config)
     compress_adapters(model, lambda: first_loss(model))
-    groups = param_groups(model, rates.body)
-    saved = [group | {"lr": rates.head} if group["name"] == "saved" else group for group in groups]
-    return model, torch.optim.AdamW(saved, **ADAM)
+    groups = param_groups(model, rates.body)  # the head is what is trained beside the factors
+    paced = [group | {"lr": rates.head} if group["name"] == "other" else group for group in groups]
+    return model, torch.optim.AdamW(paced, **ADAM)
 
 
 _BUILDERS: dict[str, Callable[[nn.Module, _Rates, Setting, Loss], tuple[nn.Module, Any]]] = {
@@ -182,8 +181,6 @@ _BUILDERS: dict[str, Callable[[nn.Module, _Rates, Setting, Loss], tuple[nn.Modul
 
 
 def _with_lora(model: nn.Module, rank: int, heads: list[str]) -> Any:
-    import peft
-
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules="all-linear", modules_to_save=heads, task_type="SEQ_CLS"
     )

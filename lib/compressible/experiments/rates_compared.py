@@ -8,14 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.merge import merge_and_unload
-from compressible.adapters.save_and_load import save_peft_adapter
+from compressible.adapters.lora import save_as_lora
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
-Methods = Mapping[str, tuple[DeepLoraConfig, Sequence[float]]]
+Methods = Mapping[str, tuple[PeftConfig, Sequence[float]]]
 
 
 def planned_runs(methods: Methods, seeds: Iterable[int], head_lr: float) -> list[FineTuningRun]:
@@ -51,16 +50,14 @@ def best_minus_best(found: Mapping[str, np.ndarray], first: str, second: str) ->
 
 
 @torch.no_grad()
-def round_trip(model: nn.Module, base: nn.Module, tokens: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the largest change of a logit when the adapters are "merged", and when stock peft has "loaded" them.
+def round_trip(model: PeftModel, base: nn.Module, tokens: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest change of a logit when the adapters are "merged", and when stock LoRA has "loaded" them.
 
-    model: in evaluation mode, with adapters; base: the one that it was made from; tokens: a batch of inputs.
+    model: in evaluation mode, with Deep LoRA; base: the one that it was made from; tokens: a batch of inputs.
     """
-    from peft import PeftModel
-
     own = model(**tokens).logits
-    merged = merge_and_unload(copy.deepcopy(model), inputs=tokens)(**tokens).logits
+    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)(**tokens).logits
     with tempfile.TemporaryDirectory() as folder:
-        save_peft_adapter(model, folder)
+        save_as_lora(model, folder)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(**tokens).logits
     return {"merged": (merged - own).abs().max().item(), "loaded": (loaded - own).abs().max().item()}

@@ -41,6 +41,10 @@ def validation_score(task: TaskLike, outputs: np.ndarray) -> float:
     return float(task.score(outputs, task.validation.labels.cpu().numpy()))
 
 
+class RunsMixError(ValueError):
+    """Runs of one pass would not go as they would alone; one run in a pass by itself does."""
+
+
 @dataclass
 class PassRows:
     """How many rows S * B the pass in progress has, of how many runs S: what layers hold their first axis against.
@@ -52,13 +56,13 @@ class PassRows:
     rows: int = 0
 
     def check(self, what: str, shape: torch.Size) -> None:
-        """Raise ValueError unless the first axis of `what` is the pass's rows; a single run has none to mix with."""
+        """Raise RunsMixError unless the first axis of `what` is the pass's rows; a single run has none to mix with."""
         if self.runs == 1 or (len(shape) and (shape[0] == self.rows if self.rows else shape[0] % self.runs == 0)):
             return
         wanted = self.rows or f"a multiple of {self.runs}"
-        raise ValueError(
+        raise RunsMixError(
             f"{what} got {tuple(shape)}, expected {wanted} in the first axis, the batches of {self.runs} runs side by "
-            "side: leave the layer out by exclude_modules, or train run by run with max_stack=1"
+            "side (exclude_modules leaves a layer out)"
         )
 
 
@@ -77,10 +81,10 @@ class DeviceRows:
         self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
         self.labels = rows.labels.to(device)
 
-    def batch(self, rows: Tensor, multiple: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T a multiple, at most what the examples have."""
+    def batch(self, rows: Tensor, multiple: int, least: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+        """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T >= least a multiple, at most the examples' own."""
         on = rows.to(self.labels.device, non_blocking=True)
         longest = None
         if self.lengths is not None:
-            longest = -(-int(self.lengths[rows].max()) // multiple) * multiple
+            longest = -(-max(least, int(self.lengths[rows].max())) // multiple) * multiple
         return {name: value[on, :longest] for name, value in self.tokens.items()}, self.labels[on]

@@ -123,7 +123,9 @@ def digest(stacked: StackedPass, settings: list) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers as Python's, all else as text."""
+    """Sets in order, numpy's numbers as Python's, all else as text."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value, key=str)
     return value.item() if hasattr(value, "item") else str(value)
 
 

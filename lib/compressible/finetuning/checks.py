@@ -6,10 +6,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from compressible.adapters.config import DeepLoraConfig
 from compressible.finetuning.batches import TaskLike
 from compressible.finetuning.losses import KINDS
+from compressible.finetuning.peft_models import starts_compressed
 from compressible.finetuning.run import FineTuningRun
 from compressible.runtime.checks import expect, is_integer, is_number
 
@@ -62,6 +66,7 @@ def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> Non
     expect("runs", list(runs), len(runs) > 0, "at least one run")
     for run in runs:
         expect("runs", run, isinstance(run, FineTuningRun), "each a FineTuningRun")
+        _check_config(run)
         for name, rate in (("lr", run.lr), ("head_lr", run.lr if run.head_lr is None else run.head_lr)):
             expect(name, rate, is_number(rate, above=0), "a finite number > 0")
         expect("seed", run.seed, is_integer(run.seed) and run.seed >= 0, "an integer >= 0")
@@ -70,11 +75,30 @@ def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> Non
         expect("subset", run.subset, int(own.min()) >= 0 and int(own.max()) < rows, f"rows from 0 to {rows - 1}")
 
 
+def _check_config(run: FineTuningRun) -> None:
+    config = run.config
+    expect("config", config, isinstance(config, PeftConfig), "a DeepLoraConfig, LoraConfig or another of peft's")
+    expect("config.inference_mode", config.inference_mode, not config.inference_mode, "False, as it is to be trained")
+    ratio = run.lr_ratio
+    expect("lr_ratio", ratio, ratio is None or ratio == 0 or is_number(ratio, above=0), "None or a finite number >= 0")
+    lora = type(config) is LoraConfig
+    knows = ratio is None or lora or isinstance(config, DeepLoraConfig)
+    expect("lr_ratio", ratio, knows, f"None for {type(config).__name__}, which has no outer factors")
+    waits = starts_compressed(config)
+    fits = run.start is None or (callable(run.start) and not waits)
+    wanted = "None: the factors come from the first gradient" if waits else "None or a function, as paper_lora_start"
+    expect("start", run.start, fits, wanted)
+
+
 def check_model(model: nn.Module, dropout: bool) -> None:
     """Raise ValueError for a model whose pass is not the sum of its runs' own."""
     if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
         raise ValueError("the model is in float16, expected float32 or bfloat16: eps^L = 1e-9 underflows there")
     for name, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, PeftModel)):
+            raise ValueError(
+                f"{name!r} is {type(module).__name__}, expected a model without adapters: unload() it first"
+            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             kind = type(module).__name__
             raise ValueError(f"{name!r} is {kind}, expected no statistics over a batch: a batch holds all runs")

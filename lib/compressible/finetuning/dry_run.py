@@ -1,14 +1,20 @@
-"""A few rows through the model before it is trained, so that what cannot be stacked is refused before work starts."""
+"""A few rows through the model before it is trained, so that what cannot be stacked is found before work starts."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressible.finetuning.batches import LENGTHS
 from compressible.finetuning.losses import run_losses
+from compressible.finetuning.mixing import Trial
+from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.layers import stacked_adapters
 from compressible.finetuning.stacked_pass import StackedPass
 
@@ -18,21 +24,51 @@ DRAWS = 8  # times that a model is asked whether its own draws change its output
 def try_out(stacked: StackedPass) -> None:
     """Pass one training row of each run through the stacked model without its updates.
 
-    Raises ValueError where a layer that must see the runs side by side sees something else, or the outputs are not
-    what the task's labels ask for; RuntimeError where they depend on random numbers that the model draws itself.
+    Raises RunsMixError where a layer that must see the runs side by side sees something else, or a row's outputs depend
+    on other runs' rows; ValueError where they are not what the task's labels ask for, or the model remembers its
+    passes; RuntimeError where they depend on random numbers that the model draws itself.
     """
+    with _forgetting(stacked):
+        logits, labels = _tried(stacked)
+        if stacked.task.kind == "classification":
+            _check_classes(stacked, logits)
+        run_losses(stacked.task.kind, logits, labels, len(stacked.runs))
+        if len(stacked.runs) > 1:
+            Trial(stacked).check()
+
+
+def _tried(stacked: StackedPass) -> tuple[Tensor, Tensor]:
+    """Outputs and labels of a row of each run, without adapters."""
     adapters = stacked_adapters(stacked.model).values()
     for adapter in adapters:
         adapter.sink = lambda x, out: out
     try:
         tokens, labels = _rows(stacked)
-        logits = _drawn(stacked, tokens, labels)
+        return _drawn(stacked, tokens, labels), labels
     finally:
         for adapter in adapters:
             adapter.sink = None
-    if stacked.task.kind == "classification":
-        _check_classes(stacked, logits)
-    run_losses(stacked.task.kind, logits, labels, len(stacked.runs))
+
+
+@contextmanager
+def _forgetting(stacked: StackedPass) -> Iterator[None]:
+    """Leave the model's buffers as they were; ValueError where passes change those that all runs share."""
+    before = {name: (buffer, buffer.clone()) for name, buffer in stacked.model.named_buffers()}
+    changed = []
+    try:
+        yield
+    finally:
+        for name, buffer in stacked.model.named_buffers():
+            kept = before.get(name, (None, buffer))[1]  # one that grows, or is new, is a cache
+            if buffer.shape == kept.shape and not torch.equal(buffer, kept):
+                changed.append(name)
+        for buffer, kept in before.values():
+            buffer.copy_(kept)
+    if changed and not isinstance(stacked.model, AloneModel):  # which has a copy of its own
+        kind = type(stacked.source).__name__
+        raise ValueError(
+            f"{changed[0]!r} of {kind} changes in every pass, and all runs share it: expected no such state"
+        )
 
 
 def _rows(stacked: StackedPass) -> tuple[dict[str, Tensor], Tensor]:
@@ -46,12 +82,11 @@ def _rows(stacked: StackedPass) -> tuple[dict[str, Tensor], Tensor]:
 
 def _drawn(stacked: StackedPass, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
     """The logits, unless the model's own draws change them; those of layerdrop at rate 0, for one, are idle."""
-    device = stacked.device
-    before = _random_states(device)
+    before = _random_states(stacked.device)
     logits = _forward(stacked, tokens, labels)
-    if all(map(torch.equal, before, _random_states(device))):
+    if before == _random_states(stacked.device):
         return logits
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _undrawn(stacked.device):
         again = [_forward(stacked, tokens, labels) for _ in range(DRAWS)]
     if not all(torch.equal(logits, other) for other in again):
         kind = type(stacked.source).__name__
@@ -62,8 +97,22 @@ def _drawn(stacked: StackedPass, tokens: dict[str, Tensor], labels: Tensor) -> T
     return logits
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def _random_states(device: torch.device) -> list[object]:
+    """The states of all generators that models draw from: torch's, Python's and numpy's."""
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    torchs = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_gpu)]
+    _, words, *at = np.random.get_state()
+    return [*torchs, random.getstate(), np.asarray(words).tobytes(), at]
+
+
+@contextmanager
+def _undrawn(device: torch.device) -> Iterator[None]:
+    """Leave all generators as they were."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    random.setstate(pythons)
+    np.random.set_state(numpys)
 
 
 def _check_classes(stacked: StackedPass, logits: Tensor) -> None:

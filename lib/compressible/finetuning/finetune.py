@@ -2,25 +2,32 @@
 
 The frozen model sees the runs' batches side by side; adapters and heads are stacked (stacked/), dropout is drawn per
 run (dropout/), and AdamW's state is one flat vector with a rate for every element. So a run goes as it would alone:
-the tests hold it against a plain model and torch's AdamW for each run.
+the tests hold it against `peft.get_peft_model` and torch's AdamW for each run. What of peft cannot be stacked does go
+alone, through the same steps (stacked/alone.py).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.targets import places, saved_modules
-from compressible.finetuning.batches import TaskLike
+from compressible.finetuning.batches import RunsMixError, TaskLike
 from compressible.finetuning.checks import check_model, check_runs, check_settings, check_task, checked_marks
+from compressible.finetuning.devices import Pass, device_names, split
 from compressible.finetuning.run import FineTuningRun, RunHistory
+from compressible.finetuning.stackable import Structure, structure
 from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
 from compressible.finetuning.trainer import Looks, Trainer
 from compressible.runtime.checks import expect
+
+SHOWN = 6  # runs of a pass that a message names
+FULL_COST = 3.0  # of a run of wide factors, in runs of narrow ones
 
 
 def fine_tune(
@@ -42,6 +49,7 @@ def fine_tune(
     max_stack: int | None = None,
     keep_factors: bool = True,
     show_progress: bool | None = None,
+    devices: str | int | Sequence[str | torch.device] | None = None,
 ) -> list[RunHistory]:
     """Train all runs over the frozen `model`, in as few passes as their shapes allow, and return a history a run.
 
@@ -50,7 +58,8 @@ def fine_tune(
 
     Args:
         model: on its device, never changed.
-        runs: S settings, see `FineTuningRun`.
+        runs: S settings, see `FineTuningRun`; LoRA and Deep LoRA share passes, other methods of peft, and kinds of LoRA
+            such as DoRA and PiSSA, go one at a time, of which a warning tells.
         task: rows, kind and metric, such as `load_task` gives; S batches share the device.
         steps: updates that each run makes.
         batch_size: rows of one run in a step, usually 16 to 32.
@@ -68,22 +77,28 @@ def fine_tune(
         max_stack: runs of a pass at most, by default all that fit.
         keep_factors: whether histories hold factors, which for many wide runs are much memory.
         show_progress: whether a bar is drawn, by default where a person may see it.
+        devices: where passes go, a process each, in place of the model's device in this one: "all" or a number of
+            CUDA devices, or names such as ["cuda:0", "cuda:1"]. They are cut so that all devices are busy, and state
+            files belong to that cut. A pass whose process dies is tried once more. `watch` works on copies there.
 
     Returns:
-        A `RunHistory` a run, in their order.
+        A `RunHistory` a run, in their order, with tensors on the model's device.
 
     Raises:
         ValueError: on impossible arguments.
-        RuntimeError: for a model that draws random numbers itself or where no gradient reaches a compressed layer.
+        RuntimeError: for a model that draws random numbers itself, where no gradient reaches a compressed layer, and
+            for a pass whose process on one of `devices` died twice.
 
     Example:
         >>> import compressible as cd
+        >>> import peft
         >>> import torch
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, num_labels=1))
-        >>> config = cd.DeepLoraConfig(r=2, variant="thin", task_type="SEQ_CLS", modules_to_save=["classifier"])
-        >>> runs = [cd.FineTuningRun(config, lr, seed) for lr in (1e-4, 1e-3) for seed in (0, 1)]
+        >>> config = cd.DeepLoraConfig(r=2, variant="thin", task_type="SEQ_CLS")
+        >>> lora = peft.LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", task_type="SEQ_CLS")
+        >>> runs = [cd.FineTuningRun(each, lr) for each in (config, lora) for lr in (1e-4, 1e-3)]
         >>> ids = torch.arange(48).reshape(8, 6)
         >>> rows = cd.Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.rand(8), texts=())
         >>> task = cd.Task("toy", "regression", 1, "pearson", train=rows, validation=rows)
@@ -101,41 +116,102 @@ def fine_tune(
     check_runs(runs, len(task.train.labels), batch_size)
     check_model(model, dropout)
     looks = Looks(evaluate_at, watch_at, watch, checkpoint_every, keep_factors, show_progress)
+    settings = PassSettings(steps, batch_size, decay_ratio, precision, dropout, compiled, graphed, looks)
+    names = None if devices is None else device_names(devices)
     groups = list(_passes(model, runs, max_stack))
+    if names is not None:
+        groups = split(groups, [_cost(run) for run in runs], len(names))
+    passes = [_pass(runs, members, checkpoint, number, len(groups)) for number, members in enumerate(groups)]
+    trained: Iterable[list[RunHistory]]
+    if names is None:
+        trained = (_run_pass(model, each.runs, task, settings, each.checkpoint) for each in passes)
+    else:
+        from compressible.finetuning.spread import spread  # joblib serves several devices alone
+
+        parts = {"watch": watch, "task": task, "settings": _quiet(settings)}
+        trained = spread(_run_pass, model, passes, parts, names, show_progress)
     found: dict[int, RunHistory] = {}
-    for number, members in enumerate(groups):
-        place = None if checkpoint is None else Path(f"{checkpoint}.{number}" if len(groups) > 1 else checkpoint)
-        stacked = StackedPass(model, [runs[i] for i in members], task, steps, batch_size, precision, dropout)
-        trainer = Trainer(stacked, decay_ratio)
-        try:
-            trainer.accelerate(compiled, graphed)
-            found.update(zip(members, trainer.train(looks, place), strict=True))
-        finally:
-            trainer.release()
-        del stacked, trainer
+    for members, histories in zip(groups, trained, strict=True):
+        found.update(zip(members, histories, strict=True))
     return [found[i] for i in range(len(runs))]
 
 
+@dataclass(frozen=True)
+class PassSettings:
+    """What all passes of a call share: arguments of `fine_tune`."""
+
+    steps: int
+    batch_size: int
+    decay_ratio: float
+    precision: str
+    dropout: bool
+    compiled: bool
+    graphed: bool | None
+    looks: Looks
+
+
+def _run_pass(
+    model: nn.Module, runs: list[FineTuningRun], task: TaskLike, settings: PassSettings, checkpoint: Path | None
+) -> list[RunHistory]:
+    """Train the runs of one pass and return their histories; what it takes may be sent to another process."""
+    given = settings.steps, settings.batch_size, settings.precision, settings.dropout
+    try:
+        trainer = Trainer(StackedPass(model, runs, task, *given), settings.decay_ratio)
+    except RunsMixError as error:
+        reason = str(error)  # without the frames that hold the pass
+    else:
+        try:
+            trainer.accelerate(settings.compiled, settings.graphed)
+            return trainer.train(settings.looks, checkpoint)
+        finally:
+            trainer.release()
+    warnings.warn(f"runs go one at a time, since {reason}", RuntimeWarning, stacklevel=2)
+    places = [None if checkpoint is None else Path(f"{checkpoint}.{at}") for at in range(len(runs))]
+    return [_run_pass(model, [run], task, settings, place)[0] for run, place in zip(runs, places, strict=True)]
+
+
+def _pass(
+    runs: Sequence[FineTuningRun], members: list[int], checkpoint: str | Path | None, number: int, count: int
+) -> Pass:
+    """One of `count` passes, with the file of its state and its name in messages."""
+    place = None if checkpoint is None else Path(f"{checkpoint}.{number}" if count > 1 else checkpoint)
+    called = [str(runs[i].label or i) for i in members]
+    shown = ", ".join(called if len(called) <= SHOWN else [*called[: SHOWN - 1], "...", called[-1]])
+    named = f"pass {number + 1} of {count} (runs {shown})"
+    return Pass([runs[i] for i in members], place, named, sum(_cost(runs[i]) for i in members))
+
+
+def _quiet(settings: PassSettings) -> PassSettings:
+    """The settings of a pass in another process, which has no screen."""
+    return replace(settings, looks=replace(settings.looks, show_progress=False))
+
+
+def _cost(run: FineTuningRun) -> float:
+    """About what a run costs beside the others of a call."""
+    return FULL_COST if getattr(run.config, "variant", None) == "full" else 1.0
+
+
 def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | None) -> Iterator[list[int]]:
-    """Indices of the runs of each pass: those with equal targets; wide factors apart; equal lengths side by side."""
+    """Indices of the runs of each pass: those of one structure; wide factors apart; equal lengths side by side."""
+    found: dict[tuple, Structure] = {}
+    keys = [(repr(run.config), run.start) for run in runs]
+    for key, run in zip(keys, runs, strict=True):
+        if key not in found:
+            found[key] = structure(model, run.config, run.start)
+    structures = [found[key] for key in keys]
+    _tell(found.values())
     groups: dict[tuple, list[int]] = {}
-    layers: dict[str, tuple] = {}
-    for at, run in enumerate(runs):
-        config = run.config
-        named = config.target_modules, config.exclude_modules, config.embeddings, config.modules_to_save
-        asked = repr((*named, config.task_type))
-        if asked not in layers:
-            found = tuple(places(model, config))
-            if not found:
-                raise ValueError(f"target_modules = {config.target_modules!r} matches no layer")
-            layers[asked] = found, tuple(name for name, _ in saved_modules(model, config))
-        key = (layers[asked], config.variant == "full", config.lora_dropout)
-        groups.setdefault(key, []).append(at)
+    for at, own in enumerate(structures):
+        groups.setdefault((at,) if own.alone else own.key, []).append(at)
     for members in groups.values():
-        members.sort(key=lambda i: _length(runs[i].config))
+        members.sort(key=lambda i: structures[i].length)
         size = max_stack or len(members)
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
-def _length(config: DeepLoraConfig) -> int:
-    return config.depth + 2 * (config.variant == "compressed")
+def _tell(structures: Iterable[Structure]) -> None:
+    """Warn of what cannot be stacked."""
+    reasons = sorted({each.alone for each in structures if each.alone})
+    if reasons:
+        slow = "such runs go one at a time through peft.get_peft_model, as they would alone but slower"
+        warnings.warn(f"{', '.join(reasons)} cannot be stacked: {slow}", stacklevel=4)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 KINDS = ("regression", "classification", "generation")
+
+
+def first_output(output: Any) -> Tensor:
+    """Return logits, or else the first tensor, of what a model returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else next(value for value in tuple(output) if isinstance(value, Tensor))
 
 
 def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:

@@ -7,47 +7,74 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from torch import Tensor, nn
 
-from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.layer import factor_dtype, get_deep_lora_model
+from compressible.finetuning.peft_models import (
+    Start,
+    adapted_by_peft,
+    base_of,
+    drawn_start,
+    set_chain,
+    set_heads,
+    sharing,
+    tuner_layers,
+)
 
 HEAD_STD = 0.02  # transformers' own start of a head
 
 
 @dataclass(frozen=True)
 class FineTuningRun:
-    """One run of a stack.
+    """One run of a stack, over the model that `peft.get_peft_model` makes after torch.manual_seed(seed).
 
     Args:
-        config: what is adapted and how; its modules_to_save are linear heads that the run trains, from a fresh
-            N(0, .02^2) start.
+        config: what is adapted and how, a DeepLoraConfig, LoraConfig or any other of peft's. What peft trains whole,
+            such as a task_type's head, starts from fresh N(0, .02^2) weights where it is linear.
         lr: peak step size of the inner factors, > 0 (P1: 1e-2 compressed, else 1e-4).
         seed: >= 0; draws factors, head, data order and dropout.
         subset: numbers (k,) of the training rows that it sees, by default all.
-        head_lr: peak step size of the heads, by default lr.
+        head_lr: peak step size of what is trained whole, by default lr.
         label: its name in messages.
+        lr_ratio: step size of the outer factors over that of the inner ones, by default the config's; for a LoraConfig
+            that of B over A in linear layers, LoRA+'s ratio, by default 1.
+        start: a function of a PeftModel and a generator that gives the factors other values than the config's start,
+            such as `paper_lora_start`.
 
     Raises:
         ValueError: by `fine_tune`, which checks all runs before it begins.
 
     Example:
         >>> import compressible as cd
-        >>> config = cd.DeepLoraConfig(r=8, variant="compressed")
-        >>> [run.seed for run in (cd.FineTuningRun(config, lr=1e-2, seed=seed) for seed in range(3))]
-        [0, 1, 2]
+        >>> import peft
+        >>> deep = cd.DeepLoraConfig(r=8, variant="compressed")
+        >>> lora = peft.LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")
+        >>> runs = [cd.FineTuningRun(deep, lr=1e-2), cd.FineTuningRun(lora, lr=1e-4, start=cd.paper_lora_start)]
+        >>> [run.seed for run in runs]
+        [0, 0]
 
     Reference:
         P1 (Yaras et al. 2024), Table 1 and Figures 6 to 9, fine-tuning of BERT and T5.
     """
 
-    config: DeepLoraConfig
+    config: peft.PeftConfig
     lr: float
     seed: int = 0
     subset: Tensor | None = None
     head_lr: float | None = None
     label: str = ""
+    lr_ratio: float | None = None
+    start: Start | None = None
+
+    def factor_lr(self, at: int, length: int, embedding: bool = False) -> float:
+        """Return the peak step size of the factor `at` (0: W_1) of a chain of `length`, 2 for LoRA."""
+        if length == 2:
+            outer, own = at == 1 and not embedding, 1.0  # as peft's LoRA+
+        else:
+            outer, own = at in (0, length - 1), self.config.lr_ratio  # type: ignore[attr-defined]  # a DeepLoraConfig
+        ratio = own if self.lr_ratio is None else self.lr_ratio
+        return self.lr * ratio if outer else self.lr
 
 
 @dataclass
@@ -65,9 +92,10 @@ class RunHistory:
         seconds: of the whole pass, those before a kill included.
         peak_bytes: of the whole pass on its GPU, 0 on a CPU.
         shared: how many runs went through the pass together.
-        chains: factors [W_1, ..., W_L] by layer, or None.
+        chains: factors [W_1, ..., W_L] by layer, A and B for LoRA, or None.
         heads: "weight" (m, n) and "bias" (m,) by head, or None.
         base: the model that was given.
+        others: of a run that went alone, what else of peft's model was trained or changed, by name, or None.
 
     Raises:
         FineTuningDivergenceError: by `model` and `check`, for a run that diverged.
@@ -84,8 +112,8 @@ class RunHistory:
         >>> [history] = cd.fine_tune(model, [run], task, steps=3, batch_size=4, evaluate_at=[3], show_progress=False)
         >>> history.losses.shape, list(history.scores), history.divergence
         ((3,), [3], None)
-        >>> cd.merge_and_unload(history.model()) is not model  # history.model() merges or exports
-        True
+        >>> type(history.model()).__name__  # to merge or to save
+        'PeftModel'
 
     Reference:
         P1 (Yaras et al. 2024), Figure 6: training loss and validation metric over the steps.
@@ -102,9 +130,10 @@ class RunHistory:
     chains: dict[str, list[Tensor]] | None = field(repr=False)
     heads: dict[str, dict[str, Tensor]] | None = field(repr=False)
     base: nn.Module = field(repr=False)
+    others: dict[str, Tensor] | None = field(default=None, repr=False)
 
     def model(self) -> nn.Module:
-        """Return the model with this run's adapters and head, as `get_deep_lora_model` makes it; to merge or export.
+        """Return the PeftModel with this run's factors and head, as `get_peft_model` makes it; to merge or to save.
 
         Frozen weights are shared with the model that was given; copy it before you merge. Raises
         FineTuningDivergenceError for a run that diverged, RuntimeError where factors were not kept.
@@ -112,14 +141,16 @@ class RunHistory:
         self.check()
         if self.chains is None:
             raise RuntimeError("this history holds no factors: call fine_tune with keep_factors=True")
-        with torch.random.fork_rng(devices=[]):  # the factors drawn here are replaced
-            model = get_deep_lora_model(sharing(self.base), self.run.config)
+        run = self.run
+        model = adapted_by_peft(sharing(self.base), drawn_start(run.config), run.seed, empty=self.others is None)
+        model.peft_config[model.active_adapter] = copy.deepcopy(run.config)
+        layers = tuner_layers(base_of(model))
         for name, chain in self.chains.items():
-            model.get_submodule(name).factors = nn.ParameterList([nn.Parameter(factor.clone()) for factor in chain])
-        for name, state in (self.heads or {}).items():
-            head: Any = model.get_submodule(name)
-            for own, value in state.items():  # in the model's precision, as it meets the model's values
-                setattr(head, own, nn.Parameter(value.to(head.weight.dtype, copy=True)))
+            set_chain(layers[name], chain)
+        for name, value in (self.others or {}).items():
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, nn.Parameter(value.clone()))
+        set_heads(base_of(model), self.heads or {})
         return model
 
     def check(self) -> None:
@@ -157,7 +188,7 @@ def data_order(run: FineTuningRun, rows: int, steps: int, batch_size: int) -> Te
 
 def fresh_head(source: nn.Linear, run: FineTuningRun, name: str) -> tuple[Tensor, Tensor]:
     """Return the weight (m, n), N(0, .02^2), and zero bias from which a run trains a head; float32 at least."""
-    kind = factor_dtype(source)
+    kind = torch.promote_types(source.weight.dtype, torch.float32)
     weight = HEAD_STD * torch.randn(source.weight.shape, generator=run_generator(run, name), dtype=torch.float64)
     bias = torch.zeros(source.out_features, dtype=kind, device=source.weight.device)
     return weight.to(source.weight.device, kind), bias
@@ -167,10 +198,3 @@ def run_generator(run: FineTuningRun, purpose: str) -> torch.Generator:
     """Return the generator of a run's seed for one purpose, such as "order"; independent of all others."""
     words = np.random.SeedSequence([run.seed, *purpose.encode()]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-
-
-def sharing(model: nn.Module) -> nn.Module:
-    """Return a copy of the structure whose parameters and buffers are the model's own tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo = {id(t): nn.Parameter(t.data, False) if isinstance(t, nn.Parameter) else t for t in tensors}
-    return copy.deepcopy(model, memo)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressible.adapters.merge import first_output
 from compressible.finetuning.batches import LENGTHS, DeviceRows, PassRows, TaskLike, validation_score
 from compressible.finetuning.dropout.per_run import PerRunDropout
-from compressible.finetuning.losses import run_losses, token_losses
+from compressible.finetuning.losses import first_output, run_losses, token_losses
 from compressible.finetuning.run import FineTuningRun, data_order
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
-from compressible.finetuning.stacked.layers import stacked_adapters
-from compressible.finetuning.stacked.model import stacked_model, starting_chains
+from compressible.finetuning.stacked.model import stacked_model
 from compressible.runtime.devices import matmul_precision
 
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
@@ -29,13 +28,13 @@ class PassSnapshot:
 
     step: int
     runs: list[FineTuningRun]
-    _model: nn.Module = field(repr=False)
+    _model: Any = field(repr=False)
 
     def updates(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the layer's name and its runs' updates (S, m, n), in full float32 whatever the precision."""
-        for name, adapter in stacked_adapters(self._model).items():
+        for name, form in self._model.updates():
             with matmul_precision("float32"):
-                updates = adapter.updates()
+                updates = form()
             yield name, updates
 
 
@@ -68,9 +67,9 @@ class StackedPass:
 
     def start(self) -> None:
         """Give the adapters the factors that their runs start from."""
-        adapters = stacked_adapters(self.model)
-        starts = starting_chains(adapters, self.runs, lambda: self.losses(*self.batch(0)).sum())
-        self.chains = ChainGroups(list(adapters.values()), [[start[name] for start in starts] for name in adapters])
+        batches = (self.inputs(*self.batch(step)) for step in range(len(self.order)))
+        self.model.begin(lambda: self.losses(*self.batch(0)).sum(), batches)
+        self.chains = self.model.chains
 
     def compile(self, compiled: bool) -> None:
         """Take losses from a compiled pass over the model, or from the plain one."""
@@ -86,9 +85,11 @@ class StackedPass:
 
     def forward(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return what the model makes of rows of all runs; for generation it gets the labels, too."""
-        if self.task.kind == "generation":
-            tokens = tokens | {"labels": labels}
-        return first_output(self.model(**tokens))
+        return first_output(self.model(**self.inputs(tokens, labels)))
+
+    def inputs(self, tokens: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return what the model is called with."""
+        return tokens | {"labels": labels} if self.task.kind == "generation" else tokens
 
     def losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the losses (S,) of one training batch."""

@@ -6,6 +6,7 @@ On a GPU each step, with its backward pass and its update, is one CUDA graph a p
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressible.finetuning.checkpoint import Checkpoint, Kept, digest, stored
 from compressible.finetuning.dry_run import try_out
+from compressible.finetuning.graphs import StepGraphs, cause
 from compressible.finetuning.run import RunHistory
 from compressible.finetuning.stacked.adamw import StackedAdamW
-from compressible.finetuning.stacked.layers import StackedLinear, stacked_adapters
-from compressible.finetuning.stacked.model import overflown, stacked_heads
+from compressible.finetuning.stacked.model import left, overflown, rated
 from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
 from compressible.runtime import devices
 from compressible.runtime.checks import expect
@@ -52,16 +53,16 @@ class Trainer:
             stacked.start()
         shape = self.steps, len(stacked.runs)
         self.losses = torch.full(shape, float("nan"), dtype=torch.float64, device=stacked.device)
-        self.adam = StackedAdamW(self._rates(), BETAS, EPS)
-        self.graphs: dict[tuple, _Graph] | None = None
+        self.adam = StackedAdamW(rated(stacked.model), BETAS, EPS)
+        self.graphs: StepGraphs | None = None
 
     def accelerate(self, compiled: bool = False, graphed: bool | None = None) -> None:
-        """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU)."""
+        """Compile the pass over the model, and replay steps as CUDA graphs (by default on a GPU) as far as they can."""
         self.stacked.compile(compiled)
         on_gpu = self.stacked.device.type == "cuda"
         graphed = on_gpu if graphed is None else graphed
         expect("graphed", graphed, not graphed or on_gpu, "False without a CUDA device")
-        self.graphs = {} if graphed else None
+        self.graphs = StepGraphs(self.gradients, self.update, self.stacked.device, compiled) if graphed else None
 
     def train(self, looks: Looks, checkpoint: Path | None = None) -> list[RunHistory]:
         """Take all steps from where the checkpoint left them and return the histories."""
@@ -76,7 +77,11 @@ class Trainer:
         scores = {at: kept.scores[at] for at in looks.evaluate_at}
         watched = {at: kept.watched[at] for at in looks.watch_at}
         histories = self._histories(replace(kept, scores=scores, watched=watched), held)
-        return histories if looks.keep_factors else [replace(each, chains=None, heads=None) for each in histories]
+        return (
+            histories
+            if looks.keep_factors
+            else [replace(each, chains=None, heads=None, others=None) for each in histories]
+        )
 
     def _train(self, begin: int, looks: Looks, kept: Kept, saved: Checkpoint | None) -> None:
         stacked = self.stacked
@@ -89,7 +94,7 @@ class Trainer:
                     snapshot = PassSnapshot(step, stacked.runs, stacked.model)
                     kept.watched[step] = _watched(looks.watch, snapshot, saved is not None)
                 if step == self.steps:
-                    kept.lost = sorted({*kept.lost, *overflown(stacked.model, len(stacked.runs))})
+                    kept.lost = sorted({*kept.lost, *overflown(stacked.model)})
                 if saved is not None and (step == self.steps or (step > begin and step % looks.checkpoint_every == 0)):
                     saved.save(step, kept)
                 if step < self.steps:
@@ -99,23 +104,39 @@ class Trainer:
     def advance(self, step: int) -> None:
         """Take one step of all runs."""
         tokens, labels = self.stacked.batch(step)
-        if self.graphs is None:
-            self.update(tokens, labels)
-            return
-        key = tuple(value.shape for value in tokens.values())
-        if key not in self.graphs:
-            self.graphs[key] = _Graph(self, tokens, labels)
-        self.graphs[key].replay(tokens, labels)
+        if self.graphs is not None:
+            try:
+                self.graphs.step(tokens, labels)
+                return
+            except Exception as error:  # whatever it is: a step without a graph works, or says what is wrong
+                self._ungraphed(cause(error))
+        self.update(tokens, labels)
+
+    def gradients(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Add the gradients of the losses (S,) of these rows to those that there are, and return the losses."""
+        losses = self.stacked.losses(tokens, labels)
+        losses.sum().backward()
+        return losses
 
     def update(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
         """Take one step of all runs with these rows; everything that it needs is on the device."""
         self.adam.gradient.zero_()
-        losses, step = self.stacked.losses(tokens, labels), self.stacked.step
-        losses.sum().backward()
+        losses, step = self.gradients(tokens, labels), self.stacked.step
         with torch.no_grad():
             self.losses.index_copy_(0, step[None], losses.detach().double()[None])
             self.adam.step(1 - (1 - self.decay_ratio) * step.double() / self.steps)
             step += 1
+
+    def _ungraphed(self, reason: str) -> None:
+        """Go on without graphs, which changes no number; a failed capture has run nothing."""
+        self.graphs = None
+        kind = type(self.stacked.source).__name__
+        warnings.warn(
+            f"the steps of {kind} are no CUDA graphs, since {reason}; they run one by one, which takes longer and "
+            "gives the same: a pass that can be captured reads no value of a tensor on the host",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def release(self) -> None:
         """Let go of graphs and factors at once."""
@@ -131,54 +152,17 @@ class Trainer:
         key = digest(self.stacked, [self.decay_ratio, keep_factors, adam.shapes])
         return Checkpoint(path, key, state | {"count": adam.count}, self.steps, keep_factors)
 
-    def _rates(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Every trained tensor and its runs' learning rates, as they broadcast against it."""
-        runs = self.stacked.runs
-        inner = torch.tensor([run.lr for run in runs], dtype=torch.float64)
-        outer = torch.tensor([run.config.outer_lr(run.lr) for run in runs], dtype=torch.float64)
-        head = torch.tensor([run.lr if run.head_lr is None else run.head_lr for run in runs], dtype=torch.float64)
-        chains = [(p, (outer if ends else inner)[of, None, None]) for p, of, ends in self.stacked.chains.parameters()]
-        heads = [p for module in stacked_heads(self.stacked.model).values() for p in module.parameters()]
-        return chains + [(p, head.view(-1, *[1] * (p.dim() - 1))) for p in heads]
-
     def _histories(self, kept: Kept, peak: int) -> list[RunHistory]:
         losses, seconds, stacked = self.losses.T.cpu().numpy(), kept.seconds, self.stacked
-        adapters, heads = stacked_adapters(stacked.model), stacked_heads(stacked.model)
         histories = []
         for at, run in enumerate(stacked.runs):
             lost = np.flatnonzero(~np.isfinite(losses[at]))
             divergence = int(lost[0]) if len(lost) else self.steps if at in kept.lost else None
             scores, watched = ({step: of[at] for step, of in what.items()} for what in (kept.scores, kept.watched))
-            chains = {name: adapter.chain(at) for name, adapter in adapters.items()}
-            left = chains, {name: _own(head, at) for name, head in heads.items()}, stacked.source
-            costs = seconds, peak, len(stacked.runs)
-            histories.append(RunHistory(run, losses[at], scores, watched, divergence, *costs, *left))
+            costs, kept_of_it = (seconds, peak, len(stacked.runs)), left(stacked.model, at)
+            seen = losses[at], scores, watched, divergence
+            histories.append(RunHistory(run, *seen, *costs, base=stacked.source, **kept_of_it))
         return histories
-
-
-class _Graph:
-    """One step for one padded length as a CUDA graph over buffers of its own."""
-
-    def __init__(self, trainer: Trainer, tokens: dict[str, Tensor], labels: Tensor) -> None:
-        self.tokens = {name: value.clone() for name, value in tokens.items()}
-        self.labels = labels.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm up libraries and compiled code; gradients are zeroed before use
-            for _ in range(2):
-                trainer.stacked.losses(self.tokens, self.labels).sum().backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        shared = next(iter(trainer.graphs.values())).graph.pool() if trainer.graphs else None
-        with torch.cuda.graph(self.graph, pool=shared):
-            trainer.update(self.tokens, self.labels)
-
-    def replay(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
-        """Take one step with these rows."""
-        for name, value in tokens.items():
-            self.tokens[name].copy_(value)
-        self.labels.copy_(labels)
-        self.graph.replay()
 
 
 @torch.no_grad()
@@ -189,7 +173,3 @@ def _watched(watch: Callable | None, snapshot: PassSnapshot, storable: bool) -> 
     if storable:  # said now: the first checkpoint may be long in coming
         stored(values, {})
     return values
-
-
-def _own(head: StackedLinear, at: int) -> dict[str, Tensor]:
-    return {name: value[at].detach().clone() for name, value in head.named_parameters()}

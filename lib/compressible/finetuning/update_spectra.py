@@ -1,7 +1,7 @@
 """Spectra and leading subspaces of the updates that fine-tuning makes, layer by layer and run by run.
 
 `watch_spectra` is what `fine_tune` takes as `watch`; the rest compares what it kept of one run at several steps with
-the last of them. Singular vectors come from the smaller Gram matrix in float64 (adapters' top_frames), all runs of a
+the last of them. Singular vectors come from the smaller Gram matrix in float64 (top_frames), all runs of a
 layer at once: many times faster on a GPU than singular value decompositions.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.adapters.compressed_init import top_frames
+from compressible.runtime.weight_gradients import top_frames
 
 SIDES = ("outputs", "inputs")
 

@@ -1,4 +1,4 @@
-"""What fine-tuning steps cost: S runs in one pass of this library's engine beside peft's stock LoRA, a run at a time.
+"""What fine-tuning steps cost: S runs in one pass of this library's engine beside peft's LoRA, a run at a time.
 
 A case is an encoder, a precision, a method and the number of runs; its modes are how the steps are taken. Tokens are
 random and all rows full, since values move no clock: nothing here measures what is learned.
@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.merge import first_output
 from compressible.data import hub
 from compressible.data.pretrained import load_encoder
 from compressible.data.tasks import Examples, Task
 from compressible.experiments.speed.engines import Timing, failed
 from compressible.experiments.speed.roofline import LARGE, count_operations, gemm_rate, time_calls
-from compressible.finetuning.losses import run_losses
+from compressible.finetuning.losses import first_output, run_losses
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.trainer import Trainer
@@ -34,11 +34,12 @@ from compressible.runtime import devices
 from compressible.runtime.devices import matmul_precision
 
 SHAPE = "bert-base"  # BertConfig's defaults, random weights; any other name is load_encoder's
-METHODS = ("peft", "compressed", "thin", "lora", "full")
+OF_PEFT = {"peft": "lora", "peft-compressed": "compressed", "peft-thin": "thin"}  # in a plain loop, a run at a time
+METHODS = (*OF_PEFT, "compressed", "thin", "lora", "full")
 MODES = ("eager", "graph", "compiled")
 RANK, STEPS, LR = 8, 1024, 1e-5
 GOAL = 20  # runs of the goal
-HEAD: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+HEAD: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,16 @@ def cases(
 ) -> Iterator[Case]:
     """Yield the cases of a survey, those that tell most first.
 
-    Per encoder: peft in all precisions, then compressed with the fewest runs and GOAL (or the most) in the first one.
-    What takes long to compile comes after that, sweeps over run_counts in the first two precisions last.
+    Per encoder: peft in all precisions; Deep LoRA as a method of peft in the first one; there, too, compressed with the
+    fewest runs and GOAL (or the most). What takes long to compile comes after that, sweeps over run_counts in the first
+    two precisions last.
     """
     few, first = min(run_counts), precisions[0]
     target = GOAL if GOAL in run_counts else max(run_counts)
     goals = [target] if target > few else []
     for encoder in encoders:
         yield from (Case(encoder, precision, "peft", modes=("eager",)) for precision in precisions)
+        yield from (Case(encoder, first, method, modes=("eager",)) for method in list(OF_PEFT)[1:])
         yield Case(encoder, first, "compressed", few, ("eager", "graph"), real=True)
         yield from (Case(encoder, first, "compressed", count, real=True) for count in goals)
     if compiled:
@@ -143,7 +146,7 @@ def time_case(case: Case, model: Any, batch_size: int, length: int, seconds: flo
     modes = case.modes if next(model.parameters()).is_cuda else tuple(_on_cpu(case.modes))
     found: dict[str, Timing] = {}
     try:
-        take = time_peft if case.method == "peft" else _time_stacked
+        take = time_peft if case.method in OF_PEFT else _time_stacked
         for mode, timing in take(case, modes, model, task, batch_size, seconds, trials):
             found[mode] = timing
     except Exception as failure:
@@ -181,11 +184,17 @@ def _on_cpu(modes: Sequence[str]) -> Iterator[str]:
     yield from dict.fromkeys("eager" if mode == "graph" else mode for mode in modes)
 
 
+def config_of(method: str, real: bool = False) -> PeftConfig:
+    """Return the configuration of a method; a compressed one that is not real draws its factors at random."""
+    variant = OF_PEFT.get(method, method)
+    if variant == "lora":
+        return LoraConfig(r=RANK, lora_alpha=RANK, **HEAD)
+    return DeepLoraConfig(r=RANK, variant=variant, init_weights=real or variant != "compressed", **HEAD)
+
+
 def runs_of(method: str, count: int, real: bool = False) -> list[FineTuningRun]:
-    """Return `count` runs of a method; compressed ones that are not real are thin ones with chains as long."""
-    known = {"lora": ("thin", 2)} | ({} if real else {"compressed": ("thin", 5)})
-    variant, depth = known.get(method, (method, 3))
-    return [FineTuningRun(DeepLoraConfig(RANK, depth, variant=variant, **HEAD), LR, seed) for seed in range(count)]
+    """Return `count` runs of a method."""
+    return [FineTuningRun(config_of(method, real), LR, seed) for seed in range(count)]
 
 
 def _time_stacked(
@@ -202,7 +211,9 @@ def _time_stacked(
         _let_go()
         try:
             trainer.accelerate(mode == "compiled", mode != "eager" and device != "cpu")
-            yield mode, _steady(Endless(trainer), device, case.precision, setup, mode, seconds, trials)
+            timing = _steady(Endless(trainer), device, case.precision, setup, mode, seconds, trials)
+            lost = mode != "eager" and device != "cpu" and trainer.graphs is None
+            yield mode, Timing(skipped="not captured") if lost else timing
         except Exception as failure:
             yield mode, Timing(skipped=failed(failure))
         if mode == "compiled":
@@ -213,23 +224,20 @@ def _time_stacked(
 def time_peft(
     case: Case, modes: Sequence[str], model: nn.Module, task: Task, batch_size: int, seconds: float, trials: int
 ) -> Iterator[tuple[str, Timing]]:
-    """Stock LoRA as its users run it: get_peft_model, AdamW (fused on a GPU), batches on the device beforehand."""
-    from peft import LoraConfig, get_peft_model
-
+    """LoRA or Deep LoRA as peft's users run it: AdamW (fused on a GPU), batches on the device beforehand."""
     device = next(model.parameters()).device
     began = time.perf_counter()
-    model = copy.deepcopy(model)
-    if case.precision == "bfloat16":
-        model = model.to(torch.bfloat16)
+    base = copy.deepcopy(model).to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
     with hub.quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
-        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", **HEAD)).train()
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LR, fused=device.type == "cuda")
+        adapted = get_peft_model(base, config_of(case.method)).train()
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    adam = torch.optim.AdamW(trained, LR, fused=device.type == "cuda")
     tokens = {key: value[:batch_size].to(device) for key, value in task.train.tokens.items()}
     labels = task.train.labels[:batch_size].to(device)
 
     def step() -> None:
-        run_losses("regression", first_output(model(**tokens)), labels, 1).sum().backward()
+        run_losses("regression", first_output(adapted(**tokens)), labels, 1).sum().backward()
         adam.step()
         adam.zero_grad()
 

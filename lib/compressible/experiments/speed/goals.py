@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from compressible.experiments.speed.finetuning import GOAL, fastest_peft, rate
+from compressible.experiments.speed.finetuning import GOAL, OF_PEFT, fastest_peft, rate
 from compressible.runtime import devices
 
 CARD = "H200"
@@ -52,14 +52,14 @@ def descent_goals(
 def finetuning_goals(
     out: dict[str, Any], device: str, encoders: Sequence[str], precisions: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Return the goals of a survey of fine-tuning, by trial (T,), in bfloat16 on CARD alone.
+    """Return the goals of a survey of fine-tuning, by trial (T,), in bfloat16; rates are of CARD alone.
 
     "<encoder> one rate" and "... many rate", steps of a run per second of one and of GOAL compressed runs, and
-    "... over peft", which takes its fastest precision.
+    "... over peft", which takes its fastest precision; on any card what `over_lora` gives.
     """
+    found = over_lora(out, encoders, precisions[0])
     if CARD not in devices.device_name(device) or precisions[0] != "bfloat16":
-        return {}
-    found: dict[str, np.ndarray] = {}
+        return found
     for encoder in encoders:
         for key, count in {"one": 1, "many": GOAL}.items():
             ours = rate(out, f"{encoder}/{precisions[0]}/{count} x compressed")[1]
@@ -67,6 +67,23 @@ def finetuning_goals(
                 found[f"{encoder} {key} rate"] = ours
                 found[f"{encoder} {key} over peft"] = ours / fastest_peft(out, encoder, precisions)
     return {name: values for name, values in found.items() if np.isfinite(values).all()}
+
+
+def over_lora(out: Mapping[str, Any], encoders: Sequence[str], precision: str) -> dict[str, np.ndarray]:
+    """Return "<encoder> <method> <steps or memory> over LoRA" (T,) of Deep LoRA's variants as methods of peft, eager.
+
+    Seconds of a training step and bytes at its peak over those of peft's LoRA of the same rank in the same precision.
+    """
+    found: dict[str, np.ndarray] = {}
+    for encoder in encoders:
+        lora, *others = (f"{encoder}/{precision}/1 x {method}/eager" for method in OF_PEFT)
+        for name, method in zip(others, list(OF_PEFT)[1:], strict=True):
+            for what in ("steps", "memory"):
+                if np.any(out.get(f"{lora}/{what}", 0)) and f"{name}/{what}" in out:  # no bytes are counted on a CPU
+                    found[f"{encoder} {method} {what} over LoRA"] = np.atleast_1d(
+                        out[f"{name}/{what}"] / out[f"{lora}/{what}"]
+                    )
+    return found
 
 
 def _jax(out: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, np.ndarray]:

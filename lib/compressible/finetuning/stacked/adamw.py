@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,8 @@ class StackedAdamW:
         self.shapes = [tuple(parameter.shape) for parameter, _ in parameters]
         first = parameters[0][0]
         total = sum(parameter.numel() for parameter, _ in parameters)
-        empty = [torch.zeros(total, dtype=first.dtype, device=first.device) for _ in range(5)]
+        kind = functools.reduce(torch.promote_types, [parameter.dtype for parameter, _ in parameters])
+        empty = [torch.zeros(total, dtype=kind, device=first.device) for _ in range(5)]
         self.value, self.gradient, self.mean, self.square, self.rate = empty
         self.count = torch.zeros((), dtype=torch.float64, device=first.device)
         scalars = [1 - betas[0], 1 - betas[1], 1.0, 1.0, eps]
@@ -38,7 +40,7 @@ class StackedAdamW:
             view = slice(begin, begin + parameter.numel())
             begin = view.stop
             self.value[view].view_as(parameter).copy_(parameter.detach())
-            self.rate[view].view_as(parameter).copy_(rates.to(first.device, first.dtype))
+            self.rate[view].view_as(parameter).copy_(rates.to(first.device, kind))
             parameter.data = self.value[view].view_as(parameter)
             parameter.grad = self.gradient[view].view_as(parameter)
 

@@ -25,17 +25,21 @@ class ChainGroups:
         kinds: dict[tuple, list[int]] = {}
         for at, adapter in enumerate(adapters):
             shapes = [[factor.shape for factor in start] for start in starts[at]]
-            kinds.setdefault((repr(shapes), adapter.embedding, adapter.weight.dtype), []).append(at)
+            kind = repr(shapes), adapter.embedding, adapter.weight.dtype, tuple(adapter.multiples)
+            kinds.setdefault(kind, []).append(at)
         self.groups = [
             _Group([adapters[at] for at in members], [starts[at] for at in members]) for members in kinds.values()
         ]
 
-    def parameters(self) -> Iterator[tuple[nn.Parameter, slice, bool]]:
-        """Yield every trained tensor (layers, S', ., .), the runs that it is of, and whether it is an outer factor."""
+    def parameters(self) -> Iterator[tuple[nn.Parameter, range, tuple[int, int, bool]]]:
+        """Yield every trained tensor (layers, S', ., .), the runs that it is of, and its place.
+
+        The place is its number in the chain, the chain's length, and whether embeddings are adapted.
+        """
         for group in self.groups:
             for span, chain in zip(group.spans, group.chains, strict=True):
                 for at, factor in enumerate(chain):
-                    yield factor, slice(*span), at in (0, len(chain) - 1)
+                    yield factor, range(*span), (at, len(chain), group.members[0].embedding)
 
     def contract(self) -> None:
         """Give every adapter, until `release`, the two factors that its tokens meet, in its weight's precision."""

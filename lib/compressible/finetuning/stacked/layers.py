@@ -18,30 +18,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from compressible.adapters.compressed_init import GradientSink, compressed_chain, finish
-from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.layer import Layer, is_transposed, product
+from compressible.adapters.layer import product
 from compressible.finetuning.batches import PassRows
 
+Layer = Any  # nn.Linear, nn.Embedding or transformers' Conv1D: a module with a weight
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run
 
 
 class StackedAdapter(nn.Module):
     """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run, ValueError where not `rows` of them.
 
-    Its factors lie in a `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
+    scalings (S,) multiply the updates; dropout is the share of inputs that is dropped. Its factors lie in a
+    `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
     """
 
     base: Layer
     source: Callable[[], list[Chain]]
 
-    def __init__(self, base: Layer, configs: Sequence[DeepLoraConfig], shape: tuple[int, int], rows: PassRows) -> None:
+    def __init__(self, base: Layer, scalings: Sequence[float], rows: PassRows, dropout: float = 0.0) -> None:
         super().__init__()
-        self.rows = rows
-        self.base, self.configs, self.runs, self.shape = base, list(configs), len(configs), shape
+        self.rows, self.rate = rows, dropout
+        self.base, self.runs = base, len(scalings)
         self.embedding = isinstance(base, nn.Embedding)
+        self.turned = self.embedding or type(base).__name__ == "Conv1D"  # whose weight is (n, m)
+        rows_of_it, columns = base.weight.shape
+        self.shape = (columns, rows_of_it) if self.turned else (rows_of_it, columns)
         self.spans: list[tuple[int, int]] = []
-        self.inner = 0
+        self.widths: list[int] = []
+        self.multiples = list(scalings)
         self.scalings: list[Tensor] = []
         self.sink: Callable[[Tensor, Tensor], Tensor] | None = None
         self.held: tuple[Tensor, Tensor] | None = None
@@ -55,12 +59,17 @@ class StackedAdapter(nn.Module):
         if sum(a != b for a, b in pairwise(lengths)) + 1 != len(set(lengths)):
             raise ValueError(f"chains have lengths {lengths}, expected runs of equal length side by side")
         self.spans = [(lengths.index(n), lengths.index(n) + lengths.count(n)) for n in dict.fromkeys(lengths)]
-        self.inner = max(start[0].shape[0] for start in starts)
+        self.widths = [start[0].shape[0] for start in starts]
         kind, device = starts[0][0].dtype, starts[0][0].device
-        scalings = torch.tensor([config.scaling for config in self.configs], dtype=kind, device=device)
+        scalings = torch.tensor(self.multiples, dtype=kind, device=device)
         self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
         widened = [_widened(start, self.inner) for start in starts]
         return [[torch.stack(part) for part in zip(*widened[begin:end], strict=True)] for begin, end in self.spans]
+
+    @property
+    def inner(self) -> int:
+        """The width that all runs' factors are padded to."""
+        return max(self.widths, default=0)
 
     @property
     def weight(self) -> Tensor:
@@ -88,8 +97,7 @@ class StackedAdapter(nn.Module):
         """Return copies of one run's factors at their own width."""
         for (begin, end), chain in zip(self.spans, self.source(), strict=True):
             if begin <= run < end:
-                config = self.configs[run]
-                own = min(self.shape) if config.variant == "full" else config.r
+                own = self.widths[run]
                 factors = [factor[run - begin].detach() for factor in chain]
                 inner = [factor[:own, :own] for factor in factors[1:-1]]
                 return [part.clone() for part in (factors[0][:own], *inner, factors[-1][:, :own])]
@@ -102,10 +110,9 @@ class StackedAdapter(nn.Module):
             return self.sink(x, self.base(x))
         lower, upper = self.contracted()
         if self.embedding:
-            ids = x.reshape(self.runs, 1, -1).expand(-1, lower.shape[1], -1)
             out = self.base(x)
-            return out + (upper @ lower.gather(2, ids)).mT.reshape(out.shape).to(out.dtype)
-        rate = self.configs[0].lora_dropout
+            return out + (upper @ self._embedded(x, lower)).mT.reshape(out.shape).to(out.dtype)
+        rate = self.rate
         if self.dense and not (rate and self.training):
             return self._dense(x, upper @ lower)
         flat = x.reshape(self.runs, -1, self.shape[1])
@@ -118,6 +125,13 @@ class StackedAdapter(nn.Module):
             out = out + kept.to(lower.dtype) @ lower.mT @ upper.mT
         return out.view(*x.shape[:-1], self.shape[0])
 
+    def _embedded(self, x: Tensor, lower: Tensor) -> Tensor:
+        """Columns (S, k, P) of W_1 for ids x; those of the padding are not trained, as torch's embeddings have it."""
+        ids = x.reshape(self.runs, 1, -1).expand(-1, lower.shape[1], -1)
+        columns = lower.gather(2, ids)
+        padding = self.base.padding_idx
+        return columns if padding is None else torch.where(ids == padding, columns.detach(), columns)
+
     def _dense(self, x: Tensor, update: Tensor) -> Tensor:
         weight = (self._frozen + update).mT.to(x.dtype)
         flat = x.reshape(self.runs, -1, self.shape[1])
@@ -127,7 +141,7 @@ class StackedAdapter(nn.Module):
     @property
     def _frozen(self) -> Tensor:
         """The frozen weight as (m, n)."""
-        return self.base.weight.mT if is_transposed(self.base) else self.base.weight
+        return self.base.weight.mT if self.turned else self.base.weight
 
 
 def halves(chains: Sequence[Sequence[Tensor]], scalings: Sequence[Tensor], embedding: bool) -> tuple[Tensor, Tensor]:
@@ -171,7 +185,8 @@ class _LowRankLinear(torch.autograd.Function):
 @torch.library.custom_op("compressible::linear_plus", mutates_args=())
 def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """x W^T + b + left right in place of the first sum, behind a compiler's back: it would copy that sum."""
-    return functional.linear(x, weight, bias).baddbmm_(left, right)
+    out = functional.linear(x, weight, bias)  # which may be a view, on which no model could write
+    return torch.ops.aten._unsafe_view(out, out.shape).baddbmm_(left, right)
 
 
 @_linear_plus.register_fake
@@ -184,67 +199,9 @@ def _(x: Sequence[int], weight: Sequence[int], bias: Any, left: Sequence[int], *
     return 2 * math.prod(x) * weight[0] + 2 * math.prod(left) * weight[0]
 
 
-class StackedLinear(nn.Module):
-    """A linear layer that S runs train, each its own: weight (S, m, n), bias (S, m); keeps its own precision."""
-
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, rows: PassRows) -> None:
-        super().__init__()
-        self.rows = rows
-        self.weight = nn.Parameter(torch.stack(list(weights)))
-        self.bias = None if biases is None else nn.Parameter(torch.stack(list(biases)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (S * B, ..., m)."""
-        runs, m, n = self.weight.shape
-        self.rows.check(f"a trained layer of shape {(m, n)}", x.shape)
-        flat = x.reshape(runs, -1, n).to(self.weight.dtype)
-        out = flat @ self.weight.mT
-        out = out if self.bias is None else out + self.bias[:, None]
-        return out.view(*x.shape[:-1], m)
-
-
 def stacked_adapters(model: nn.Module) -> dict[str, StackedAdapter]:
     """Return the stacked adapters of a model by the name of the layer that they adapt."""
     return {name: module for name, module in model.named_modules() if isinstance(module, StackedAdapter)}
-
-
-def compressed_starts(
-    adapters: dict[str, StackedAdapter],
-    which: Sequence[int],
-    losses: Callable[[], Tensor],
-    generators: Sequence[torch.Generator],
-) -> dict[int, dict[str, Chain]]:
-    """Return, by run and layer, the compressed start of the runs `which` from one backward pass of all of them.
-
-    losses gives the sum of the runs' losses. A layer's gradients (S', m, n) live only until their decomposition; frames
-    are then drawn from each run's generator in the order of the layers. The starts are on the CPU.
-    """
-    which = list(which)
-    sinks = {}
-    for name, adapter in adapters.items():
-        rank = max(adapter.configs[run].r for run in which) // 2
-        sinks[name] = GradientSink(adapter.base, rank, adapter.runs, which)
-    try:
-        for name, adapter in adapters.items():
-            adapter.sink = sinks[name].watch
-        with torch.enable_grad():
-            torch.autograd.backward(losses(), inputs=[sink.token for sink in sinks.values()])
-    finally:
-        for adapter in adapters.values():
-            adapter.sink = None
-    finish(sinks)
-    # On the CPU: thousands of small decompositions that a GPU would only wait for.
-    frames = {name: [side.cpu() for side in sink.frames or ()] for name, sink in sinks.items()}
-    return {
-        run: {name: _start(adapter, run, frames[name], at, generator) for name, adapter in adapters.items()}
-        for at, (run, generator) in enumerate(zip(which, generators, strict=True))
-    }
-
-
-def _start(adapter: StackedAdapter, run: int, frames: list[Tensor], at: int, generator: torch.Generator) -> Chain:
-    config = adapter.configs[run]
-    left, right = (side[at, :, : config.r // 2] for side in frames)
-    return compressed_chain(left, right, adapter.shape, config, generator)
 
 
 def _widened(chain: Chain, width: int) -> Chain:

@@ -1,99 +1,123 @@
-"""One copy of a model's structure that S runs share: stacked adapters and heads, and their starts."""
+"""One copy of a model's structure that S runs share: stacked adapters and heads in the places of peft's."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from compressible.adapters.layer import check_sizes, factor_dtype, layer_shape, replace_module, starting_factors
-from compressible.adapters.targets import places, saved_modules
 from compressible.finetuning.batches import PassRows
-from compressible.finetuning.run import FineTuningRun, fresh_head, run_generator, sharing
-from compressible.finetuning.stacked.layers import (
-    Chain,
-    StackedAdapter,
-    StackedLinear,
-    compressed_starts,
-    stacked_adapters,
+from compressible.finetuning.peft_models import (
+    ADAPTER,
+    adapted_by_peft,
+    base_of,
+    replace_module,
+    sharing,
+    tuner_layers,
 )
-from compressible.runtime.checks import expect
+from compressible.finetuning.run import FineTuningRun
+from compressible.finetuning.stackable import structure
+from compressible.finetuning.stacked.alone import AloneModel
+from compressible.finetuning.stacked.grouped_factors import ChainGroups
+from compressible.finetuning.stacked.heads import Rated, stack_heads, stacked_heads
+from compressible.finetuning.stacked.layers import StackedAdapter, stacked_adapters
+from compressible.finetuning.stacked.starts import Start, drawn_starts, starting_chains
 
 
-def stacked_model(source: nn.Module, runs: Sequence[FineTuningRun], rows: PassRows, half: bool) -> nn.Module:
-    """Return the model with stacked adapters and heads; frozen weights are shared if they need not be in half."""
-    model = copy.deepcopy(source).to(torch.bfloat16) if half else sharing(source)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    configs = [run.config for run in runs]
-    found = places(model, configs[0])
-    layers = {name: model.get_submodule(name) for name in found}
-    shapes = {name: layer_shape(layer) for name, layer in layers.items()}
-    for config in configs:
-        check_sizes(shapes, config)
-    adapters = {name: StackedAdapter(layers[name], configs, shapes[name], rows) for name in found}
-    for name, names in found.items():
-        for place in names:
-            replace_module(model, place, adapters[name])
-    for name, _ in list(saved_modules(model, configs[0])):
-        replace_module(model, name, _head(source.get_submodule(name), name, runs, rows))
-    return model
+def stacked_model(
+    source: nn.Module, runs: Sequence[FineTuningRun], rows: PassRows, half: bool
+) -> StackedModel | AloneModel:
+    """Return the model of a pass, with frozen weights in half precision or shared; not yet at its runs' start."""
+    if len(runs) == 1 and structure(source, runs[0].config).alone:
+        return AloneModel(source, runs[0], rows, half)
+    return StackedModel(source, runs, rows, half)
 
 
-def starting_chains(
-    adapters: dict[str, StackedAdapter], runs: Sequence[FineTuningRun], losses: Callable[[], Tensor]
-) -> list[dict[str, Chain]]:
-    """Return every run's starting factors by layer: drawn, or for compressed runs from the gradient of `losses`."""
-    base = next(iter(adapters.values())).base
-    kind, device = factor_dtype(base), base.weight.device
-    with ThreadPoolExecutor() as pool:  # orthogonal factors are drawn on the CPU: a thread a run
-        starts = list(pool.map(lambda run: _moved(_drawn(run, adapters), kind, device), runs))
-    which = [i for i, run in enumerate(runs) if run.config.variant == "compressed"]
-    if not which:
-        return starts
-    generators = [run_generator(runs[i], "factors") for i in which]
-    found = compressed_starts(adapters, which, losses, generators)
-    return [_moved(found[i], kind, device) if i in found else start for i, start in enumerate(starts)]
+class StackedModel(nn.Module):
+    """The model of S runs; `starts` holds their factors until `begin` takes them."""
+
+    def __init__(self, source: nn.Module, runs: Sequence[FineTuningRun], rows: PassRows, half: bool) -> None:
+        super().__init__()
+        self.runs = list(runs)
+        self.starts: list[Start] = drawn_starts(source, runs)
+        model = copy.deepcopy(source).to(torch.bfloat16) if half else sharing(source)
+        model = base_of(adapted_by_peft(model, runs[0].config, empty=True))
+        rate = getattr(runs[0].config, "lora_dropout", 0.0)
+        for name, layer in tuner_layers(model).items():
+            scalings = [start.scalings[name] for start in self.starts]
+            replace_module(model, layer, StackedAdapter(layer.get_base_layer(), scalings, rows, rate))
+        stack_heads(model, source, runs, rows)
+        for module in list(model.modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                replace_module(model, module, module.modules_to_save[ADAPTER])
+        self.inner = model
+        self.chains = ChainGroups()
+
+    def forward(self, **tokens: Tensor) -> Any:
+        """What the model makes of rows of all runs."""
+        return self.inner(**tokens)
+
+    def begin(self, losses: Callable[[], Tensor], batches: Iterable[dict[str, Tensor]]) -> None:
+        """Give the adapters the factors that their runs start from; losses is the sum of the runs' first."""
+        adapters = stacked_adapters(self.inner)
+        chains = starting_chains(adapters, self.starts, self.runs, losses)
+        self.starts = []
+        self.chains = ChainGroups(list(adapters.values()), [[chain[name] for chain in chains] for name in adapters])
+
+    def rated(self) -> Rated:
+        """Return every factor and the rates of its runs."""
+        pairs: Rated = []
+        for parameter, of, place in self.chains.parameters():
+            rates = [self.runs[run].factor_lr(*place) for run in of]
+            pairs.append((parameter, torch.tensor(rates, dtype=torch.float64)[:, None, None]))
+        return pairs
+
+    def updates(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield the layer's name and what gives its runs' updates (S, m, n)."""
+        for name, adapter in stacked_adapters(self.inner).items():
+            yield name, adapter.updates
+
+    @torch.no_grad()
+    def finite(self) -> Tensor:
+        """Return (S,) whether a run's updates stay below what their precision holds, by the norms of the factors."""
+        adapters = stacked_adapters(self.inner)
+        good = torch.ones(len(self.runs), dtype=torch.bool, device=next(iter(adapters.values())).weight.device)
+        for adapter in adapters.values():
+            lower, upper = (half.double().flatten(1).norm(dim=1) for half in adapter.contracted())
+            good &= lower * upper < torch.finfo(adapter.source()[0][0].dtype).max  # False for NaN
+        return good
+
+    def left(self, run: int) -> dict[str, Any]:
+        """Return what a history keeps of a run beside its heads."""
+        return {"chains": {name: adapter.chain(run) for name, adapter in stacked_adapters(self.inner).items()}}
 
 
-def stacked_heads(model: nn.Module) -> dict[str, StackedLinear]:
-    """Return the stacked heads of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, StackedLinear)}
+def rated(model: StackedModel | AloneModel) -> Rated:
+    """Return every trained tensor of a pass and the rates of its runs."""
+    runs = model.runs
+    rates = torch.tensor([run.lr if run.head_lr is None else run.head_lr for run in runs], dtype=torch.float64)
+    heads = [parameter for head in stacked_heads(model).values() for parameter in head.parameters()]
+    return model.rated() + [(p, rates.view(-1, *[1] * (p.dim() - 1))) for p in heads]
 
 
 @torch.no_grad()
-def overflown(model: nn.Module, runs: int) -> list[int]:
-    """Return the runs whose updates may hold more than their precision can, by the norms of the two factors."""
-    adapters = stacked_adapters(model)
-    good = torch.ones(runs, dtype=torch.bool, device=next(iter(adapters.values())).weight.device)
-    for adapter in adapters.values():
-        lower, upper = (half.double().flatten(1).norm(dim=1) for half in adapter.contracted())
-        good &= lower * upper < torch.finfo(adapter.source()[0][0].dtype).max  # False for NaN
+def overflown(model: StackedModel | AloneModel) -> list[int]:
+    """Return the runs whose updates or heads may hold more than their precision can."""
+    good = model.finite()
     for head in stacked_heads(model).values():
         for part in head.parameters():
             good &= part.flatten(1).isfinite().all(1)
     return (~good).nonzero().flatten().tolist()
 
 
-def _head(source: nn.Module, name: str, runs: Sequence[FineTuningRun], rows: PassRows) -> StackedLinear:
-    expect(f"modules_to_save {name!r}", type(source).__name__, isinstance(source, nn.Linear), "a linear layer")
-    assert isinstance(source, nn.Linear)
-    drawn = [fresh_head(source, run, name) for run in runs]
-    biases = None if source.bias is None else [bias for _, bias in drawn]
-    return StackedLinear([weight for weight, _ in drawn], biases, rows)
-
-
-def _drawn(run: FineTuningRun, adapters: dict[str, StackedAdapter]) -> dict[str, Chain]:
-    """A run's starting factors on the CPU, drawn in the order of the layers; empty chains for compressed."""
-    generator, cpu = run_generator(run, "factors"), torch.device("cpu")
-    return {
-        name: starting_factors(adapter.shape, run.config, generator, cpu, adapter.embedding)
-        for name, adapter in adapters.items()
+def left(model: StackedModel | AloneModel, run: int) -> dict[str, Any]:
+    """Return what a history keeps of a run of the pass: its chains, heads and what else it trained."""
+    heads = {
+        name: {own: value[run].detach().clone() for own, value in head.named_parameters()}
+        for name, head in stacked_heads(model).items()
     }
-
-
-def _moved(starts: dict[str, Chain], kind: torch.dtype, device: torch.device) -> dict[str, Chain]:
-    return {name: [factor.to(device, kind) for factor in chain] for name, chain in starts.items()}
+    return {**model.left(run), "heads": heads}

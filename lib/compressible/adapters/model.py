@@ -1,0 +1,270 @@
+# Copyright 2026 The Compressible Dynamics authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Deep LoRA in a model: which layers are adapted, and the method's entry in peft's tables."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from compressible.adapters.config import DeepLoraConfig, DeepLoraType
+from compressible.adapters.layer import DeepLoraLayer, Embedding, Linear
+from compressible.adapters.targets import check_layer, warn_of_what_is_left_out
+from compressible.runtime.chain import inner_products
+
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # by torch.compile, by checkpointing
+
+# What may be asked of a weight without computing with it.
+ABOUT = {
+    *("dtype", "device", "shape", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "grad", "is_cuda", "is_cpu"),
+    *("is_meta", "is_quantized", "size", "dim", "stride", "numel", "data_ptr", "is_contiguous", "is_floating_point"),
+}
+
+
+class DeepLoraModel(BaseTuner):
+    """A model whose targeted layers are each wrapped in a `DeepLoraLayer`; made by `peft.get_peft_model`.
+
+    Args:
+        model: any with nn.Linear, nn.Embedding or transformers' Conv1D layers, quantised linear ones among them.
+        peft_config: a `DeepLoraConfig`.
+        adapter_name: of the first adapter, "default" by peft's default.
+        low_cpu_mem_usage: whether factors are made on the meta device, to be loaded.
+        state_dict: whose keys say what is adapted, in the place of the config's.
+
+    Example:
+        >>> import compressible as cd
+        >>> import peft
+        >>> from torch import nn
+        >>> model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 4)), cd.DeepLoraConfig(r=2, variant="thin"))
+        >>> type(model.base_model).__name__, model.targeted_module_names
+        ('DeepLoraModel', ['0'])
+
+    Reference:
+        P1 (Yaras et al. 2024), section 4, Deep LoRA.
+    """
+
+    prefix: str = "deep_lora_"
+    tuner_layer_cls = DeepLoraLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    found: list[DeepLoraLayer] | None = None
+    passed = False  # whether a first forward pass has shown that every layer's update is seen
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Look at all targets before anything is changed."""
+        self.found = None
+        everything = isinstance(peft_config.target_modules, str)
+        _maybe_include_all_linear_layers(peft_config, model)
+        if not isinstance(peft_config.target_modules, str):  # names as they are without torch.compile around the base
+            peft_config.target_modules = {_WRAPPED.sub("", name) for name in peft_config.target_modules or ()}
+        adapted = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer))
+        found = {
+            name: module
+            for name, module in model.named_modules()
+            if not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
+        }
+        for name, module in found.items():
+            check_layer(model, name, module, peft_config, self._rank(peft_config, name))
+        warn_of_what_is_left_out(model, peft_config, found, everything)
+
+    def _create_and_replace(
+        self,
+        config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = self._rank(config, current_key)
+        if isinstance(target, DeepLoraLayer):
+            target.update_layer(adapter_name, config, r)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kind = Embedding if isinstance(base, nn.Embedding) else Linear
+        layer = kind(target, adapter_name, config, r, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:  # an additional adapter is not trained at once
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _rank(config: DeepLoraConfig, name: str) -> int:
+        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in its place, and nothing else: a layer moves its factors by itself."""
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast factors, made in float32, to their base layers' types where the caller of peft does not want float32."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self._layers():
+                kind = layer.get_base_layer().weight.dtype
+                if adapter_name in layer.deep_lora_factors:
+                    layer.deep_lora_factors[adapter_name].to(kind if kind.is_floating_point else None)
+
+    def _layers(self) -> list[DeepLoraLayer]:
+        """All adapted layers, looked for once after each new adapter."""
+        if self.found is None:
+            self.found = [layer for layer in self.model.modules() if isinstance(layer, DeepLoraLayer)]
+        return self.found
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what is saved, whole where fully_shard split it; RuntimeError where that would be no factors yet."""
+        for layer in model.modules():
+            if isinstance(layer, DeepLoraLayer) and adapter_name in layer.deep_lora_factors:
+                layer.factors(adapter_name)
+        for key, value in state_dict.items():  # from which peft takes trained modules and biases, too
+            trained = cls.prefix in key or ".modules_to_save." in key or key.endswith(".bias")
+            if trained and hasattr(value, "full_tensor"):
+                state_dict[key] = value.full_tensor()
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The key in a file, which knows nothing of what is wrapped around the base or its layers."""
+        return _WRAPPED.sub("", super()._remove_adapter_name_from_key(key, adapter_name))
+
+    def _check_merge_allowed(self) -> None:
+        """Give a layer a weight of its own where another module, which would change, too, shares it."""
+        super()._check_merge_allowed()
+        held: dict[int, set[int]] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                held.setdefault(id(parameter), set()).add(id(module))
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, DeepLoraLayer) and layer.quantization_backend is None:
+                base = layer.get_base_layer()
+                if len(held.get(id(base.weight), ())) > 1:
+                    warnings.warn(
+                        f"{name!r} shares its weight with another module, from which merging unties it", stacklevel=3
+                    )
+                    base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Around a forward pass: each row's own adapter, if asked for, and the first time a look at what is called."""
+        handles = [] if kwargs.get("adapter_names") is None else self._give_names(**kwargs)
+        layers = self._give_products()
+        try:
+            if self.passed or torch.compiler.is_compiling():
+                yield
+            else:
+                with _Watching(self.model):
+                    yield
+                self.passed = True
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in layers:
+                layer.deep_lora_inner.clear()
+
+    def _give_products(self) -> list[DeepLoraLayer]:
+        """Hand layers the products of their inner factors, batched over the model, where gradients are taken."""
+        groups: dict[tuple, list[tuple[DeepLoraLayer, list[Tensor]]]] = {}
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
+            return []
+        for layer in self._layers():
+            ready = layer.deep_lora_factors._modules.keys() - layer.deep_lora_unset
+            for name in (
+                () if layer._disable_adapters or layer.merged_adapters else ready.intersection(layer.active_adapters)
+            ):
+                chain = layer.factors(name)
+                inner = chain[1]  # a plain matrix, not one that is split over processes
+                if len(chain) > 3 and type(inner) is nn.Parameter and inner.dtype is torch.float32 and inner.ndim == 2:
+                    groups.setdefault((name, len(chain), inner.shape, inner.device), []).append((layer, chain))
+        for (name, *_), found in groups.items():
+            for (layer, _), inner in zip(found, inner_products([chain for _, chain in found]), strict=True):
+                layer.deep_lora_inner[name] = inner
+        return [layer for found in groups.values() for layer, _ in found]
+
+    def _give_names(self, adapter_names: list[str], num_beams: int | None = None, **rest: Any) -> list[Any]:
+        """Hooks that hand each layer the names of its rows' adapters; beams repeat rows, but for an encoder's."""
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [part for part in self.modules() if isinstance(part, (DeepLoraLayer, AuxiliaryTrainingWrapper))]
+        known = {"__base__"}.union(*(part.deep_lora_factors for part in layers if isinstance(part, DeepLoraLayer)))
+        if not known.issuperset(adapter_names):
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted({*adapter_names} - known))}"
+            )
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+        hooks = {part: partial(_with_names, names=adapter_names if part in once else repeated) for part in layers}
+        return [part.register_forward_pre_hook(hook, with_kwargs=True) for part, hook in hooks.items()]
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+class _Watching(TorchFunctionMode):
+    """RuntimeError where a model computes with an adapted layer's weight itself, which misses the layer's update."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __enter__(self) -> Any:
+        DeepLoraLayer.lent = {}
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        DeepLoraLayer.lent = None
+        super().__exit__(*error)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lent = DeepLoraLayer.lent or {}
+        given = tree_leaves((args, kwargs)) if lent else ()
+        used = [lent[id(leaf)][1] for leaf in given if id(leaf) in lent]
+        asked = func.__self__ if func.__name__ == "__get__" else func
+        if used and asked.__name__ not in ABOUT:
+            name = next(name for name, part in self.model.named_modules() if part is used[0])
+            leave = "name it in exclude_modules"
+            raise RuntimeError(
+                f"the model computes with the weight of {name!r} itself, which misses its update: {leave}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+TABLES: list[tuple[Any, Any]] = [
+    (PEFT_TYPE_TO_CONFIG_MAPPING, DeepLoraConfig),
+    (PEFT_TYPE_TO_TUNER_MAPPING, DeepLoraModel),
+    (PEFT_TYPE_TO_PREFIX_MAPPING, DeepLoraModel.prefix),
+]
+for table, entry in TABLES:
+    table[DeepLoraType.DEEP_LORA] = entry

@@ -1,0 +1,45 @@
+"""The pages in docs: their code runs, and their links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def code() -> list:
+    found = [(path, block) for path in DOCS for block in BLOCK.findall(path.read_text())]
+    return [pytest.param(block, id=f"{path.stem}-{i}") for i, (path, block) in enumerate(found)]
+
+
+@pytest.mark.parametrize("block", code())
+def test_code_of_a_page_runs(block):
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    exec(compile(block, "a page in docs", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_links_of_a_page_lead_to_files(path):
+    for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_the_page_for_users_of_peft_names_fields_and_functions_that_exist():
+    pytest.importorskip("peft")
+    import compressible as cd
+
+    text = (Path(__file__).parent.parent / "docs" / "deep_lora_for_users_of_peft.md").read_text()
+    names = set(re.findall(r"cd\.(\w+)", text))
+    assert names >= {
+        "DeepLoraConfig",
+        "compress_adapters",
+        "save_as_lora",
+        "param_groups",
+        "create_deep_lora_optimizer",
+    }
+    assert names <= set(cd.__all__)
+    options = re.search(r"cd\.DeepLoraConfig\(([^)]*), \.\.\.\)", text)[1].split(", ")
+    assert set(options) <= set(cd.DeepLoraConfig.__dataclass_fields__)
