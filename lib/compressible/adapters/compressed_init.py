@@ -205,7 +205,8 @@ def _left_out(model: nn.Module, sinks: Sinks, unreached: str) -> list[str]:
 def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
     left, right = (side[0] for side in sink.frames or ())
     config, shape = layer.deep_lora_config[adapter], (layer.out_features, layer.in_features)
-    return compressed_chain(left, right, shape, config.depth, config.init_scale, generator)
+    with torch.autocast(left.device.type, enabled=False):  # which would make products of frames in half precision
+        return compressed_chain(left, right, shape, config.depth, config.init_scale, generator)
 
 
 def _like(parameter: Any, factor: Tensor) -> Tensor:
