@@ -1,4 +1,4 @@
-"""The pages in docs: their code runs, and their links lead somewhere."""
+"""The pages in docs: their code runs, and their links lead somewhere; the README's code names what exists."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -25,6 +26,16 @@ def test_code_of_a_page_runs(block):
 def test_links_of_a_page_lead_to_files(path):
     for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
         assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_code_of_the_readme_compiles_and_names_what_exists():
+    import compressible as cd
+
+    blocks = BLOCK.findall(README.read_text())
+    for block in blocks:
+        compile(block, "README.md", "exec")
+    names = set(re.findall(r"\bcd\.(\w+)", "".join(blocks)))
+    assert {"DeepLoraConfig", "fine_tune", "descend"} <= names <= set(cd.__all__)
 
 
 def test_the_page_for_users_of_peft_names_fields_and_functions_that_exist():

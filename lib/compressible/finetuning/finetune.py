@@ -53,7 +53,7 @@ def fine_tune(
 ) -> list[RunHistory]:
     """Train all runs over the frozen `model`, in as few passes as their shapes allow, and return a history a run.
 
-    A run has its own lr, outer_ratio and head_lr; AdamW's betas .9 and .999, eps 1e-6 and no weight decay are the
+    A run has its own lr, lr_ratio and head_lr; AdamW's betas .9 and .999, eps 1e-6 and no weight decay are the
     authors'. A run that diverges ends alone, see `RunHistory`.
 
     Args:
