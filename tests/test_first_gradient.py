@@ -6,7 +6,7 @@ import torch
 import compressible as cd
 from compressible.adapters.first_gradient import compressed_chain, compressed_frames, span_and_image
 from compressible.recovery.problems import DenseProblem
-from compressible.runtime.weight_gradients import top_frames
+from compressible.runtime.weight_gradients import GradientSink, top_frames
 
 
 def _literal(m, n, depth, rank, seed):
@@ -89,3 +89,17 @@ def test_one_bad_gradient_leaves_the_others_frames():
     for mine, theirs in zip(top_frames(bad, 2), top_frames(stack, 2), strict=True):
         torch.testing.assert_close(mine[[0, 2]], theirs[[0, 2]], rtol=1e-9, atol=1e-9)
         assert mine[1].isnan().all()
+
+
+def test_gradients_are_summed_in_float32_where_autocast_is_on_in_the_backward_pass():
+    """As it is in a GPU's: there autocast made the sum, and with it the start, half precision."""
+    g = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(40, 6, generator=g), torch.randn(40, 5, generator=g).bfloat16()
+    plain, cast = GradientSink(torch.nn.Linear(6, 5), 2), GradientSink(torch.nn.Linear(6, 5), 2)
+    plain.pending = cast.pending = 1
+    plain.add(x, grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.add(x, grad)
+    for one, other in zip(cast.frames, plain.frames, strict=True):
+        assert one.dtype is torch.float32
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -54,7 +54,8 @@ class GradientSink:
         kind = torch.promote_types(grad.dtype, torch.float32)
         grad = self._chosen(grad.reshape(self.runs, -1, grad.shape[-1])).to(kind)
         x = self._chosen(x.to(grad.device).reshape(self.runs, -1, *(x.shape[-1:] if self.ids is None else ())))
-        gradient = grad.mT @ x.to(kind) if self.ids is None else torch.stack([*map(self._by_id, x, grad)]).mT
+        with torch.autocast(grad.device.type, enabled=False):  # which is on again in a GPU's backward pass
+            gradient = grad.mT @ x.to(kind) if self.ids is None else torch.stack([*map(self._by_id, x, grad)]).mT
         self.total = gradient if self.total is None else self.total + gradient
         self.pending -= 1
         if self.last and not self.pending:

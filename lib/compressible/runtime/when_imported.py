@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 
 def when_imported(name: str, then: Callable[[], object]) -> None:
@@ -23,7 +23,10 @@ def when_imported(name: str, then: Callable[[], object]) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Stands first among the finders until `name` is asked for, and lets the others find it."""
+    """Stands first among the finders until `name` has been imported, and lets the others find it.
+
+    Others only ask whether it could be found, as transformers does, which is no import yet.
+    """
 
     def __init__(self, name: str, then: Callable[[], object]) -> None:
         self.name, self.then = name, then
@@ -33,19 +36,24 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+            self._follow(spec.loader)
+        return spec
 
-            def run_and_then(module: ModuleType) -> None:
-                before = logging.root.manager.disable
-                logging.disable(logging.WARNING)
-                try:
-                    run(module)
-                finally:
-                    logging.disable(before)
+    def _follow(self, loader: Any) -> None:
+        run = loader.exec_module
+
+        def run_and_then(module: ModuleType) -> None:
+            before = logging.root.manager.disable
+            logging.disable(logging.WARNING)
+            try:
+                run(module)
+            finally:
+                logging.disable(before)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
                 self.then()
 
-            spec.loader.exec_module = run_and_then  # type: ignore[method-assign]  # of this one loader
-        return spec
+        loader.exec_module = run_and_then  # of this one loader
