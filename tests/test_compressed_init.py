@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import compressible as cd
-from compressible.adapters.first_gradient import compressed_chain
 from compressible.adapters.layer import DeepLoraLayer
+from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import GradientSink, top_frames
 
 

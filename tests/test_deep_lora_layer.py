@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import compressible as cd
-from compressible.adapters.layer import DeepLoraLayer, product
-from compressible.runtime.chain import inner_products, reference, updated
+from compressible.adapters.layer import DeepLoraLayer
+from compressible.runtime.chain import inner_products, product, reference, updated
 
 
 def config(**options) -> cd.DeepLoraConfig:

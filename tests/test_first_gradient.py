@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.adapters.first_gradient import compressed_chain, compressed_frames, span_and_image
 from compressible.recovery.problems import DenseProblem
+from compressible.runtime.starting_factors import compressed_chain, compressed_frames, span_and_image
 from compressible.runtime.weight_gradients import GradientSink, top_frames
 
 

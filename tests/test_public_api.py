@@ -22,11 +22,11 @@ PUBLIC = {
         "orthogonal_factors", "product", "stack_factors", "compress_from_gradient", "compress_spectral",
     ],
     "descent": ["descend", "DivergenceError", "History"],
-    "adapters": [
-        "DeepLoraConfig", "DeepLoraModel", "compress_adapters", "param_groups", "create_deep_lora_optimizer",
-        "paper_lora_start", "save_as_lora",
+    "adapters": ["DeepLoraConfig", "DeepLoraModel", "compress_adapters"],
+    "finetuning": [
+        "FineTuningRun", "RunHistory", "fine_tune", "param_groups", "create_deep_lora_optimizer", "paper_lora_start",
+        "save_as_lora",
     ],
-    "finetuning": ["FineTuningRun", "RunHistory", "fine_tune"],
     "networks": ["FactoredLinear", "FactoredConv2d", "factorize"],
     "data": [
         "Examples", "Task", "load_task", "load_encoder", "load_for_task", "load_seq2seq", "load_tokenizer",

@@ -1,16 +1,5 @@
 # Copyright 2026 The Compressible Dynamics authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """The compressed start of Deep LoRA: outer factors from the gradient of the first batch (P1, section 4)."""
 
 from __future__ import annotations
@@ -28,11 +17,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compressible.adapters.first_gradient import compressed_chain
 from compressible.adapters.layer import DeepLoraLayer, factor_dtype
 from compressible.runtime import devices
 from compressible.runtime.checks import expect, is_integer
 from compressible.runtime.ranks import Ranks
+from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.undisturbed import as_before, quiet
 from compressible.runtime.weight_gradients import GradientSink, collect, decompose
 

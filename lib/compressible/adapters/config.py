@@ -1,16 +1,5 @@
 # Copyright 2026 The Compressible Dynamics authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """What is adapted and how: the configuration of Deep LoRA, one of peft's."""
 
 from __future__ import annotations
@@ -21,8 +10,10 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from torch import Generator, Tensor
 
 from compressible.runtime.checks import expect, is_integer, is_number
+from compressible.runtime.starting_factors import framed_chain, orthogonal_chain
 
 VARIANTS = ("compressed", "thin", "full")
 BIASES = ("none", "all", "deep_lora_only")
@@ -127,6 +118,18 @@ class DeepLoraConfig(PeftConfig):
         width = min(m, n) if self.variant == "full" else r or self.r
         inner = self.depth if self.variant == "compressed" else self.depth - 2
         return [(width, n), *[(width, width)] * inner, (m, width)]
+
+    @property
+    def awaits_gradient(self) -> bool:
+        """Whether the outer factors are unset until `compress_adapters`."""
+        return self.variant == "compressed" and self.init_weights
+
+    def start(self, m: int, n: int, r: int | None = None, generator: Generator | None = None) -> list[Tensor]:
+        """Return the factors that training starts from; the outer ones are zero where they await a gradient."""
+        shapes = self.chain(m, n, r)
+        if self.variant != "compressed":
+            return orthogonal_chain(shapes, self.init_scale, generator)
+        return framed_chain(shapes, self.init_scale, not self.init_weights, generator)
 
     def outer_lr(self, lr: float) -> float:
         """Return the step size of the outer factors where that of the inner ones is `lr`."""

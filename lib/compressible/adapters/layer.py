@@ -1,16 +1,5 @@
 # Copyright 2026 The Compressible Dynamics authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Deep LoRA (P1) in a layer: the update of a frozen weight as a product of three or more factors.
 
 For a layer with m outputs and n inputs, the update is W_L ... W_1 with W_1 (k, n) on the input side and W_L (m, k) on
@@ -26,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -37,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.targets import quantization
 from compressible.runtime.chain import factor_dtype, product, updated
+from compressible.runtime.shared_weights import WeightWatch
 
 
 class DeepLoraLayer(nn.Module, BaseTunerLayer):
@@ -47,7 +37,6 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
     base_layer: Any
     deep_lora_factors: Any  # an nn.ModuleDict of an nn.ParameterList by adapter
     get_base_layer: Callable[[], Any]
-    lent: ClassVar[dict[int, Any] | None] = None  # in a model's first pass: weights read from outside, by their id
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeepLoraConfig, r: int, **kwargs: Any) -> None:
         super().__init__()
@@ -71,22 +60,17 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.deep_lora_config[adapter_name] = r, config
         if config.lora_dropout > 0:
             self.deep_lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
-        start = starting_factors(config.chain(self.out_features, self.in_features, r), config)
+        start = config.start(self.out_features, self.in_features, r)
         self.deep_lora_factors[adapter_name] = nn.ParameterList(start)
-        if config.variant == "compressed" and config.init_weights:
+        if config.awaits_gradient:
             self.deep_lora_unset.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, which some models read for its type or its device."""
-        weight = self.get_base_layer().weight
-        if DeepLoraLayer.lent is None or not isinstance(weight, nn.Parameter) or weight.requires_grad:
-            return weight
-        alias = weight.detach()  # whose use tells that a model does more than that
-        DeepLoraLayer.lent[id(alias)] = (alias, self)
-        return alias
+        """The base layer's weight, which some models read for its type or its device, as the first pass makes sure."""
+        return WeightWatch.lend(self.get_base_layer().weight, self)
 
     def __getattr__(self, name: str) -> Any:
         """What the layer has not, its base may tell, such as num_embeddings."""
@@ -255,23 +239,3 @@ class Embedding(DeepLoraLayer):
             update = functional.embedding(x, first.mT, base.padding_idx, scale_grad_by_freq=often) @ last.mT
         scale = self._get_embed_scale()
         return result + (update if scale is None else update * scale.to(update.dtype)).to(result.dtype)
-
-
-def starting_factors(
-    shapes: Sequence[tuple[int, int]], config: DeepLoraConfig, generator: torch.Generator | None = None
-) -> list[Tensor]:
-    """Return factors of the shapes as the config starts them; the outer ones zero where they await a gradient."""
-    if config.variant != "compressed":
-        return [config.init_scale * orthogonal(*shape, generator) for shape in shapes]
-    first, *inner, last = shapes
-    inner_ones = [config.init_scale * torch.eye(*shape) for shape in inner]
-    if config.init_weights:
-        return [torch.zeros(*first), *inner_ones, torch.zeros(*last)]
-    return [orthogonal(*first, generator), *inner_ones, orthogonal(*last, generator)]
-
-
-def orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
-    """A uniformly random matrix with orthonormal columns, or rows where there are fewer; the tall one is drawn."""
-    tall = torch.empty(max(rows, columns), min(rows, columns), dtype=torch.float64)
-    nn.init.orthogonal_(tall, generator=generator)
-    return (tall if rows >= columns else tall.mT.contiguous()).float()

@@ -1,16 +1,5 @@
 # Copyright 2026 The Compressible Dynamics authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
+# SPDX-License-Identifier: Apache-2.0
 """Deep LoRA in a model: which layers are adapted, and the method's entry in peft's tables."""
 
 from __future__ import annotations
@@ -28,21 +17,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from compressible.adapters.config import DeepLoraConfig, DeepLoraType
 from compressible.adapters.layer import DeepLoraLayer, Embedding, Linear
-from compressible.adapters.targets import check_layer, warn_of_what_is_left_out
+from compressible.adapters.targets import base_of, check_target, warn_of_what_is_left_out
 from compressible.runtime.chain import inner_products
+from compressible.runtime.shared_weights import WeightWatch, untie
 
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # by torch.compile, by checkpointing
-
-# What may be asked of a weight without computing with it.
-ABOUT = {
-    *("dtype", "device", "shape", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "grad", "is_cuda", "is_cpu"),
-    *("is_meta", "is_quantized", "size", "dim", "stride", "numel", "data_ptr", "is_contiguous", "is_floating_point"),
-}
 
 
 class DeepLoraModel(BaseTuner):
@@ -87,7 +69,7 @@ class DeepLoraModel(BaseTuner):
             if not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
         }
         for name, module in found.items():
-            check_layer(model, name, module, peft_config, self._rank(peft_config, name))
+            check_target(model, name, base_of(module), peft_config, self._rank(peft_config, name))
         warn_of_what_is_left_out(model, peft_config, found, everything)
 
     def _create_and_replace(
@@ -104,8 +86,7 @@ class DeepLoraModel(BaseTuner):
         if isinstance(target, DeepLoraLayer):
             target.update_layer(adapter_name, config, r)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        kind = Embedding if isinstance(base, nn.Embedding) else Linear
+        kind = Embedding if isinstance(base_of(target), nn.Embedding) else Linear
         layer = kind(target, adapter_name, config, r, **get_quantization_kwargs(self.model))
         if adapter_name not in self.active_adapters:  # an additional adapter is not trained at once
             layer.requires_grad_(False)
@@ -161,18 +142,11 @@ class DeepLoraModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """Give a layer a weight of its own where another module, which would change, too, shares it."""
         super()._check_merge_allowed()
-        held: dict[int, set[int]] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                held.setdefault(id(parameter), set()).add(id(module))
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, DeepLoraLayer) and layer.quantization_backend is None:
-                base = layer.get_base_layer()
-                if len(held.get(id(base.weight), ())) > 1:
-                    warnings.warn(
-                        f"{name!r} shares its weight with another module, from which merging unties it", stacklevel=3
-                    )
-                    base.weight = nn.Parameter(base.weight.detach().clone(), base.weight.requires_grad)
+        layers = {name: part for name, part in self.model.named_modules() if isinstance(part, DeepLoraLayer)}
+        plain = {name: layer.get_base_layer() for name, layer in layers.items() if layer.quantization_backend is None}
+        for name in untie(self.model, plain):
+            told = f"{name!r} shares its weight with another module, from which merging unties it"
+            warnings.warn(told, stacklevel=3)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -183,7 +157,7 @@ class DeepLoraModel(BaseTuner):
             if self.passed or torch.compiler.is_compiling():
                 yield
             else:
-                with _Watching(self.model):
+                with WeightWatch(self.model):
                     yield
                 self.passed = True
         finally:
@@ -230,35 +204,6 @@ class DeepLoraModel(BaseTuner):
 
 def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": names}
-
-
-class _Watching(TorchFunctionMode):
-    """RuntimeError where a model computes with an adapted layer's weight itself, which misses the layer's update."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def __enter__(self) -> Any:
-        DeepLoraLayer.lent = {}
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        DeepLoraLayer.lent = None
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        lent = DeepLoraLayer.lent or {}
-        given = tree_leaves((args, kwargs)) if lent else ()
-        used = [lent[id(leaf)][1] for leaf in given if id(leaf) in lent]
-        asked = func.__self__ if func.__name__ == "__get__" else func
-        if used and asked.__name__ not in ABOUT:
-            name = next(name for name, part in self.model.named_modules() if part is used[0])
-            leave = "name it in exclude_modules"
-            raise RuntimeError(
-                f"the model computes with the weight of {name!r} itself, which misses its update: {leave}"
-            )
-        return func(*args, **(kwargs or {}))
 
 
 TABLES: list[tuple[Any, Any]] = [

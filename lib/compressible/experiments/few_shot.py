@@ -17,9 +17,9 @@ from peft.tuners.lora import Embedding
 from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.lora import paper_lora_start
 from compressible.data.pretrained import head_layers
 from compressible.data.tasks import Task
+from compressible.finetuning.lora import paper_lora_start
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
 STARTS = ("paper", "standard", "peft")  # of LoRA: the paper's; Kaiming and zeros everywhere; peft's own

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from compressible.adapters.compressed_init import compress_adapters
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.param_groups import param_groups
 from compressible.data.pretrained import head_layers
+from compressible.finetuning.param_groups import param_groups
 from compressible.networks.optim.galore import GaLoreAdamW
 from compressible.networks.optim.relora import restart_schedule
 from compressible.runtime.checks import expect

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from compressible.adapters.lora import save_as_lora
+from compressible.finetuning.lora import save_as_lora
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
 Methods = Mapping[str, tuple[PeftConfig, Sequence[float]]]

@@ -141,7 +141,7 @@ def drawn_start(config: peft.PeftConfig) -> peft.PeftConfig:
 
 def starts_compressed(config: peft.PeftConfig) -> bool:
     """Return whether the factors wait for a first gradient."""
-    return isinstance(config, DeepLoraConfig) and config.variant == "compressed" and bool(config.init_weights)
+    return isinstance(config, DeepLoraConfig) and config.awaits_gradient
 
 
 def _inside(name: str, found: dict[str, Any]) -> bool:

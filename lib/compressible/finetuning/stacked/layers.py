@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from compressible.adapters.layer import product
 from compressible.finetuning.batches import PassRows
+from compressible.runtime.chain import product
 
 Layer = Any  # nn.Linear, nn.Embedding or transformers' Conv1D: a module with a weight
 Chain = list[Tensor]  # [W_1 (k, n), ..., W_L (m, k)] of one run

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.first_gradient import compressed_chain
-from compressible.adapters.layer import starting_factors
 from compressible.finetuning.peft_models import (
     ADAPTER,
     adapted_by_peft,
@@ -26,6 +24,7 @@ from compressible.finetuning.peft_models import (
 )
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked.layers import Chain, StackedAdapter
+from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import GradientSink
 
 
@@ -61,8 +60,7 @@ def _deep(layers: dict[str, Any], seed: int) -> Start:
     generator, chains = torch.Generator().manual_seed(seed), {}
     for name, layer in layers.items():
         config = layer.deep_lora_config[ADAPTER]
-        shapes = config.chain(layer.out_features, layer.in_features, layer.r[ADAPTER])
-        chains[name] = starting_factors(shapes, config, generator)
+        chains[name] = config.start(layer.out_features, layer.in_features, layer.r[ADAPTER], generator)
     return Start(chains, dict.fromkeys(chains, 1.0))
 
 

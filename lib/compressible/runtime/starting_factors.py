@@ -1,29 +1,41 @@
-# Copyright 2026 The Compressible Dynamics authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""From the first gradient of a layer's weight to the factors of its update (P1, section 4).
+"""The factors from which a layer's update W_L ... W_1 starts: drawn, or from a first gradient (P1, section 4).
 
-The literal construction starts from full-width factors eps Q_l, takes the gradient of W_1 and keeps 2 r' = r
-directions of it. It needs Q = Q_L ... Q_1 only through its action on r vectors, and Q is random: for the gradient G
-(m, n) of the layer, with top singular vectors P, Z (r' each), the directions are span[Z, Q^T P], where Q^T P = H is a
-uniformly random frame; Q takes H to P and what Z has beside H to a random frame orthogonal to P. So one thin SVD of G
-and two random frames replace all d x d factors.
+Of the second the literal construction starts from full-width factors eps Q_l, takes the gradient of W_1 and keeps 2 r'
+= r directions of it. It needs Q = Q_L ... Q_1 only through its action on r vectors, and Q is random: for the gradient
+G (m, n) of the layer, with top singular vectors P, Z (r' each), the directions are span[Z, Q^T P], where Q^T P = H is
+a uniformly random frame; Q takes H to P and what Z has beside H to a random frame orthogonal to P. So one thin SVD of
+G and two random frames replace all d x d factors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def orthogonal_chain(shapes: Shapes, eps: float, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Return factors of the shapes, each eps times a random matrix with orthonormal rows or columns."""
+    return [eps * orthogonal(*shape, generator) for shape in shapes]
+
+
+def framed_chain(shapes: Shapes, eps: float, drawn: bool, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Return eps times the identity between outer factors that are drawn, or zero where they await a gradient."""
+    first, *inner, last = shapes
+    between = [eps * torch.eye(*shape) for shape in inner]
+    if not drawn:
+        return [torch.zeros(*first), *between, torch.zeros(*last)]
+    return [orthogonal(*first, generator), *between, orthogonal(*last, generator)]
+
+
+def orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+    """A uniformly random matrix with orthonormal columns, or rows where there are fewer; the tall one is drawn."""
+    tall = torch.empty(max(rows, columns), min(rows, columns), dtype=torch.float64)
+    nn.init.orthogonal_(tall, generator=generator)
+    return (tall if rows >= columns else tall.mT.contiguous()).float()
 
 
 def compressed_chain(

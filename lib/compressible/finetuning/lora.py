@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compressible.adapters.layer import DeepLoraLayer, Embedding, product
+from compressible.adapters.layer import DeepLoraLayer, Embedding
+from compressible.runtime.chain import product
 from compressible.runtime.checks import expect
 from compressible.runtime.paths import atomic_path
 
