@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from compressible.adapters.layer import DeepLoraLayer, factor_dtype
 from compressible.runtime import devices
 from compressible.runtime.checks import expect, is_integer
-from compressible.runtime.ranks import Ranks
+from compressible.runtime.ranks import Ranks, spread_like
 from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.undisturbed import as_before, quiet
-from compressible.runtime.weight_gradients import GradientSink, collect, decompose
+from compressible.runtime.weight_gradients import GradientSink, collect, decompose, watched
 
 Layers = dict[str, DeepLoraLayer]
 Sinks = dict[str, GradientSink]
@@ -87,10 +87,9 @@ def compress_adapters(
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
     with devices.peak_inside(str(where)) as peak, as_before(model), quiet(model):
-        sinks = {
-            name: GradientSink(layer.get_base_layer(), layer.r[adapter_name] // 2) for name, layer in layers.items()
-        }
-        with _watched(layers, sinks, adapter_name) as calls:
+        half = {name: layer.r[adapter_name] // 2 for name, layer in layers.items()}
+        sinks = {name: GradientSink(layer.get_base_layer(), half[name]) for name, layer in layers.items()}
+        with _without(layers, adapter_name), watched(layers, sinks) as calls:
             collect(loss_step, sinks, batches, calls, ranks)
         ranks.together(lambda: decompose(sinks, lambda name: _blank(layers[name], ranks.device), ranks))
         left_out = ranks.together(lambda: _left_out(model, sinks, unreached))
@@ -100,7 +99,8 @@ def compress_adapters(
         )
     for layer, chain in zip(kept.values(), chains, strict=True):
         held: Any = layer.deep_lora_factors[adapter_name]
-        layer.set_factors(adapter_name, [_like(p, ranks.first(factor)) for p, factor in zip(held, chain, strict=True)])
+        given = [spread_like(p, ranks.first(factor)) for p, factor in zip(held, chain, strict=True)]
+        layer.set_factors(adapter_name, given)
     if left_out:
         _leave_out(model, root, {name: layers[name] for name in left_out}, list(kept), adapter_name)
     devices.synchronize(str(where))
@@ -115,9 +115,8 @@ def _adapted(model: nn.Module, adapter: str, restart: bool) -> tuple[Any, Layers
     expect("adapter_name", adapter, adapter in known, f"one of {known}, which peft.get_peft_model makes")
     root = holders[-1]
     variant = getattr(root.peft_config[adapter], "variant", None)
-    expect(
-        f"the variant of {adapter!r}", variant, variant == "compressed", '"compressed", which alone has such a start'
-    )
+    known_start = variant == "compressed"
+    expect(f"the variant of {adapter!r}", variant, known_start, '"compressed", which alone has such a start')
     found = ((name, module) for name, module in root.named_modules() if isinstance(module, DeepLoraLayer))
     layers = {_WRAPPED.sub("", name): layer for name, layer in found if adapter in layer.deep_lora_factors}
     for name, layer in layers.items():
@@ -141,23 +140,13 @@ def _check_layer(name: str, layer: DeepLoraLayer, adapter: str, restart: bool) -
 
 
 @contextmanager
-def _watched(layers: Layers, sinks: Sinks, adapter: str) -> Iterator[list[str]]:
-    """Show the sinks what layers take and give, without the adapter; gives the layers' names as they are called."""
-    calls: list[str] = []
+def _without(layers: Layers, adapter: str) -> Iterator[None]:
+    """Let the layers run without an adapter, beside what else is active."""
     with ExitStack() as undo:
-        for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(_shown(name, sinks[name], calls), with_kwargs=True).remove)
+        for layer in layers.values():
             undo.callback(setattr, layer, "_active_adapter", layer.active_adapters)
             layer._active_adapter = [active for active in layer.active_adapters if active != adapter]
-        yield calls
-
-
-def _shown(name: str, sink: GradientSink, calls: list[str]) -> Callable[..., Tensor]:
-    def hook(_: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
-        calls.append(name)
-        return sink.watch(args[0] if args else kwargs["x"], out)
-
-    return hook
+        yield
 
 
 def _blank(layer: Any, device: torch.device) -> Tensor:
@@ -174,21 +163,23 @@ def _left_out(model: nn.Module, sinks: Sinks, unreached: str) -> list[str]:
         todo = f"exclude_modules={broken} in the config, or other batches, or a scaled loss under float16"
         raise RuntimeError(f"the gradient of {broken[0]!r} holds {largest[broken[0]]}, expected finite numbers: {todo}")
     silent = [name for name, value in largest.items() if value == 0]
-    if len(silent) == len(sinks):
-        raise RuntimeError(
-            f"no gradient, or zero alone, reached {silent[0]!r} or any other layer: is the loss constant?"
-        )
-    if silent and unreached == "error":
+    if silent:
+        _check_silent(model, silent, len(silent) == len(sinks), unreached)
+    return silent
+
+
+def _check_silent(model: nn.Module, silent: list[str], everywhere: bool, unreached: str) -> None:
+    none = f"no gradient, or zero alone, reached {silent[0]!r}"
+    if everywhere:
+        raise RuntimeError(f"{none} or any other layer: is the loss constant?")
+    if unreached == "error":
         todo = f'unreached="leave_out", exclude_modules={silent} in the config, or more batches (batches=2)'
-        raise RuntimeError(
-            f"no gradient, or zero alone, reached {silent[0]!r} and {len(silent) - 1} more layers: {todo}"
-        )
+        raise RuntimeError(f"{none} and {len(silent) - 1} more layers: {todo}")
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if silent and (wrapped or any(hasattr(p, "device_mesh") for p in model.parameters())):
+    if wrapped or any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise RuntimeError(
             f"{silent} can be left out only before DistributedDataParallel or fully_shard wrap the model"
         )
-    return silent
 
 
 def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
@@ -196,15 +187,6 @@ def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: to
     config, shape = layer.deep_lora_config[adapter], (layer.out_features, layer.in_features)
     with torch.autocast(left.device.type, enabled=False):  # which would make products of frames in half precision
         return compressed_chain(left, right, shape, config.depth, config.init_scale, generator)
-
-
-def _like(parameter: Any, factor: Tensor) -> Tensor:
-    """Return a factor spread over processes as the parameter that takes it, if that is."""
-    if not hasattr(parameter, "device_mesh"):
-        return factor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(factor.to(parameter.device_mesh.device_type), parameter.device_mesh, parameter.placements)
 
 
 def _leave_out(model: nn.Module, root: Any, layers: Layers, kept: list[str], adapter: str) -> None:

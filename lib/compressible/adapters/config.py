@@ -75,30 +75,16 @@ class DeepLoraConfig(PeftConfig):
     depth: int = field(default=3, metadata={"help": "Number of factors, at least 3."})
     init_scale: float = field(default=1e-3, metadata={"help": "Scale of every factor at the start."})
     variant: str = field(default="compressed", metadata={"help": "One of 'compressed', 'thin' and 'full'."})
-    lr_ratio: float | None = field(
-        default=None, metadata={"help": "Step size of the outer two factors over that of the inner ones."}
-    )
-    target_modules: list[str] | str | None = field(
-        default="all-linear", metadata={"help": "Names, a regular expression or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of modules that are left out."}
-    )
+    lr_ratio: float | None = field(default=None, metadata={"help": "Step size of outer factors over inner ones'."})
+    target_modules: list[str] | str | None = field(default="all-linear", metadata={"help": "Names, or a pattern."})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names that are left out."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Share of the inputs to an update that is dropped."})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Not needed: read off each layer's class."})
     bias: str = field(default="none", metadata={"help": "One of 'none', 'all' and 'deep_lora_only'."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Names of modules that are trained and saved whole."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "False draws random factors in the place of those from a gradient."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers that are adapted; target_modules must be a list."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
-    )
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    init_weights: bool = field(default=True, metadata={"help": "False: random factors in a gradient's place."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of adapted layers."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "List that the indices count."})
     rank_pattern: dict = field(default_factory=dict, metadata={"help": "Other r by regular expression of a name."})
     target_parameters: list[str] | None = field(default=None, metadata={"help": "Not supported."})
 
@@ -136,10 +122,8 @@ class DeepLoraConfig(PeftConfig):
         return lr * (self.lr_ratio or 0.0)
 
     def _check_numbers(self) -> None:
-        for name, r in {
-            "r": self.r,
-            **{f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()},
-        }.items():
+        others = {f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}
+        for name, r in {"r": self.r, **others}.items():
             expect(name, r, is_integer(r, numpys=False) and r >= 1, "an integer >= 1")
             even = self.variant != "compressed" or r % 2 == 0
             expect(name, r, even, 'even with variant = "compressed": it holds r / 2 directions a side')

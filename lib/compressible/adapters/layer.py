@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.targets import quantization
 from compressible.runtime.chain import factor_dtype, product, updated
+from compressible.runtime.ranks import whole
 from compressible.runtime.shared_weights import WeightWatch
 
 
@@ -92,9 +93,14 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         """Return whether an adapter's factors are there: at once, but for "compressed" after `compress_adapters`."""
         if adapter in self.deep_lora_unset:  # as long as they are zero; who loads factors need not tell
             first = next(iter(self.deep_lora_factors[adapter]))
-            if not first.is_meta and (first.full_tensor() if hasattr(first, "full_tensor") else first).any():
+            if not first.is_meta and whole(first).any():
                 self.deep_lora_unset.discard(adapter)
         return adapter not in self.deep_lora_unset
+
+    def ready_adapters(self) -> list[str]:
+        """Return the active adapters that have their factors here."""
+        ready = self.deep_lora_factors._modules.keys() - self.deep_lora_unset
+        return [name for name in self.active_adapters if name in ready]
 
     def factors(self, adapter: str) -> list[Tensor]:
         """Return [W_1 (k, n), ..., W_L (m, k)] of an adapter; RuntimeError where they await a first gradient."""
@@ -147,9 +153,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, delta: Tensor, safe: bool, name: str) -> None:
         backend, cpu = self.quantization_backend, self.get_base_layer().weight.device.type == "cpu"
         if backend is not None and (not backend.supports_merge or (cpu and backend.backend_name == "bnb 4bit")):
-            raise ValueError(
-                f"cannot merge {name!r}: the base layer is quantised by {backend.backend_name}, which PEFT cannot undo"
-            )
+            why = f"the base layer is quantised by {backend.backend_name}, which PEFT cannot undo"
+            raise ValueError(f"cannot merge {name!r}: {why}")
         weight = self.get_base_weight()
         merged = (weight.to(factor_dtype(weight)) + delta.to(weight.device)).to(weight.dtype)
         if safe and not torch.isfinite(merged).all():
@@ -162,10 +167,10 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters or self.merged_adapters:
-            return self._unmixed(result, adapter_names)
         if adapter_names is not None:
             return self._mixed_batch(result, x, adapter_names)
+        if self._disable_adapters or self.merged_adapters:
+            return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         held = self.deep_lora_factors._modules
@@ -178,20 +183,16 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         """Return result (..., m) plus the update of one adapter applied to x; layers of each kind say how."""
         raise NotImplementedError
 
-    def _unmixed(self, result: Tensor, adapter_names: list[str] | None) -> Tensor:
-        if adapter_names is not None and self.merged_adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        return result
-
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Return result with each row's own adapter; adapter_names has a name a row, "__base__" for none."""
+        if self.merged_adapters:
+            todo = "please call `unmerge_adapter` first."
+            raise ValueError(f"Cannot pass `adapter_names` when there are merged adapters, {todo}")
         if len(x) != len(adapter_names):
-            sizes = f"{len(adapter_names)} and {len(x)}"
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {sizes} respectively."
-            )
+            told = f"number of inputs, but got {len(adapter_names)} and {len(x)} respectively."
+            raise ValueError(f"Length of `adapter_names` should be the same as the {told}")
+        if self._disable_adapters:
+            return result
         result = result.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.deep_lora_factors:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from compressible.adapters.config import DeepLoraConfig, DeepLoraType
 from compressible.adapters.layer import DeepLoraLayer, Embedding, Linear
 from compressible.adapters.targets import base_of, check_target, warn_of_what_is_left_out
-from compressible.runtime.chain import inner_products
+from compressible.runtime.chain import grouped_inner_products
+from compressible.runtime.ranks import whole
 from compressible.runtime.shared_weights import WeightWatch, untie
 
+Tensors = dict[str, Tensor]
 _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # by torch.compile, by checkpointing
 
 
@@ -63,11 +65,8 @@ class DeepLoraModel(BaseTuner):
         if not isinstance(peft_config.target_modules, str):  # names as they are without torch.compile around the base
             peft_config.target_modules = {_WRAPPED.sub("", name) for name in peft_config.target_modules or ()}
         adapted = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer))
-        found = {
-            name: module
-            for name, module in model.named_modules()
-            if not name.startswith(adapted) and self._check_target_module_exists(peft_config, name)
-        }
+        outside = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
+        found = {name: outside[name] for name in outside if self._check_target_module_exists(peft_config, name)}
         for name, module in found.items():
             check_target(model, name, base_of(module), peft_config, self._rank(peft_config, name))
         warn_of_what_is_left_out(model, peft_config, found, everything)
@@ -117,21 +116,15 @@ class DeepLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: Any,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Tensors, unwanted_adapter_names: list[str]
+    ) -> Tensors:
         """Select what is saved, whole where fully_shard split it; RuntimeError where that would be no factors yet."""
         for layer in model.modules():
             if isinstance(layer, DeepLoraLayer) and adapter_name in layer.deep_lora_factors:
                 layer.factors(adapter_name)
         for key, value in state_dict.items():  # from which peft takes trained modules and biases, too
             trained = cls.prefix in key or ".modules_to_save." in key or key.endswith(".bias")
-            if trained and hasattr(value, "full_tensor"):
-                state_dict[key] = value.full_tensor()
+            state_dict[key] = whole(value) if trained else value
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -168,22 +161,13 @@ class DeepLoraModel(BaseTuner):
 
     def _give_products(self) -> list[DeepLoraLayer]:
         """Hand layers the products of their inner factors, batched over the model, where gradients are taken."""
-        groups: dict[tuple, list[tuple[DeepLoraLayer, list[Tensor]]]] = {}
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
             return []
-        for layer in self._layers():
-            ready = layer.deep_lora_factors._modules.keys() - layer.deep_lora_unset
-            for name in (
-                () if layer._disable_adapters or layer.merged_adapters else ready.intersection(layer.active_adapters)
-            ):
-                chain = layer.factors(name)
-                inner = chain[1]  # a plain matrix, not one that is split over processes
-                if len(chain) > 3 and type(inner) is nn.Parameter and inner.dtype is torch.float32 and inner.ndim == 2:
-                    groups.setdefault((name, len(chain), inner.shape, inner.device), []).append((layer, chain))
-        for (name, *_), found in groups.items():
-            for (layer, _), inner in zip(found, inner_products([chain for _, chain in found]), strict=True):
-                layer.deep_lora_inner[name] = inner
-        return [layer for found in groups.values() for layer, _ in found]
+        used = [layer for layer in self._layers() if not layer._disable_adapters and not layer.merged_adapters]
+        chains = {(layer, name): layer.factors(name) for layer in used for name in layer.ready_adapters()}
+        for (layer, name), inner in grouped_inner_products(chains).items():
+            layer.deep_lora_inner[name] = inner
+        return used
 
     def _give_names(self, adapter_names: list[str], num_beams: int | None = None, **rest: Any) -> list[Any]:
         """Hooks that hand each layer the names of its rows' adapters; beams repeat rows, but for an encoder's."""
@@ -192,9 +176,8 @@ class DeepLoraModel(BaseTuner):
         layers = [part for part in self.modules() if isinstance(part, (DeepLoraLayer, AuxiliaryTrainingWrapper))]
         known = {"__base__"}.union(*(part.deep_lora_factors for part in layers if isinstance(part, DeepLoraLayer)))
         if not known.issuperset(adapter_names):
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(sorted({*adapter_names} - known))}"
-            )
+            unknown = ", ".join(sorted({*adapter_names} - known))
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {unknown}")
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         once = set() if encoder is None or encoder is self.model else set(encoder.modules())
         repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
@@ -206,10 +189,7 @@ def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: lis
     return args, {**kwargs, "adapter_names": names}
 
 
-TABLES: list[tuple[Any, Any]] = [
-    (PEFT_TYPE_TO_CONFIG_MAPPING, DeepLoraConfig),
-    (PEFT_TYPE_TO_TUNER_MAPPING, DeepLoraModel),
-    (PEFT_TYPE_TO_PREFIX_MAPPING, DeepLoraModel.prefix),
-]
-for table, entry in TABLES:
-    table[DeepLoraType.DEEP_LORA] = entry
+METHOD: Any = DeepLoraType.DEEP_LORA
+PEFT_TYPE_TO_CONFIG_MAPPING[METHOD] = DeepLoraConfig
+PEFT_TYPE_TO_TUNER_MAPPING[METHOD] = DeepLoraModel
+PEFT_TYPE_TO_PREFIX_MAPPING[METHOD] = DeepLoraModel.prefix

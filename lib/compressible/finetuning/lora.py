@@ -21,6 +21,7 @@ from compressible.adapters.layer import DeepLoraLayer, Embedding
 from compressible.runtime.chain import product
 from compressible.runtime.checks import expect
 from compressible.runtime.paths import atomic_path
+from compressible.runtime.ranks import whole
 
 PREFIX = "base_model.model."
 
@@ -117,7 +118,7 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
         )
         tensors |= {f"{name}.{key}": part for key, part in zip(keys, _halves(layer, adapter_name), strict=True)}
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    tensors |= {key: _whole(value) for key, value in saved.items() if ".deep_lora_factors." not in key}
+    tensors |= {key: whole(value) for key, value in saved.items() if ".deep_lora_factors." not in key}
     tensors = {
         key.replace("_orig_mod.", ""): value.detach().cpu().contiguous().clone() for key, value in tensors.items()
     }
@@ -165,16 +166,11 @@ def _check_names(model: Any, config: LoraConfig) -> None:
 
 def _halves(layer: DeepLoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A (k, n) and B (m, k), B A the update, of about equal norms."""
-    first, *rest = (_whole(factor).double() for factor in layer.factors(adapter_name))
+    first, *rest = (whole(factor).double() for factor in layer.factors(adapter_name))
     last = product(rest)
     a, b = first.norm().item(), last.norm().item()
     half = 2.0 ** round(math.log2(b / a) / 2) if 0 < a < math.inf and 0 < b < math.inf else 1.0
     return (first * half).float(), (last / half).float()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that fully_shard has split, gathered from all ranks."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _plain(name: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def reference(result: Tensor, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -84,6 +86,22 @@ def _chains_again(factors: Sequence[Tensor], depth: int, grads: Sequence[Tensor 
 def inner_products(chains: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
     """Return W_{L-1} ... W_2 (k, k) of each of several chains [W_1, ..., W_L] of one length, width and device."""
     return _InnerProducts.apply(len(chains[0]) - 2, *(factor for chain in chains for factor in chain[1:-1]))
+
+
+def grouped_inner_products(chains: Mapping[Key, Sequence[Tensor]]) -> dict[Key, Tensor]:
+    """Return `inner_products` of those chains that have more than one inner factor, in as few launches as shapes allow.
+
+    Only of plain matrices in float32, not of those that are split over processes.
+    """
+    groups: dict[tuple, list[Key]] = {}
+    for key, chain in chains.items():
+        inner = chain[1]
+        if len(chain) > 3 and type(inner) is nn.Parameter and inner.dtype is torch.float32 and inner.ndim == 2:
+            groups.setdefault((len(chain), inner.shape, inner.device), []).append(key)
+    found: dict[Key, Tensor] = {}
+    for keys in groups.values():
+        found |= zip(keys, inner_products([chains[key] for key in keys]), strict=True)
+    return found
 
 
 def product(factors: Sequence[Tensor]) -> Tensor:

@@ -86,3 +86,18 @@ class Ranks:
         spoken = text.encode()[:TEXT]
         held[: len(spoken)] = torch.tensor(list(spoken), dtype=torch.int32)
         return bytes(self.sum(held).cpu().tolist()).rstrip(b"\0").decode(errors="replace")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that fully_shard has split, gathered from all ranks, or one that is whole as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def spread_like(parameter: Any, tensor: Tensor) -> Tensor:
+    """Return a whole tensor split over the ranks as the parameter is that takes it, if that is."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, parameter.placements)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -104,6 +105,22 @@ def collect(
         for sink in sinks.values():
             sink.counting, sink.last = False, at_once
         ranks.together(functools.partial(_backward, loss, list(sinks.values())))
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], sinks: Mapping[str, GradientSink]) -> Iterator[list[str]]:
+    """Show the sinks what modules of the same names take and give; yields these names as the modules are called."""
+    calls: list[str] = []
+
+    def shown(name: str, _: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor:
+        calls.append(name)
+        return sinks[name].watch(args[0] if args else kwargs["x"], out)
+
+    with ExitStack() as undo:
+        for name, module in modules.items():
+            hook = functools.partial(shown, name)
+            undo.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield calls
 
 
 def _summed(ranks: Ranks, place: int, total: Tensor) -> Tensor:
