@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,15 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from compressible.adapters.layer import DeepLoraLayer, factor_dtype
 from compressible.runtime import devices
 from compressible.runtime.checks import expect, is_integer
+from compressible.runtime.module_names import plain_name, replace_module
 from compressible.runtime.ranks import Ranks, spread_like
 from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.undisturbed import as_before, quiet
-from compressible.runtime.weight_gradients import GradientSink, collect, decompose, watched
+from compressible.runtime.weight_gradients import GradientSink, collect, decompose, silent, watched
 
 Layers = dict[str, DeepLoraLayer]
-Sinks = dict[str, GradientSink]
 UNREACHED = ("error", "leave_out")
-_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # parts of names that peft does not know
 
 
 def compress_adapters(
@@ -80,32 +77,25 @@ def compress_adapters(
         P1 (Yaras et al. 2024), section 4: outer factors from the first gradient, between them `depth` times eps I.
     """
     where = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))
-    ranks, began = Ranks(where, group), time.perf_counter()
+    ranks = Ranks(where, group)
     expect("batches", batches, is_integer(batches) and batches >= 1, "an integer >= 1")
     expect("unreached", unreached, unreached in UNREACHED, f"one of {UNREACHED}")
-    root, layers = ranks.together(lambda: _adapted(model, adapter_name, restart))
     if generator is None:
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    with devices.peak_inside(str(where)) as peak, as_before(model), quiet(model):
-        half = {name: layer.r[adapter_name] // 2 for name, layer in layers.items()}
-        sinks = {name: GradientSink(layer.get_base_layer(), half[name]) for name, layer in layers.items()}
-        with _without(layers, adapter_name), watched(layers, sinks) as calls:
-            collect(loss_step, sinks, batches, calls, ranks)
-        ranks.together(lambda: decompose(sinks, lambda name: _blank(layers[name], ranks.device), ranks))
-        left_out = ranks.together(lambda: _left_out(model, sinks, unreached))
-        kept = {name: layer for name, layer in layers.items() if name not in left_out}
-        chains = ranks.together(
-            lambda: [_chain(layer, sinks[name], adapter_name, generator) for name, layer in kept.items()]
-        )
-    for layer, chain in zip(kept.values(), chains, strict=True):
-        held: Any = layer.deep_lora_factors[adapter_name]
-        given = [spread_like(p, ranks.first(factor)) for p, factor in zip(held, chain, strict=True)]
-        layer.set_factors(adapter_name, given)
-    if left_out:
-        _leave_out(model, root, {name: layers[name] for name in left_out}, list(kept), adapter_name)
-    devices.synchronize(str(where))
-    seconds, held_bytes = time.perf_counter() - began, peak() if where.type != "cpu" else 0
-    return {"seconds": seconds, "peak_bytes": float(held_bytes), "left_out": left_out}
+    with devices.measured(where) as cost:
+        root, layers = ranks.together(lambda: _adapted(model, adapter_name, restart))
+        with as_before(model), quiet(model):
+            sinks = _first_gradients(loss_step, layers, adapter_name, batches, ranks)
+            left_out = ranks.together(lambda: _left_out(model, sinks, unreached))
+            kept = {name: layer for name, layer in layers.items() if name not in left_out}
+            chains = ranks.together(lambda: [_chain(kept[name], sinks[name], adapter_name, generator) for name in kept])
+        for layer, chain in zip(kept.values(), chains, strict=True):
+            held: Any = layer.deep_lora_factors[adapter_name]
+            given = [spread_like(p, ranks.first(factor)) for p, factor in zip(held, chain, strict=True)]
+            layer.set_factors(adapter_name, given)
+        if left_out:
+            _leave_out(model, root, {name: layers[name] for name in left_out}, list(kept), adapter_name)
+    return {**cost, "left_out": left_out}
 
 
 def _adapted(model: nn.Module, adapter: str, restart: bool) -> tuple[Any, Layers]:
@@ -118,7 +108,7 @@ def _adapted(model: nn.Module, adapter: str, restart: bool) -> tuple[Any, Layers
     known_start = variant == "compressed"
     expect(f"the variant of {adapter!r}", variant, known_start, '"compressed", which alone has such a start')
     found = ((name, module) for name, module in root.named_modules() if isinstance(module, DeepLoraLayer))
-    layers = {_WRAPPED.sub("", name): layer for name, layer in found if adapter in layer.deep_lora_factors}
+    layers = {plain_name(name): layer for name, layer in found if adapter in layer.deep_lora_factors}
     for name, layer in layers.items():
         _check_layer(name, layer, adapter, restart)
     return root, layers
@@ -139,14 +129,19 @@ def _check_layer(name: str, layer: DeepLoraLayer, adapter: str, restart: bool) -
             raise ValueError(f"{given}, expected a matrix in memory: {todo}")
 
 
-@contextmanager
-def _without(layers: Layers, adapter: str) -> Iterator[None]:
-    """Let the layers run without an adapter, beside what else is active."""
+def _first_gradients(
+    loss_step: Callable[[], Tensor], layers: Layers, adapter: str, batches: int, ranks: Ranks
+) -> dict[str, GradientSink]:
+    """Collect the gradients of the layers' weights, while the adapter is not active beside those that are."""
+    sinks = {name: GradientSink(layer.get_base_layer(), layer.r[adapter] // 2) for name, layer in layers.items()}
     with ExitStack() as undo:
         for layer in layers.values():
             undo.callback(setattr, layer, "_active_adapter", layer.active_adapters)
             layer._active_adapter = [active for active in layer.active_adapters if active != adapter]
-        yield
+        calls = undo.enter_context(watched(layers, sinks))
+        collect(loss_step, sinks, batches, calls, ranks)
+    ranks.together(lambda: decompose(sinks, lambda name: _blank(layers[name], ranks.device), ranks))
+    return sinks
 
 
 def _blank(layer: Any, device: torch.device) -> Tensor:
@@ -155,31 +150,17 @@ def _blank(layer: Any, device: torch.device) -> Tensor:
     return torch.zeros(1, layer.out_features, layer.in_features, dtype=kind, device=device)
 
 
-def _left_out(model: nn.Module, sinks: Sinks, unreached: str) -> list[str]:
-    """Return the layers without a gradient, if they may be left out; RuntimeError if not, or if one is not finite."""
-    largest = {name: 0.0 if sink.largest is None else sink.largest.item() for name, sink in sinks.items()}
-    broken = [name for name, value in largest.items() if not math.isfinite(value)]
-    if broken:
-        todo = f"exclude_modules={broken} in the config, or other batches, or a scaled loss under float16"
-        raise RuntimeError(f"the gradient of {broken[0]!r} holds {largest[broken[0]]}, expected finite numbers: {todo}")
-    silent = [name for name, value in largest.items() if value == 0]
-    if silent:
-        _check_silent(model, silent, len(silent) == len(sinks), unreached)
-    return silent
-
-
-def _check_silent(model: nn.Module, silent: list[str], everywhere: bool, unreached: str) -> None:
-    none = f"no gradient, or zero alone, reached {silent[0]!r}"
-    if everywhere:
-        raise RuntimeError(f"{none} or any other layer: is the loss constant?")
-    if unreached == "error":
-        todo = f'unreached="leave_out", exclude_modules={silent} in the config, or more batches (batches=2)'
-        raise RuntimeError(f"{none} and {len(silent) - 1} more layers: {todo}")
+def _left_out(model: nn.Module, sinks: Mapping[str, GradientSink], unreached: str) -> list[str]:
+    """Return the layers without a gradient, if they may be left out; RuntimeError if not."""
+    found = silent(sinks)
+    if found and unreached == "error":
+        todo = f'unreached="leave_out", exclude_modules={found} in the config, or more batches (batches=2)'
+        raise RuntimeError(f"no gradient, or zero alone, reached {found[0]!r} and {len(found) - 1} more layers: {todo}")
     wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if wrapped or any(hasattr(p, "device_mesh") for p in model.parameters()):
-        raise RuntimeError(
-            f"{silent} can be left out only before DistributedDataParallel or fully_shard wrap the model"
-        )
+    if found and (wrapped or any(hasattr(p, "device_mesh") for p in model.parameters())):
+        when = "only before DistributedDataParallel or fully_shard wrap the model"
+        raise RuntimeError(f"{found} can be left out {when}")
+    return found
 
 
 def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
@@ -196,9 +177,8 @@ def _leave_out(model: nn.Module, root: Any, layers: Layers, kept: list[str], ada
         layer._active_adapter = [name for name in active if name != adapter]  # else peft would activate another
         layer.delete_adapter(adapter)
         layer._active_adapter = active
-        places = [(parent, at) for parent in root.modules() for at, child in parent._modules.items() if child is layer]
-        for parent, at in places if not len(layer.deep_lora_factors) else []:
-            setattr(parent, at, layer.base_layer)
+        if not len(layer.deep_lora_factors):
+            replace_module(root, layer, layer.base_layer)
     config = copy.copy(root.peft_config[adapter])
     config.exclude_modules = _excluding(config.exclude_modules, list(layers))
     if not isinstance(config.target_modules, str):  # names that match nothing any more would be warned of

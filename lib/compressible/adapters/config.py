@@ -35,8 +35,8 @@ class DeepLoraConfig(PeftConfig):
             even, since r / 2 directions of the first gradient are taken on each side; of "full" it is not used.
         depth: number L >= 3 of factors, which "compressed" puts between its two outer ones; depth 2 is LoraConfig.
         init_scale: eps, the scale of every factor at the start, usually 1e-3 to 1e-1.
-        variant: "compressed" (outer factors from the first gradient, see `compress_adapters`), "thin" (L random factors
-            of width r) or "full" (L random factors of width min(m, n), as in the paper's tables).
+        variant: "compressed" (outer factors from the first gradient, see `compress_adapters`), "thin" (L orthogonal
+            factors of width r) or "full" (L of width min(m, n), as in the paper's tables).
         lr_ratio: step size of the outer two factors over that of the inner ones, by default 0.01 for "compressed" and 1
             otherwise; what `param_groups` and `create_deep_lora_optimizer` read.
         target_modules: names or ends of names, a regular expression, or "all-linear"; None takes peft's for LoRA.

@@ -3,10 +3,7 @@
 """Deep LoRA (P1) in a layer: the update of a frozen weight as a product of three or more factors.
 
 For a layer with m outputs and n inputs, the update is W_L ... W_1 with W_1 (k, n) on the input side and W_L (m, k) on
-the output side. Variants, which the papers call by one name (papers' traps T1, T2):
-  full        width k = min(m, n), all factors eps times orthogonal; what P1's tables were made with
-  thin        width k = r, all factors eps times (semi-)orthogonal
-  compressed  outer factors from the first gradient (P1, section 4), between them `depth` times eps I of size r
+the output side; k and L go by the config's variant, three that the papers call by one name (papers' traps T1, T2).
 Factors are kept in float32, also beside a half-precision or quantised layer, since eps^L = 1e-9 is below what float16
 holds; their product is formed in float32 and meets the activations in the activations' type, float16 excepted.
 """

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook as name_rows
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -22,11 +22,11 @@ from compressible.adapters.config import DeepLoraConfig, DeepLoraType
 from compressible.adapters.layer import DeepLoraLayer, Embedding, Linear
 from compressible.adapters.targets import base_of, check_target, warn_of_what_is_left_out
 from compressible.runtime.chain import grouped_inner_products
+from compressible.runtime.module_names import plain_name
 from compressible.runtime.ranks import whole
 from compressible.runtime.shared_weights import WeightWatch, untie
 
 Tensors = dict[str, Tensor]
-_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")  # by torch.compile, by checkpointing
 
 
 class DeepLoraModel(BaseTuner):
@@ -63,7 +63,7 @@ class DeepLoraModel(BaseTuner):
         everything = isinstance(peft_config.target_modules, str)
         _maybe_include_all_linear_layers(peft_config, model)
         if not isinstance(peft_config.target_modules, str):  # names as they are without torch.compile around the base
-            peft_config.target_modules = {_WRAPPED.sub("", name) for name in peft_config.target_modules or ()}
+            peft_config.target_modules = {plain_name(name) for name in peft_config.target_modules or ()}
         adapted = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, BaseTunerLayer))
         outside = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
         found = {name: outside[name] for name in outside if self._check_target_module_exists(peft_config, name)}
@@ -130,7 +130,7 @@ class DeepLoraModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The key in a file, which knows nothing of what is wrapped around the base or its layers."""
-        return _WRAPPED.sub("", super()._remove_adapter_name_from_key(key, adapter_name))
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
     def _check_merge_allowed(self) -> None:
         """Give a layer a weight of its own where another module, which would change, too, shares it."""
@@ -181,12 +181,8 @@ class DeepLoraModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         once = set() if encoder is None or encoder is self.model else set(encoder.modules())
         repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
-        hooks = {part: partial(_with_names, names=adapter_names if part in once else repeated) for part in layers}
+        hooks = {part: partial(name_rows, adapter_names=adapter_names if part in once else repeated) for part in layers}
         return [part.register_forward_pre_hook(hook, with_kwargs=True) for part, hook in hooks.items()]
-
-
-def _with_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 METHOD: Any = DeepLoraType.DEEP_LORA

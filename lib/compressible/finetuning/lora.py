@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from compressible.adapters.layer import DeepLoraLayer, Embedding
 from compressible.runtime.chain import product
 from compressible.runtime.checks import expect
+from compressible.runtime.module_names import plain_name
 from compressible.runtime.paths import atomic_path
 from compressible.runtime.ranks import whole
 
@@ -119,9 +120,7 @@ def save_as_lora(model: nn.Module, path: str | Path, adapter_name: str = "defaul
         tensors |= {f"{name}.{key}": part for key, part in zip(keys, _halves(layer, adapter_name), strict=True)}
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors |= {key: whole(value) for key, value in saved.items() if ".deep_lora_factors." not in key}
-    tensors = {
-        key.replace("_orig_mod.", ""): value.detach().cpu().contiguous().clone() for key, value in tensors.items()
-    }
+    tensors = {plain_name(key): value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_path(Path(path) / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.save_pretrained(str(path))
@@ -174,7 +173,7 @@ def _halves(layer: DeepLoraLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix(PREFIX).replace("_orig_mod.", "")
+    return plain_name(name.removeprefix(PREFIX))
 
 
 def _unwrapped(model: Any) -> Any:

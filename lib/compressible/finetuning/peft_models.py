@@ -72,14 +72,6 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in found.items() if not _inside(name, found)}
 
 
-def replace_module(model: nn.Module, old: Any, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever the model has it."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
 def saved_wholes(model: nn.Module) -> dict[str, nn.Module]:
     """Return what peft trains whole by name, its copies of the base's modules."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}

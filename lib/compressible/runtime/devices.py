@@ -109,6 +109,16 @@ def peak_inside(device: str) -> Iterator[Callable[[], int]]:
     yield lambda: torch.cuda.max_memory_allocated(name)
 
 
+@contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, float]]:
+    """Give a dict that holds, once all is done, the wall clock's "seconds" and "peak_bytes" on the GPU, 0 on a CPU."""
+    cost, began = dict[str, float](), time.perf_counter()
+    with peak_inside(str(device)) as peak:
+        yield cost
+        synchronize(str(device))
+        cost |= {"seconds": time.perf_counter() - began, "peak_bytes": 0.0 if device.type == "cpu" else float(peak())}
+
+
 def _index(name: str) -> int:
     """Number of a CUDA device, "cuda" being the current one."""
     number = torch.device(name).index

@@ -11,6 +11,7 @@ exchange that a failing rank joins, too, and otherwise at the end, in the order 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -153,6 +154,21 @@ def decompose(sinks: Mapping[str, GradientSink], blank: Callable[[str], Tensor],
         if count and sink.frames is None:
             sink.total = blank(name) if sink.total is None else sink.total
             sink.finish()
+
+
+def silent(sinks: Mapping[str, GradientSink]) -> list[str]:
+    """Return the layers whose gradient is zero or missing; RuntimeError where all are so, or one is not finite."""
+    largest = {name: 0.0 if sink.largest is None else sink.largest.item() for name, sink in sinks.items()}
+    broken = [name for name, value in largest.items() if not math.isfinite(value)]
+    if broken:
+        todo = f"exclude_modules={broken} in the config, or other batches, or a scaled loss under float16"
+        raise RuntimeError(f"the gradient of {broken[0]!r} holds {largest[broken[0]]}, expected finite numbers: {todo}")
+    found = [name for name, value in largest.items() if value == 0]
+    if len(found) == len(sinks):
+        raise RuntimeError(
+            f"no gradient, or zero alone, reached {found[0]!r} or any other layer: is the loss constant?"
+        )
+    return found
 
 
 def top_frames(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:

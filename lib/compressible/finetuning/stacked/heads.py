@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from compressible.finetuning.batches import PassRows
-from compressible.finetuning.peft_models import ADAPTER, base_of, replace_module, saved_linears
+from compressible.finetuning.peft_models import ADAPTER, base_of, saved_linears
 from compressible.finetuning.run import FineTuningRun, fresh_head
+from compressible.runtime.module_names import replace_module
 
 Rated = list[tuple[nn.Parameter, Tensor]]  # trained tensors and the rates that broadcast against them
 

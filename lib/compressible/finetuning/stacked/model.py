@@ -15,7 +15,6 @@ from compressible.finetuning.peft_models import (
     ADAPTER,
     adapted_by_peft,
     base_of,
-    replace_module,
     sharing,
     tuner_layers,
 )
@@ -26,6 +25,7 @@ from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.heads import Rated, stack_heads, stacked_heads
 from compressible.finetuning.stacked.layers import StackedAdapter, stacked_adapters
 from compressible.finetuning.stacked.starts import Start, drawn_starts, starting_chains
+from compressible.runtime.module_names import replace_module
 
 
 def stacked_model(
