@@ -4,15 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft import PeftConfig
 from torch import Generator, Tensor
 
-from compressible.runtime.checks import expect, is_integer, is_number
+from compressible.runtime.checks import expect, is_integer, is_number, names
 from compressible.runtime.starting_factors import framed_chain, orthogonal_chain
 
 VARIANTS = ("compressed", "thin", "full")
@@ -142,23 +141,14 @@ class DeepLoraConfig(PeftConfig):
         expect("target_parameters", self.target_parameters, not self.target_parameters, lora)
 
     def _check_names(self) -> None:
-        self.target_modules = _names("target_modules", self.target_modules, "names or a regular expression")
-        self.exclude_modules = _names("exclude_modules", self.exclude_modules, "names or a regular expression")
+        self.target_modules = names("target_modules", self.target_modules, "names or a regular expression")
+        self.exclude_modules = names("exclude_modules", self.exclude_modules, "names or a regular expression")
         saved = self.modules_to_save
         expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
         if saved is not None:
-            self.modules_to_save = sorted(_names("modules_to_save", saved, "names of modules"))
+            self.modules_to_save = sorted(names("modules_to_save", saved, "names of modules"))
         for name in ("layers_to_transform", "layers_pattern"):
             value, listed = getattr(self, name), not isinstance(self.target_modules, str)
             expect(name, value, value is None or listed, "None where target_modules is a string")
         alone = self.layers_pattern is None or self.layers_to_transform is not None
         expect("layers_pattern", self.layers_pattern, alone, "None without layers_to_transform")
-
-
-def _names(name: str, value: Any, expected: str) -> Any:
-    """Names as the set that peft keeps; a string or None as it is."""
-    if value is None or isinstance(value, str):
-        return value
-    known = isinstance(value, Iterable) and not isinstance(value, dict) and all(isinstance(v, str) for v in value)
-    expect(name, value, known, expected)
-    return set(value)

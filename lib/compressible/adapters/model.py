@@ -36,8 +36,7 @@ class DeepLoraModel(BaseTuner):
         model: any with nn.Linear, nn.Embedding or transformers' Conv1D layers, quantised linear ones among them.
         peft_config: a `DeepLoraConfig`.
         adapter_name: of the first adapter, "default" by peft's default.
-        low_cpu_mem_usage: whether factors are made on the meta device, to be loaded.
-        state_dict: whose keys say what is adapted, in the place of the config's.
+        low_cpu_mem_usage, state_dict: as in every tuner of peft.
 
     Example:
         >>> import compressible as cd

@@ -1,1 +1,1 @@
-"""S fine-tuning runs over one frozen model: seeds, rates, ranks and variants in one pass."""
+"""S fine-tuning runs over one frozen model: seeds, rates, ranks and variants in one pass; one model's rates; LoRA."""

@@ -1,1 +1,1 @@
-"""The ground all rooms stand on: devices, paths, progress bars, checks of arguments."""
+"""The ground all rooms stand on: devices, paths, progress bars, checks of arguments, questions on layers."""

@@ -25,6 +25,15 @@ def is_number(value: object, above: float = -math.inf) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf
 
 
+def names(name: str, value: Any, expected: str) -> Any:
+    """Return several names as a set, a string or None as it is; ValueError for anything else."""
+    if value is None or isinstance(value, str):
+        return value
+    known = isinstance(value, Iterable) and not isinstance(value, Mapping) and all(isinstance(v, str) for v in value)
+    expect(name, value, known, expected)
+    return set(value)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that is none of `known`, with the closest that is."""
     return f"unknown {kind} {name!r}{closest(name, known)}"
