@@ -8,6 +8,7 @@ import torch
 
 from compressible.experiments import dropout_activations as activations
 from compressible.networks import models
+from compressible.networks.losses import squared
 from compressible.networks.models import features
 from compressible.recovery import spectra
 
@@ -119,11 +120,38 @@ def test_keep_laws_agree_at_their_width_and_the_scaled_one_keeps_the_penalty():
 
 
 def test_ranks_across_widths():
-    studies = [{"end_outputs": np.array([2.0, 3.0]), "expected": np.array([2.0, 2.0])}]
-    studies += [{"end_outputs": np.array([4.0, 3.0]), "expected": np.array([4.0, 3.0])}]
+    chosen = {"best_rate": np.array([0.1]), "best_is_inside": np.array([True])}
+    studies = [{"end_outputs": np.array([2.0, 3.0]), "expected": np.array([2.0, 2.0])} | chosen]
+    studies += [{"end_outputs": np.array([4.0, 3.0]), "expected": np.array([4.0, 3.0])} | chosen]
     found = activations.across_widths(studies)
     assert found["off"].tolist() == [0, 0.5] and found["rise"].tolist() == [2, 0]
     assert found["spread"].tolist() == pytest.approx([2 / 3, 0]) and found["product"].shape == (2, 2)
+    assert found["chosen"].tolist() == [0.1, 0.1] and found["chosen_inside"].all()
+
+
+def test_the_expected_objective_is_the_mean_of_the_loss_over_masks():
+    net, examples = activations.with_dropout(_net(), 0.6), activations.gaussian_examples(20, 6, 0.3, seed=2)
+    examples = type(examples)(examples.inputs, examples.targets[:, :4])
+    expected = activations.expected_objective(net, examples)
+    with torch.random.fork_rng([]), torch.no_grad():
+        torch.manual_seed(1)
+        drawn = [squared(net.train()(examples.inputs), examples.targets).item() for _ in range(3000)]
+    assert expected == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / math.sqrt(3000))
+    assert expected > 1.05 * squared(net.eval()(examples.inputs), examples.targets).item()
+
+
+def test_a_rate_may_be_chosen_by_the_objective_where_an_early_stop_validates_better():
+    """At .003 training stops short of the minimiser, of a higher rank, and validates better than at .01."""
+    task = {"linear": True, "dimension": 8, "rank": 8, "width": 16, "noise": 0.1, "rows": (256, 64, 64), "dropout": 0.6}
+    options = {"steps": 400, "evaluate_every": 200, "batch_size": 64, **PLAN}
+    by_loss, by_objective = (
+        activations.synthetic_study([0, 1], [1e-3, 3e-3, 1e-2, 3e-2], chosen_by=name, **task, **options)
+        for name in ("validation_loss", "objective")
+    )
+    assert by_loss["best_rate"].item() == 0.003 < by_objective["best_rate"].item()
+    assert by_objective["objective"].mean() < by_loss["objective"].mean()
+    off = [abs(found["end_outputs"].mean() / found["expected"].mean() - 1) for found in (by_loss, by_objective)]
+    assert off[1] < 0.03 < off[0]
 
 
 def test_a_rate_that_diverges_is_not_taken():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressible.experiments.outcomes import prefixed
 from compressible.experiments.rate_grid import at_best_rate
 from compressible.networks import models
+from compressible.networks.losses import squared
 from compressible.networks.models import Network, features
 from compressible.networks.training import Examples, train
 from compressible.recovery.spectra import effective_count, singular_values, stable_count
@@ -92,13 +93,29 @@ def gaussian_examples(count: int, inputs: int, noise: float, seed: int) -> Examp
     return Examples(white.float(), noise * drawn[1].float())
 
 
-def activation_spectra(networks: Sequence[Network], train_set: Examples, held_out: Examples, **options: Any) -> Found:
+@torch.no_grad()
+def expected_objective(network: Network, examples: Examples) -> float:
+    """Return the squared loss of a network `with_dropout` on all examples, in the mean over dropout's masks.
+
+    E |b + W (m * h) / theta - y|^2 = |b + W h - y|^2 + (1 - theta) / theta sum_i |W_i|^2 h_i^2 for each example.
+    """
+    dropout, output = cast(tuple[nn.Dropout, nn.Linear], tuple(network.eval().get_submodule(network.last).children()))
+    inputs, targets = (part.to(output.weight.device) for part in (examples.inputs, examples.targets))
+    squares = features(network, inputs).square().mean(0)
+    added = float(strength(1 - dropout.p)) * (output.weight.square().sum(0) * squares).sum() / 2
+    return float(squared(network(inputs), targets) + added)
+
+
+def activation_spectra(
+    networks: Sequence[Network], train_set: Examples, held_out: Examples, *, objective: bool = False, **options: Any
+) -> Found:
     """Train S networks and return what the singular values of their last activations do.
 
     "at" (R,) steps; (S, R): "effective" and "stable" rank of H, "centred", the effective rank of H less its mean over
     inputs, "outputs", that of what the network says on the held-out inputs (of a linear one for white inputs that of
     its matrix), "test_loss"; "values" (S, R, q), the singular values of H / sqrt(N); (S,): "end_effective",
-    "end_outputs", "accuracy" and "validation_loss". `options` go to `train`.
+    "end_outputs", "accuracy" and "validation_loss"; if `objective`, that of `expected_objective` on the training set,
+    too. `options` go to `train`.
     """
     seen: list[tuple[Tensor, ...]] = []
 
@@ -111,7 +128,7 @@ def activation_spectra(networks: Sequence[Network], train_set: Examples, held_ou
 
     history = train(networks, train_set, held_out, watch=watch, **options)
     hidden, centred, outputs = (torch.stack(kind, 1) for kind in zip(*seen, strict=True))
-    return {
+    found = {
         "at": history.steps,
         "values": (hidden / math.sqrt(len(held_out))).numpy(),
         "effective": effective_count(hidden).numpy(),
@@ -124,6 +141,10 @@ def activation_spectra(networks: Sequence[Network], train_set: Examples, held_ou
         "validation_loss": history.validation_loss[:, -1],
         "accuracy": history.accuracy[:, -1],
     }
+    if objective:
+        reached = [expected_objective(cast(Network, model), train_set) for model in history.models]
+        found["objective"] = np.array(reached)
+    return found
 
 
 def synthetic_study(
@@ -137,9 +158,10 @@ def synthetic_study(
     dropout: float,
     noise: float,
     rows: tuple[int, int, int],
+    chosen_by: str = "validation_loss",
     **options: Any,
 ) -> Found:
-    """Return `activation_spectra` of networks on linear teachers, at the learning rate that validates best.
+    """Return `activation_spectra` of networks on linear teachers, at one of several learning rates.
 
     Args:
         seeds: S in a row; a seed has its own teacher, start and batches; inputs and noise are the same for all.
@@ -151,6 +173,8 @@ def synthetic_study(
         dropout: share that is dropped, 1 - theta.
         noise: deviation of the noise; a teacher's outputs have a mean square of about 1.
         rows: examples to train on, held-out inputs, examples that choose the rate.
+        chosen_by: array whose least mean chooses the rate; "objective", what training minimises in the mean over masks,
+            where the network is held against the minimiser, as one that stops short of it may validate better.
         options: of `train`.
 
     Returns:
@@ -170,7 +194,8 @@ def synthetic_study(
         return with_dropout(AgainstTeacher(net, teachers[seed - seeds[0]]), dropout)
 
     options |= {"train_set": train_set, "held_out": held_out, "validation_set": validation_set, "loss": "squared"}
-    found = at_best_rate(activation_spectra, make, seeds, rates, ("end_effective", "end_outputs"), **options)
+    options |= {"objective": True, "kept": ("end_effective", "end_outputs"), "minimised": chosen_by}
+    found = at_best_rate(activation_spectra, make, seeds, rates, **options)
     return found | ({"expected": expected_rank(teachers, 1 - dropout, width)} if linear else {})
 
 
@@ -188,8 +213,8 @@ def image_study(
     """
     nets = [with_dropout(models.seeded(seed, make), dropout) for seed in seeds]
     held_out = Examples(parts["test"].inputs[:2000], parts["test"].targets[:2000])
-    each = {"learning_rates": [rate] * len(seeds), "seed": list(seeds)}
-    return activation_spectra(nets, parts["train"], held_out, **each, **options)
+    options |= {"learning_rates": [rate] * len(seeds), "seed": list(seeds)}
+    return activation_spectra(nets, parts["train"], held_out, **options)
 
 
 def with_and_without(study: Callable[..., Found], dropout: float) -> Found:
@@ -240,7 +265,8 @@ def across_widths(studies: Sequence[Found]) -> Found:
     """Return effective ranks of the trained products of linear `synthetic_study`s by width, beside the closed form.
 
     "product", "expected" (S, widths); (S,): "off", the largest deviation of their ratio from 1; "rise", the rank at the
-    last width less that at the first; "spread", the largest less the least, over their mean.
+    last width less that at the first; "spread", the largest less the least, over their mean; (widths,): "chosen", the
+    learning rates, and "chosen_inside", whether they lie inside their grids.
     """
     product, expected = (np.stack([found[key] for found in studies], 1) for key in ("end_outputs", "expected"))
     return {
@@ -249,4 +275,6 @@ def across_widths(studies: Sequence[Found]) -> Found:
         "off": np.abs(product / expected - 1).max(1),
         "rise": product[:, -1] - product[:, 0],
         "spread": np.ptp(product, 1) / product.mean(1),
+        "chosen": np.concatenate([found["best_rate"] for found in studies]),
+        "chosen_inside": np.concatenate([found["best_is_inside"] for found in studies]),
     }

@@ -85,6 +85,7 @@ def at_best_rate(
     seeds: Sequence[int],
     rates: Sequence[float],
     kept: Sequence[str] = (),
+    minimised: str = "validation_loss",
     **options: Any,
 ) -> Found:
     """Train make(seed) for all seeds at all rates as one stack, and return what `study` gives at the best rate.
@@ -98,6 +99,7 @@ def at_best_rate(
         make: builds the network of a seed; a seed draws the same batches at every rate.
         seeds, rates: S and R of them; `rates` ascend.
         kept: names of (S,) arrays to return at all R' rates that were tried, too, as "<name>_by_rate" (R', S).
+        minimised: name of the study's (S,) array whose least mean chooses, in the place of "validation_loss".
 
     Returns:
         The study's arrays, "rates" (R',), ascending, "best_rate" (1,) and "best_is_inside" (1,), whether it is at no
@@ -110,7 +112,7 @@ def at_best_rate(
 
     def scores_of(some: Sequence[float]) -> list[float]:
         tried.update(_side_by_side(study, make, seeds, some, options))
-        return [-float(tried[rate]["validation_loss"].mean()) for rate in some]
+        return [-float(tried[rate][minimised].mean()) for rate in some]
 
     scores = search_rates(scores_of, rates, more=4 if len(rates) > 1 else 0)
     best = best_of(scores)
