@@ -116,7 +116,15 @@ def two_passes(train):
     return spread(train, nn.Linear(2, 2), [Pass([], None, name) for name in ("one", "two")], parts, CPUS, False)
 
 
-def test_an_interrupt_ends_the_processes(tmp_path):
+@pytest.fixture
+def interruptible():
+    """What is started in the background of a script ignores SIGINT, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_processes(tmp_path, interruptible):
     def train(*given):
         try:
             (tmp_path / f"first.{os.getpid()}").touch()
