@@ -361,6 +361,20 @@ def test_parallel_runs_of_one_key_do_not_damage_each_other(cache: Path) -> None:
     assert runs.run(work, rank=50).cached
 
 
+def test_a_source_is_parsed_again_where_another_thread_spoilt_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = library.ast.parse, []
+
+    def spoilt(source: str) -> Any:
+        calls.append(source)
+        if len(calls) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=36, after=40)")
+        return whole(source)
+
+    expected = library.normal_form("a = 1  # one")
+    monkeypatch.setattr(library.ast, "parse", spoilt)
+    assert library.normal_form("a = 1  # one") == expected and len(calls) == 2
+
+
 def test_a_process_killed_while_storing_leaves_no_entry(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = np.savez
 

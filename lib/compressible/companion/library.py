@@ -55,14 +55,25 @@ def normal_form(source: str) -> str:
     The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
     """
     try:
-        with _PARSER:
-            tree = ast.parse(source)
+        tree = _parsed(source)
     except SyntaxError:
         return source
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
             node.body = node.body[1:]
     return _written(tree)
+
+
+def _parsed(source: str, tries: int = 3) -> ast.Module:
+    """Parse a source, once more where others, who do not hold our lock, parsed meanwhile (Python before 3.11.5)."""
+    for _ in range(tries - 1):
+        try:
+            with _PARSER:
+                return ast.parse(source)
+        except SystemError:  # AST constructor recursion depth mismatch
+            continue
+    with _PARSER:
+        return ast.parse(source)
 
 
 def _written(node: Any) -> str:
