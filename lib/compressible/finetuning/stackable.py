@@ -22,7 +22,6 @@ from compressible.finetuning.peft_models import (
     on_meta,
     saved_wholes,
     sharing,
-    starts_compressed,
     tuner_layers,
 )
 
@@ -73,8 +72,6 @@ def structure(model: nn.Module, config: peft.PeftConfig, start: Start | None = N
     else:
         adapted = base_of(adapted_by_peft(copy.deepcopy(model), drawn_start(config), start=start))
     _check_saved(adapted, config)
-    if starts_compressed(config):
-        _check_sizes(adapted)
     layers, dropout = tuner_layers(adapted), getattr(config, "lora_dropout", 0.0)
     length = len(chain_of(next(iter(layers.values())))) if layers else 0
     dense = getattr(config, "variant", None) == "full"
@@ -127,15 +124,6 @@ def _check_saved(adapted: nn.Module, config: peft.PeftConfig) -> None:
     for name in getattr(config, "modules_to_save", None) or ():
         if not any(whole == name or whole.endswith(name) for whole in wholes):
             raise ValueError(f"modules_to_save = {name!r} matches no module, expected the name of one")
-
-
-def _check_sizes(adapted: nn.Module) -> None:
-    """Raise ValueError for a layer with fewer directions than a compressed start takes of its gradient."""
-    for name, layer in tuner_layers(adapted).items():
-        (r, n), (m, _) = chain_of(layer)[0].shape, chain_of(layer)[-1].shape
-        if 2 * min(m, n) < r or max(m, n) < r:
-            size = f"{name!r} is {(m, n)}, too small for r / 2 = {r // 2} directions a side"
-            raise ValueError(f"{size}: lower r, or name it in exclude_modules, rank_pattern or modules_to_save")
 
 
 def _default(field: dataclasses.Field) -> Any:
