@@ -111,6 +111,8 @@ UNIT: Any = {"unit": "seed"}
         (claim("share", 0.5, **UNIT), np.array([True] * 5), INCONCLUSIVE),
         (claim("share", 0.9, **UNIT), np.array([True] * 2 + [False] * 8), FAIL),
         (claim(**UNIT), np.array([0.5, np.nan]), FAIL),
+        (claim(bound=0.4, weak=0.7, **UNIT), SURE, WEAK),
+        (claim(bound=0.4, weak=0.505, **UNIT), SURE, FAIL),
     ],
 )
 def test_a_claim_with_a_unit_is_judged_two_sided(tested: Claim, values: Any, expected: str) -> None:
@@ -246,7 +248,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ('"at_most"\nbound = 1.0', '"between"\nbound = [1, 2]\nweak = [1.5, 3]', "looser"),
         ('"at_most"', '"true"', "bound: got 1.0, expected no number"),
         ("bound = 1.0", "bound = 1.0\nseeds = 0", "seeds: got 0, expected greater than 0"),
-        ("bound = 1.0", 'bound = 1.0\nscale = "cube"', "scale: got 'cube', expected 'linear', 'abs' or 'log'"),
+        ("bound = 1.0", 'bound = 1.0\nscale = "cube"', "scale: got 'cube', expected 'linear', 'abs', 'log' or 'correlation'"),
         ("bound = 1.0", 'bound = -1.0\nscale = "log"', "log needs bounds above zero"),
         ("bound = 1.0", "bound = 1.0\nrequires = 3", "requires"),
         (

@@ -126,9 +126,13 @@ def _two_sided(claim: Claim, values: list[float], mean: float, low: float, high:
     inside = (lambda value: value > 0.5) if claim.judge == "true" else _test(claim, claim.bound)
     if claim.every or claim.judge == "true" or math.isnan(low):  # NaN: one value has no interval
         wrong = sum(not inside(value) for value in values)
+        if wrong and claim.weak is not None and all(map(_test(claim, claim.weak), values)):
+            return WEAK, "only the weak bound holds"
         return (FAIL, f"outside the bound: {wrong} of {len(values)}") if wrong else (PASS, "")
     if inside(low) and inside(high):
         return PASS, ""
+    if claim.weak is not None and all(map(_test(claim, claim.weak), (low, high))):
+        return WEAK, "only the weak bound holds"
     bottom, top = (0.0, math.inf) if claim.judge == "greater_than_zero" else claim.ends(claim.bound)
     if high < bottom or low > top or high == bottom == 0:
         return FAIL, "the 95 % interval is outside the bound"

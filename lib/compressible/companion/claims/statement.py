@@ -19,8 +19,10 @@ NOT_TESTED = "NOT TESTED"
 Paper = Literal["P1", "P2", "P3", "beyond"]
 PAPERS: tuple[str, ...] = get_args(Paper)
 Text = Annotated[str, Field(min_length=1)]
-Unit = Literal["", "seed", "start", "fold", "timing", "run"]
+Unit = Literal["", "seed", "start", "fold", "split", "timing", "run"]
 Group = Literal["", "published", "transferred", "own", "goal"]
+Number = int | float
+_NEW = {"bound_from", "published_range", "question", "after_looking", "test_over_train", "censored"}
 _BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0, "share": 1}
 
 
@@ -54,11 +56,17 @@ class Claim:
     published: str = ""
     bound: Any = None
     weak: Any = None
-    scale: Literal["linear", "abs", "log"] = "linear"
+    scale: Literal["linear", "abs", "log", "correlation"] = "linear"
     every: bool = False
     seeds: PositiveInt = 1
     unit: Unit = ""
     group: Group = ""
+    bound_from: str = ""
+    published_range: list[Number] | None = None
+    question: Annotated[str, Field(pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$")] = ""
+    after_looking: bool = False
+    test_over_train: Annotated[float, Field(gt=0)] | None = None
+    censored: bool = False
     preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "paper"
     requires: Annotated[dict[str, Any], AfterValidator(_needs)] = field(default_factory=dict)
 
@@ -71,8 +79,6 @@ class Claim:
                 raise ValueError(f"{name}: got {bound!r}, expected {count or 'no'} number(s), the lower first")
         if self.judge == "share" and not (self.unit and 0 < self.bound <= 1 and self.scale == "linear"):
             raise ValueError(f"share: got bound {self.bound!r} and unit {self.unit!r}, expected (0, 1] and a unit")
-        if self.unit and self.weak is not None:
-            raise ValueError(f"weak: got {self.weak!r}, expected none with a unit, which is judged two-sided")
         if self.scale == "log" and (count == 0 or min(_numbers(self.bound) + _numbers(self.weak)) <= 0):
             raise ValueError("scale: log needs bounds above zero")
         if self.weak is not None:
@@ -99,7 +105,7 @@ class Claim:
         """Digest of everything that a verdict depends on, so that an outdated verdict can be told."""
         spoken = ["id", "paper", "statement", "source", "published", "preset", "group"]
         spoken += [] if self.unit else ["unit"]  # the digests of claims without one stay what they were
-        parts = {name: value for name, value in vars(self).items() if name not in spoken}
+        parts = {name: value for name, value in vars(self).items() if name not in spoken and name not in _NEW}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def ends(self, bound: Any) -> tuple[float, float]:
