@@ -188,6 +188,30 @@ def test_seaborn_draws_the_range_of_all_seeds_and_bars() -> None:
     np.testing.assert_allclose([low, high], np.ravel(figures.interval(values[:, 0])[1:]))
 
 
-def test_colours_are_distinct() -> None:
+def lab(color: str) -> np.ndarray:
+    """A colour in CIELAB, where about 2 is the least difference that shows side by side."""
+    part = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1095, 0.8728]])
+    xyz = to_xyz @ linear
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_twelve_colours_can_be_told_apart_and_a_thirteenth_is_refused() -> None:
     assert len(set(figures.COLORS.values())) == len(figures.COLORS)
-    assert len(set(figures.PALETTE)) == len(figures.PALETTE)
+    given = figures.colors(range(12))
+    assert list(given) == list(range(12)) and list(given.values())[:7] == list(figures.PALETTE)
+    places = [lab(color) for color in given.values()]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(places) for b in places[:i]) > 25
+    with pytest.raises(ValueError, match=r"names: got 13 of them, expected at most 12"):
+        figures.colors(range(13))
+
+
+def test_roles_keep_their_colours_and_other_names_get_what_is_left() -> None:
+    given = figures.colors(["deep", "compressed", "alpha = 1", "original"])
+    assert given["compressed"] == figures.COLORS["compressed"] and given["original"] == figures.COLORS["original"]
+    assert list(given) == ["deep", "compressed", "alpha = 1", "original"] and len(set(given.values())) == 4
+    assert len(set(figures.colors([*figures.COLORS, *range(4)]).values())) == 12
+    with pytest.raises(ValueError, match="expected each of them once"):
+        figures.colors(["deep", "deep"])

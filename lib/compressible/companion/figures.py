@@ -27,6 +27,7 @@ from scipy.optimize import isotonic_regression
 
 from compressible.companion import claims, parameters, runs
 from compressible.companion.claims import interval
+from compressible.companion.palette import COLORS, PALETTE, colors
 from compressible.runtime import paths
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PALETTE",
     "RANGE",
     "STYLE",
+    "colors",
     "interval",
     "label_lines",
     "over_seeds",
@@ -43,18 +45,6 @@ __all__ = [
 ]
 
 WIDTH = 6.75  # inches, both columns of the papers
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale for lines and labels.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-COLORS = {
-    "original": "#0072B2",
-    "compressed": "#D55E00",
-    "accelerated": "#E69F00",
-    "narrow": "#009E73",
-    "alternating": "#CC79A7",
-    "baseline": "#6F6F6F",
-    "secondary": "#56B4E9",
-    "reference": "#000000",
-}
 _TICKS = {"major.size": 3.5, "major.width": 0.8, "minor.size": 2, "minor.width": 0.6}
 # Seaborn's theme for papers, and what this project wants otherwise.
 STYLE: Any = {
