@@ -1,6 +1,7 @@
 """Several starts over seeds: gathered curves and what they come to."""
 
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import compressible as cd
 from compressible.experiments.compare import compare_starts, share_stacks, stack_starts, stacking_gain
 from compressible.experiments.outcomes import first_below, milestones, worst_ratio
+from compressible.experiments.starts import completion_starts
 
 
 def _build(generator):
@@ -34,13 +36,39 @@ def test_milestones_by_hand():
     curves = {"a/iterations": np.array([0, 10, 20]), "a/error": np.array([[4.0, 2.0, 0.5], [4.0, 3.0, 2.0]]),
               "a/seconds": np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]),
               "b/iterations": np.array([0, 10]), "b/error": np.array([[4.0, 0.5], [4.0, 0.1]]),
-              "b/seconds": np.array([[0.0, 0.5], [0.0, 0.5]])}  # fmt: skip
+              "b/seconds": np.array([[0.0, 0.5], [0.0, 0.5]]),
+              "a/diverged": np.zeros(2, bool), "b/diverged": np.zeros(2, bool)}  # fmt: skip
     out = milestones(curves, ["a", "b"], level=1.0)
-    np.testing.assert_array_equal(out["a/to_level"], [20.0, np.nan])
-    np.testing.assert_array_equal(out["b/iteration_ratio"], [0.5, np.nan])
-    np.testing.assert_array_equal(out["b/speedup"], [4.0, np.nan])
+    np.testing.assert_array_equal(out["a/to_level"], [20.0, np.inf])  # the second is stopped by its budget
+    np.testing.assert_array_equal(out["b/iteration_ratio"], [0.5, 0.5])  # over the 20 that it took at least
+    np.testing.assert_array_equal(out["b/speedup"], [4.0, 4.0])
+    np.testing.assert_array_equal(milestones(curves, ["b", "a"], level=1.0)["a/iteration_ratio"], [2.0, np.inf])
     np.testing.assert_allclose(out["b/worst_ratio"], [1.0, 1.0])
     np.testing.assert_allclose(out["b/final"], [0.5, 0.1])
+
+
+@pytest.mark.parametrize(("wild", "worst"), [("a", np.nan), ("b", np.inf)])
+def test_a_run_that_diverges_is_behind_whatever_its_records_before(wild, worst):
+    curves = {f"{name}/iterations": np.array([0, 10, 20]) for name in "ab"}
+    curves |= {f"{name}/seconds": np.array([[0.0, 1.0, 2.0]]) for name in "ab"}
+    curves |= {"a/error": np.array([[4.0, 2.0, 0.5]]), "b/error": np.array([[2.0, 1.0, 0.2]])}
+    curves |= {"a/diverged": np.array([False]), "b/diverged": np.array([False])}
+    assert milestones(curves, ["a", "b"], level=1.0)["b/worst_ratio"] == [0.5]
+    for last in (np.nan, np.inf):
+        lost = np.append(curves[f"{wild}/error"][:, :2], [[last]], 1)
+        out = milestones(curves | {f"{wild}/error": lost, f"{wild}/diverged": np.array([True])}, ["a", "b"], level=1.0)
+        np.testing.assert_array_equal(out["b/worst_ratio"], [worst])
+        assert out[f"{wild}/final"] == [np.inf] and not np.isfinite(out["b/iteration_ratio"]).any()
+        assert np.isnan(out[f"{wild}/to_level"]).all() and np.isnan(out["b/speedup"]).all()
+
+
+def test_networks_that_all_diverge_are_no_reason_to_call_one_never_behind():
+    wild = {"dimension": 30, "rank": 2, "observed": 0.5, "depth": 3, "init_scale": 1e-2, "step_size": 600.0}
+    build = partial(completion_starts, outer_ratios=[1.0], **wild)
+    curves = compare_starts(build, seed=0, seeds=2, steps=500, record_every=50)
+    marks = milestones(curves, ["original", "alpha = 1"], level=1e-6)
+    assert curves["original/diverged"].all() and curves["alpha = 1/diverged"].all()
+    assert not (marks["alpha = 1/worst_ratio"] <= 1).any() and np.isinf(marks["original/final"]).all()
 
 
 def test_first_below_and_worst_ratio_ignore_padding():

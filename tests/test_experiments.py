@@ -46,12 +46,13 @@ def test_outcomes_by_hand():
         "a/iterations": np.array([0, 10, 20]),
         "a/loss": np.array([[4.0, 1e-3, np.nan], [4.0, 3.0, 2.0]]),
         "a/error": np.array([[4.0, 0.5, np.nan], [4.0, 3.0, 1.0]]),
+        "a/diverged": np.array([False, False]),
     }
     out = outcomes(curves, ["a"], tolerance=1e-2, recovered=0.8)
     np.testing.assert_array_equal(out["a/final"], [0.5, 1.0])
     np.testing.assert_array_equal(out["a/final_loss"], [1e-3, 2.0])
-    np.testing.assert_array_equal(out["a/iterations_to"], [10, np.nan])
-    np.testing.assert_array_equal(out["a/recovered_at"], [10, np.nan])
+    np.testing.assert_array_equal(out["a/iterations_to"], [10, np.inf])
+    np.testing.assert_array_equal(out["a/recovered_at"], [10, np.inf])
 
 
 # components

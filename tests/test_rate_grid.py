@@ -90,3 +90,11 @@ def test_scores_that_are_not_finite_lose():
 def test_rates_ascend(rates):
     with pytest.raises(ValueError, match=r"rates are \[.*\], expected at least one, above 0 and ascending"):
         rate_grid.search_rates(lambda some: pytest.fail("scored"), rates)
+
+
+def test_a_grid_goes_on_by_the_factor_that_it_is_given():
+    def scores_of(pairs):
+        return [-abs(rate - 8.0) for _, rate in pairs]
+
+    found = rate_grid.search_each(scores_of, ["a"], [1.0, 2.0], more=9, beside=lambda rate, way: rate * 2.0**way)
+    assert list(found["a"]) == [1.0, 2.0, 4.0, 8.0, 16.0]

@@ -45,7 +45,7 @@ def never_behind(build: Build, seed: int, seeds: int, **options: Any) -> dict[st
     """Return the error curves of "original" and "compressed", and per seed (S,) what they come to.
 
     "worst_ratio" of the errors at a common record, "iteration_ratio" to an error of 1e-6, and "final", the larger of
-    the two least errors. `options` go to `descend`.
+    the two last errors. `options` go to `descend`.
     """
     curves = stack_starts(build, seed, seeds, **options)
     marks = milestones(curves, ["original", "compressed"], level=1e-6)

@@ -1,6 +1,8 @@
 """What curves over seeds come to: when they pass a level, where they end, when they have settled, what that costs.
 
-Curves are the arrays of `compare_starts` and `stack_starts`: S seeds (or trials) by R records, NaN after the end.
+Curves are the arrays of `compare_starts` and `stack_starts`: S seeds (or trials) by R records, NaN after the end. A run
+that diverges has no success to tell: it ends at infinity and its counts are NaN. One that its budget of steps stops is
+censored: it would need more iterations than it had, so that its count is infinite while its end is where it stood.
 """
 
 from __future__ import annotations
@@ -28,9 +30,13 @@ def first_below(curves: np.ndarray, level: float | np.ndarray, at: np.ndarray) -
 
 
 def worst_ratio(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper."""
+    """Return max over common records of lower / upper (S,), from (S, R1) and (S, R2): at most 1 if lower <= upper.
+
+    NaN is padding after a run's end, so that this is for runs that do not diverge; `milestones` asks that first.
+    """
     common = min(upper.shape[-1], lower.shape[-1])
-    return np.nanmax(lower[:, :common] / upper[:, :common], -1)
+    with np.errstate(invalid="ignore"):  # both may overflow
+        return np.nanmax(lower[:, :common] / upper[:, :common], -1)
 
 
 def held(curves: np.ndarray) -> np.ndarray:
@@ -49,71 +55,88 @@ def last_finite(curves: np.ndarray) -> np.ndarray:
     return np.array([row[np.isfinite(row)][-1] for row in curves])
 
 
+def final(curves: Curves, name: str, key: str = "error") -> np.ndarray:
+    """Return where each run ended (S,): the last record of its "error" or "loss"; infinite where it diverged."""
+    return np.where(curves[f"{name}/diverged"], np.inf, last_finite(curves[f"{name}/{key}"]))
+
+
+def reached(curves: Curves, name: str, level: float, key: str = "error", at: str = "iterations") -> np.ndarray:
+    """Return the "iterations" or "seconds" (S,) until a run's "error" or "loss" is below `level`.
+
+    Infinite where its budget or its tolerance stops it above the level, NaN where it diverges, were it later on.
+    """
+    first = first_below(curves[f"{name}/{key}"], level, curves[f"{name}/{at}"])
+    return np.where(curves[f"{name}/diverged"], np.nan, np.where(np.isnan(first), np.inf, first))
+
+
 def milestones(curves: Curves, names: Sequence[str], level: float) -> dict[str, np.ndarray]:
     """Return what `compare_starts` curves come to, per seed (S,), the first of `names` being the baseline.
 
-    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (NaN if never), "<name>/final"
+    "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (inf if never), "<name>/final"
     error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
-    largest ratio of the errors at a common record.
+    largest ratio of the errors at a common record. All are NaN or infinite where a run that they need diverges. A
+    baseline that never gets there counts with all that it took, so that the network's lead over it is told too small.
     """
     out: dict[str, np.ndarray] = {}
+    baseline = names[0]
+    taken = [_at_least(curves, baseline, level, at) for at in ("iterations", "seconds")]
     for name in names:
-        error, base = curves[f"{name}/error"], curves[f"{names[0]}/error"]
-        out[f"{name}/to_level"] = first_below(error, level, curves[f"{name}/iterations"])
-        out[f"{name}/seconds_to_level"] = first_below(error, level, curves[f"{name}/seconds"])
-        out[f"{name}/final"] = np.nanmin(error, -1)
-        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / out[f"{names[0]}/to_level"]
-        out[f"{name}/speedup"] = out[f"{names[0]}/seconds_to_level"] / out[f"{name}/seconds_to_level"]
-        out[f"{name}/worst_ratio"] = worst_ratio(base, error)
+        out[f"{name}/to_level"] = reached(curves, name, level)
+        out[f"{name}/seconds_to_level"] = reached(curves, name, level, at="seconds")
+        out[f"{name}/final"] = final(curves, name)
+        out[f"{name}/iteration_ratio"] = out[f"{name}/to_level"] / taken[0]
+        out[f"{name}/speedup"] = taken[1] / out[f"{name}/seconds_to_level"]
+        ratio = worst_ratio(curves[f"{baseline}/error"], curves[f"{name}/error"])
+        ratio = np.where(curves[f"{baseline}/diverged"], np.nan, ratio)
+        out[f"{name}/worst_ratio"] = np.where(curves[f"{name}/diverged"], np.inf, ratio)
     return out
 
 
 def outcomes(curves: Curves, names: Sequence[str], tolerance: float, recovered: float) -> dict[str, np.ndarray]:
     """Return per seed (S,) what each of `compare_starts`' runs came to.
 
-    "<name>/final" error and "<name>/final_loss"; "<name>/iterations_to" the training loss `tolerance` and
-    "<name>/recovered_at", where the error falls below `recovered`: NaN if never.
+    "<name>/final" error and "<name>/final_loss", infinite where it diverged; "<name>/iterations_to" the training loss
+    `tolerance` and "<name>/recovered_at", where the error falls below `recovered`, both as `reached` counts.
     """
     out: dict[str, np.ndarray] = {}
     for name in names:
-        loss, error, iterations = (curves[f"{name}/{key}"] for key in ("loss", "error", "iterations"))
-        out[f"{name}/final"] = held(error)[:, -1]
-        out[f"{name}/final_loss"] = held(loss)[:, -1]
-        out[f"{name}/iterations_to"] = first_below(loss, tolerance, iterations)
-        out[f"{name}/recovered_at"] = first_below(error, recovered, iterations)
+        out[f"{name}/final"] = final(curves, name)
+        out[f"{name}/final_loss"] = final(curves, name, "loss")
+        out[f"{name}/iterations_to"] = reached(curves, name, tolerance, "loss")
+        out[f"{name}/recovered_at"] = reached(curves, name, recovered)
     return out
 
 
 def stops(curves: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
     """Return per seed (S,) where runs stop, the first of `names` being the baseline.
 
-    "<name>/to_stop": iterations to a training loss below `tolerance` (NaN if never), "<name>/stop_ratio": over the
-    baseline's; "<name>/milliseconds" an iteration, "<name>/cheaper": how many times less than the baseline's;
-    "<name>/end": the last finite error.
+    "<name>/to_stop": iterations to a training loss below `tolerance`, as `reached` counts; "<name>/stop_ratio": over
+    the baseline's; "<name>/milliseconds" an iteration, "<name>/cheaper": how many times less than the baseline's;
+    "<name>/end": the last error, infinite where the run diverged.
     """
     out: dict[str, np.ndarray] = {}
     for name in names:
-        loss, iterations = curves[f"{name}/loss"], curves[f"{name}/iterations"]
         seconds = np.nanmax(curves[f"{name}/seconds"], 1)
-        out[f"{name}/to_stop"] = first_below(loss, tolerance, iterations)
+        out[f"{name}/to_stop"] = reached(curves, name, tolerance, "loss")
         out[f"{name}/milliseconds"] = 1e3 * seconds / np.maximum(curves[f"{name}/stopped"], 1)
         out[f"{name}/stop_ratio"] = out[f"{name}/to_stop"] / out[f"{names[0]}/to_stop"]
         out[f"{name}/cheaper"] = out[f"{names[0]}/milliseconds"] / out[f"{name}/milliseconds"]
-        out[f"{name}/end"] = last_finite(curves[f"{name}/error"])
+        out[f"{name}/end"] = final(curves, name)
     return out
 
 
 def stop_together(curves: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
     """Return per seed (S,) whether two runs get below `tolerance` at the same record, and how much sooner in seconds.
 
-    "same_record" (False where one never does), "speedup" of the second over the first in seconds to the stop, and of
-    each "<name>/stop_seconds" and "<name>/end", its least training loss.
+    "same_record" (False where one never does), "speedup" of the second over the first in seconds to the stop (NaN where
+    one never gets there), and of each "<name>/stop_seconds" and "<name>/end", its last training loss.
     """
-    first, second = (first_below(curves[f"{n}/loss"], tolerance, curves[f"{n}/iterations"]) for n in names)
+    first, second = (reached(curves, name, tolerance, "loss") for name in names)
+    both = np.isfinite(first) & np.isfinite(second)
     out = {f"{name}/stop_seconds": np.nanmax(curves[f"{name}/seconds"], 1) for name in names}
-    out["speedup"] = np.divide(*out.values())
-    out |= {f"{name}/end": np.nanmin(curves[f"{name}/loss"], 1) for name in names}
-    return out | {"same_record": first == second}
+    out["speedup"] = np.where(both, np.divide(*out.values()), np.nan)
+    out |= {f"{name}/end": final(curves, name, "loss") for name in names}
+    return out | {"same_record": both & (first == second)}
 
 
 def linear_convergence(errors: np.ndarray, iterations: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,8 +151,8 @@ def linear_convergence(errors: np.ndarray, iterations: np.ndarray) -> dict[str, 
 def needs_alone(curves: Curves, clock: Curves, names: Sequence[str], tolerance: float) -> dict[str, np.ndarray]:
     """Return what each of N `names` needs to a training loss below `tolerance`, as arrays (S, N).
 
-    "iterations" (NaN if never) and the least recovery "error" from `curves`; "microseconds" an iteration from the last
-    stretch of `clock`, where each network ran alone and the first stretch warmed up; "seconds" is their product.
+    "iterations", as `reached` counts, and the last recovery "error" from `curves`; "microseconds" an iteration from the
+    last stretch of `clock`, where each network ran alone and the first stretch warmed up; "seconds" is their product.
     """
     columns = [_need(curves, clock, name, tolerance) for name in names]
     return {key: np.stack([column[key] for column in columns], 1) for key in columns[0]}
@@ -152,8 +175,15 @@ def compare_needs(slow: Curves, fast: Curves) -> dict[str, np.ndarray]:
 
 
 def _need(curves: Curves, clock: Curves, name: str, tolerance: float) -> dict[str, np.ndarray]:
-    iterations = first_below(curves[f"{name}/loss"], tolerance, curves[f"{name}/iterations"])
+    iterations = reached(curves, name, tolerance, "loss")
     stretch = np.diff(clock[f"{name}/iterations"])[-1]
     one = np.diff(clock[f"{name}/seconds"], axis=1)[:, -1] / stretch
-    errors = np.nanmin(curves[f"{name}/error"], 1)
+    errors = final(curves, name)
     return {"iterations": iterations, "seconds": one * iterations, "microseconds": 1e6 * one, "error": errors}
+
+
+def _at_least(curves: Curves, name: str, level: float, at: str) -> np.ndarray:
+    """What `reached` returns, but where a run is stopped above the level what it took up to there."""
+    to_level = reached(curves, name, level, at=at)
+    spent = np.where(np.isfinite(curves[f"{name}/error"]), curves[f"{name}/{at}"], 0.0).max(-1)
+    return np.where(np.isinf(to_level), spent, to_level)

@@ -42,6 +42,7 @@ def search_each(
     cases: Sequence[Case],
     rates: Sequence[float],
     more: int = 4,
+    beside: Callable[[float, int], float] | None = None,
 ) -> dict[Case, dict[float, float]]:
     """Return what `search_rates` does for each of several cases, whose grids grow apart; {case: {rate: score}}.
 
@@ -50,6 +51,8 @@ def search_each(
             then with one rate more for each case that needs one; returns the pairs' scores.
         cases: what is trained, each with a rate of its own; distinct.
         rates, more: as in `search_rates`.
+        beside: called with the rate at an end and 1 or -1, returns the next one above or below it; by default of
+            1, 3, 10, 30, ...
     """
     _check_ascending(rates)
     found: dict[Case, dict[float, float]] = {case: {} for case in cases}
@@ -57,7 +60,8 @@ def search_each(
     for grown in range(more + 1):
         for (case, rate), score in zip(pairs, scores_of(pairs), strict=True):
             found[case][rate] = float(score)
-        pairs = [(case, _beyond(scores)) for case, scores in found.items() if not is_inside(scores)]
+        ends = {case: scores for case, scores in found.items() if not is_inside(scores)}
+        pairs = [(case, _beyond(scores, beside or _beside)) for case, scores in ends.items()]
         if not pairs or grown == more:
             break
     return {case: dict(sorted(scores.items())) for case, scores in found.items()}
@@ -144,10 +148,10 @@ def _check_ascending(rates: Sequence[float]) -> None:
         raise ValueError(f"rates are {list(rates)}, expected at least one, above 0 and ascending")
 
 
-def _beyond(scores: Mapping[float, float]) -> float:
+def _beyond(scores: Mapping[float, float], beside: Callable[[float, int], float]) -> float:
     """The next rate beyond the end of the grid that is its best."""
     best = best_of(scores)
-    return _beside(best, 1 if best == max(scores) else -1)
+    return beside(best, 1 if best == max(scores) else -1)
 
 
 def _beside(rate: float, direction: int) -> float:
