@@ -8,6 +8,7 @@ import compressible as cd
 from compressible.experiments import best_steps
 from compressible.experiments.compare import compare_starts, stack_starts
 from compressible.experiments.outcomes import reached
+from compressible.recovery.theory.invariants import stability_limit
 
 
 def _build(generator, sizes):
@@ -42,7 +43,7 @@ def test_grids_grow_until_the_best_step_lies_inside_wherever_they_start(first):
 
 
 def test_a_step_is_never_taken_where_a_tuning_seed_diverges():
-    found = best_steps.find_best_steps(_build, ["wide", "small"], seed=50, first=8.0, **TUNING | {"factor": 1.1})
+    found = best_steps.find_best_steps(_build, ["wide", "small"], seed=50, **TUNING | {"factor": 1.1})
     grid, needs = found["wide/grid"], found["wide/grid_iterations"]
     for step, need in zip(grid, needs, strict=True):
         expected = _needs("wide", step)
@@ -54,6 +55,19 @@ def test_a_level_that_no_step_reaches_leaves_the_grid_open_and_says_so():
     for name in NAMES:
         assert not found[f"{name}/grid_closed"].any() and np.isinf(found[f"{name}/grid_iterations"]).all()
         assert len(found[f"{name}/grid"]) <= 40
+
+
+def test_where_the_first_steps_are_too_large_to_settle_the_grid_goes_down():
+    """Steps that neither diverge nor get there lie above those that do: the one that ends lowest leads the way."""
+
+    def build(generator, sizes):  # in a plane the overshoot of two factors stays finite
+        target = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))
+        problem = cd.MatrixFactorization(target)
+        return problem, {"two": (cd.compress_spectral(problem, 2, 2, 0.1), sizes["two"], 1.0)}
+
+    found = best_steps.find_best_steps(build, ["two"], seed=0, seeds=1, first=4.6, level=1e-9, steps=2000, factor=1.05)
+    needs = found["two/grid_iterations"]
+    assert np.isinf(needs[-4:]).all() and np.isfinite(needs.min()) and found["two/grid_closed"].all()
 
 
 def test_seeds_of_sensing_are_tuned_one_after_the_other():
@@ -121,3 +135,14 @@ def test_a_tuned_generator_is_of_the_seed():
     again = best_steps.find_best_steps(_build, ["wide", "small"], seed=50, first=4.0, **TUNING)
     assert first.keys() == again.keys() and torch.tensor(first["wide/grid_iterations"]).isfinite().any()
     np.testing.assert_array_equal(first["wide/grid_iterations"], again["wide/grid_iterations"])
+
+
+def test_the_search_starts_by_default_at_the_edge_of_stability_that_theory_gives():
+    problem, _ = _build(torch.Generator().manual_seed(50), dict.fromkeys(NAMES, 1.0))
+    edge = float(stability_limit(problem, 3))
+    predicted = best_steps.predicted_steps(_build, NAMES, 50)
+    assert predicted == {"wide": pytest.approx(edge), "small": pytest.approx(edge / 3 ** (2 / 3))}
+    found = best_steps.find_best_steps(_build, NAMES, seed=50, **TUNING | {"factor": 1.1})
+    for name in NAMES:
+        assert predicted[name] in found[f"{name}/grid"]
+        assert 0.6 < found[f"{name}/best_step"][0] / predicted[name] < 1.4  # and lies near it

@@ -23,6 +23,11 @@ def test_starts_are_the_original_and_the_compressed_network_at_each_ratio():
     assert list(starts) == start_names([1.0, 3.0]) == ["original", "alpha = 1", "alpha = 3"]
     assert [start[1:] for start in starts.values()] == [(2.0, 1.0), (2.0, 1.0), (2.0, 3.0)]
     assert [start[0][0].shape[0] for start in starts.values()] == [12, 4, 4]
+    sizes = dict(zip(starts, (4.0, 3.0, 1.5), strict=True))
+    own = completion_starts(
+        torch.Generator().manual_seed(1), outer_ratios=[1.0, 3.0], **SETTINGS | {"step_size": sizes}
+    )
+    assert {name: start[1] for name, start in own[1].items()} == sizes and torch.equal(own[0].mask, problem.mask)
     same = random_completion(12, 2, 0.6, torch.Generator().manual_seed(1))
     assert torch.equal(same.mask, problem.mask) and int(problem.mask.sum()) == 86
     assert torch.linalg.matrix_rank(problem.target) == 2

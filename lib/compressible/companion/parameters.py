@@ -86,6 +86,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(float, "(0, 1]"), "observed large_observed smallest_value keep_rate single_keep_rate"),
     (Parameter(float, "(0, 1]", many=True), "keep_rates strengths"),
     (Parameter(float, "(0, 1)"), "validation_fraction"),
+    (Parameter(float, "(1, inf)"), "step_factor"),
     (Parameter(float, "[0, 1)"), "momentum"),
     (Parameter(float, "[0, 1)", many=True), "wrong_shares"),
     (Parameter(float, "[0, 1]"), "decay_ratio"),

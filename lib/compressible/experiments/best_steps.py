@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from compressible.experiments.compare import Start, compare_starts, stack_starts
-from compressible.experiments.outcomes import reached
+from compressible.experiments.outcomes import final, reached
 from compressible.experiments.rate_grid import best_of, is_inside, search_each
 from compressible.recovery.problems import DenseProblem, MatrixSensing
+from compressible.recovery.theory.invariants import stability_limit
 from compressible.runtime.checks import expect
 
 BuildAt = Callable[[torch.Generator, Mapping[str, float]], tuple[DenseProblem, Mapping[str, Start]]]
@@ -31,9 +32,9 @@ def find_best_steps(
     *,
     seed: int,
     seeds: int,
-    first: float | Mapping[str, float],
     level: float,
     steps: int,
+    first: float | Mapping[str, float] | None = None,
     factor: float = 1.25,
     beside: int = 2,
     curve: str = "error",
@@ -43,8 +44,9 @@ def find_best_steps(
     """Find the step size at which each network is soonest at a level, by the median over tuning seeds.
 
     Each name has a geometric grid of its own, which grows beyond an end for as long as that end is the best, up to 40
-    steps. A step at which a tuning seed diverges is never taken; one at which the median stays above the level counts
-    as infinitely slow. All names, steps and seeds of a round run in stacks; seeds of matrix sensing follow one another.
+    steps. A step at which a tuning seed diverges is never taken; one at which the median stays above the level loses to
+    all that get there, and among these the one that ends lowest is the best. All names, steps and seeds of a round run
+    in stacks; seeds of matrix sensing follow one another.
 
     Args:
         build: function of a `torch.Generator` and {name: step size} that returns a problem (m, n) and the starts
@@ -52,9 +54,9 @@ def find_best_steps(
         names: the networks to tune.
         seed: first tuning seed, >= 0; none of those that judge.
         seeds: number of tuning seeds, usually 1 to 10.
-        first: the step size, or {name: step size}, that the grids start around.
         level: what the curve has to fall below, > 0.
         steps: iterations at most.
+        first: the step size, or {name: step size}, that the grids start around; by default `predicted_steps`.
         factor: between neighbouring steps of a grid, > 1, usually 1.25 to 2.
         beside: steps to either side of the first in the first round, usually 1 to 4.
         curve: "error" or "loss".
@@ -83,20 +85,34 @@ def find_best_steps(
     Reference:
         Kwon et al. (2024) and Yaras et al. (2024) give all networks of a figure one step.
     """
+    first = predicted_steps(build, names, seed) if first is None else first
     centre = {name: float(first[name] if isinstance(first, Mapping) else first) for name in names}
     _check(factor, level, beside, centre)
     tried: Tried = {}
 
     def scores_of(pairs: Sequence[tuple[str, float]]) -> list[float]:
         asked = {**options, "steps": steps, "record_every": record_every}
-        found = _needs(build, centre, pairs, range(seed, seed + seeds), level, curve, asked)
-        tried.update(zip(pairs, found, strict=True))
-        return [_score(needs, size, steps) for needs, (_, size) in zip(found, pairs, strict=True)]
+        found = _tried(build, centre, pairs, range(seed, seed + seeds), level, curve, asked)
+        tried.update({pair: needs for pair, (needs, _) in zip(pairs, found, strict=True)})
+        return [_score(needs, ends, steps) for needs, ends in found]
 
     grid, more = [factor**place for place in range(-beside, beside + 1)], MOST - 2 * beside - 1
     scores = search_each(scores_of, names, grid, more, lambda size, direction: size * factor**direction)
     told = [_told(name, centre[name], scores[name], tried) for name in names]
     return {key: value for arrays in told for key, value in arrays.items()}
+
+
+def predicted_steps(build: BuildAt, names: Sequence[str], seed: int) -> dict[str, float]:
+    """Return {name: step size} at which descent from a small start should cease to settle, for the problem of a seed.
+
+    That is the `stability_limit` of P2's entrywise losses over alpha^(2 / L), by which the outer ratio alpha raises the
+    curvature. It serves to start a search, not to judge one.
+    """
+    problem, starts = build(torch.Generator().manual_seed(seed), dict.fromkeys(names, 1.0))
+    shapes = {name: (len(starts[name][0]), starts[name][2]) for name in names}
+    return {
+        name: float(stability_limit(problem, depth)) / ratio ** (2 / depth) for name, (depth, ratio) in shapes.items()
+    }
 
 
 def best_steps(found: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, float]:
@@ -153,7 +169,7 @@ def compare_at_best_steps(
     return found | run(tuned, seed, seeds, **options)
 
 
-def _needs(
+def _tried(
     build: BuildAt,
     centre: Mapping[str, float],
     pairs: Sequence[tuple[str, float]],
@@ -161,8 +177,8 @@ def _needs(
     level: float,
     curve: str,
     options: Mapping[str, Any],
-) -> list[np.ndarray]:
-    """What each name, at its centre times a size, needs on each tuning seed (S,), as `reached` counts."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What each name at its centre times a size needs on each tuning seed (S,), as `reached` counts, and its ends."""
 
     def at_all_sizes(generator: torch.Generator) -> tuple[DenseProblem, dict[str, Start]]:
         problem, starts = build(generator, centre)
@@ -174,15 +190,19 @@ def _needs(
     del problem
     runs = [(seed, 1) for seed in seeds] if alone else [(seeds[0], len(seeds))]
     curves = [stack_starts(at_all_sizes, *run, **options) for run in runs]
-    return [np.concatenate([reached(some, f"{i}", level, curve) for some in curves]) for i in range(len(pairs))]
+    needs = [np.concatenate([reached(some, f"{i}", level, curve) for some in curves]) for i in range(len(pairs))]
+    ends = [np.concatenate([final(some, f"{i}", curve) for some in curves]) for i in range(len(pairs))]
+    return list(zip(needs, ends, strict=True))
 
 
-def _score(needs: np.ndarray, size: float, steps: int) -> float:
-    """The higher, the sooner; what is too slow for the budget loses to all that arrive, but a larger step is nearer."""
+def _score(needs: np.ndarray, ends: np.ndarray, steps: int) -> float:
+    """The higher, the sooner; -inf where a seed diverges, and below -steps where too many stay above the level."""
     median = _median(needs)
     if np.isfinite(median):
         return -median
-    return -np.inf if np.isnan(needs).any() else -steps * (2 - size / (1 + size))
+    if np.isnan(needs).any():
+        return -np.inf
+    return -steps * (2 + float(np.log10(np.median(ends))) / 400)  # whose logarithm lies between -324 and 309
 
 
 def _median(needs: np.ndarray) -> float:

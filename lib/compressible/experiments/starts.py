@@ -5,7 +5,7 @@ m = n = d. One seed gives one problem in every figure, since the draws keep one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,20 @@ def original_and_compressed(
     rank: int,
     depth: int,
     init_scale: float,
-    step_size: float,
+    step_size: float | Mapping[str, float],
     outer_ratios: Sequence[float],
     generator: torch.Generator,
 ) -> dict[str, Start]:
-    """Return the starts on a problem, by the names of `start_names`: full width, then width 2 `rank` at each ratio."""
+    """Return the starts on a problem, by the names of `start_names`: full width, then width 2 `rank` at each ratio.
+
+    `step_size` is one for all or {name: step size}.
+    """
+    names = start_names(outer_ratios)
+    sizes = step_size if isinstance(step_size, Mapping) else dict.fromkeys(names, step_size)
     wide = orthogonal_factors(problem.shape, depth, scale=init_scale, generator=generator)
     small = compress_spectral(problem, 2 * rank, depth, init_scale)
-    starts: list[Start] = [(wide, step_size, 1.0), *((small, step_size, ratio) for ratio in outer_ratios)]
-    return dict(zip(start_names(outer_ratios), starts, strict=True))
+    networks = [(wide, 1.0), *((small, ratio) for ratio in outer_ratios)]
+    return {name: (factors, sizes[name], ratio) for name, (factors, ratio) in zip(names, networks, strict=True)}
 
 
 def start_names(outer_ratios: Sequence[float]) -> list[str]:
@@ -46,8 +51,14 @@ def start_names(outer_ratios: Sequence[float]) -> list[str]:
 
 
 def completion_starts(
-    generator: torch.Generator, *, dimension: int, rank: int, observed: float, **network: Any
+    generator: torch.Generator,
+    step_size: float | Mapping[str, float],
+    *,
+    dimension: int,
+    rank: int,
+    observed: float,
+    **network: Any,
 ) -> tuple[MatrixCompletion, dict[str, Start]]:
     """Return a `random_completion` and its `original_and_compressed` starts, whose settings are `network`."""
     problem = random_completion(dimension, rank, observed, generator)
-    return problem, original_and_compressed(problem, rank, generator=generator, **network)
+    return problem, original_and_compressed(problem, rank, step_size=step_size, generator=generator, **network)
