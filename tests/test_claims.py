@@ -1,9 +1,8 @@
-"""The verdict rules on synthetic evidence, the claims file, and the table over records."""
+"""The claims file, and the table over records."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from compressible.__main__ import main
 from compressible.companion import claims, notebooks
-from compressible.companion.claims import FAIL, INCONCLUSIVE, NOT_TESTED, PASS, WEAK, Claim, ClaimError
+from compressible.companion.claims import FAIL, NOT_TESTED, PASS, Claim, ClaimError
 
 FIGURE = "kwon2024/05_completion"
 
 
 def claim(judge: str = "at_most", bound: Any = 1.0, **more: Any) -> Claim:
-    return Claim(f"{FIGURE}.x", "P2", "a statement", "m", judge, "a source", bound=bound, **more)
+    told: Any = {"unit": "seed", "group": "own", "bound_from": "a margin"}
+    return Claim(f"{FIGURE}.x", "P2", "a statement", "m", judge, "a source", bound=bound, **told | more)
 
 
 def evidence(metric: Any, **parameters: Any) -> SimpleNamespace:
@@ -30,178 +29,7 @@ def evidence(metric: Any, **parameters: Any) -> SimpleNamespace:
     return SimpleNamespace(arrays=arrays, metrics={} if arrays else {"m": metric}, parameters=parameters)
 
 
-def outcome(tested: Claim, metric: Any, **parameters: Any) -> str:
-    return claims.verdict(tested, evidence(metric, **parameters)).verdict
-
-
-@pytest.mark.parametrize(
-    ("judge", "bound", "weak", "value", "expected"),
-    [
-        ("at_most", 1.0, None, 1.0, PASS), ("at_most", 1.0, None, 1.01, FAIL),
-        ("at_most", 1.0, 1.2, 1.1, WEAK), ("at_most", 1.0, 1.2, 1.3, FAIL),
-        ("at_least", 2.0, 1.0, 2.5, PASS), ("at_least", 2.0, 1.0, 1.5, WEAK),
-        ("at_least", 2.0, 1.0, 0.5, FAIL), ("between", [1, 2], None, 1.5, PASS),
-        ("between", [1, 2], None, 2.5, FAIL), ("between", [1, 2], [0, 3], 2.5, WEAK),
-        ("between", [1, 2], [0, 3], -0.5, FAIL),
-        ("greater_than_zero", None, None, 1e-9, PASS), ("greater_than_zero", None, None, 0.0, FAIL),
-        ("true", None, None, True, PASS), ("true", None, None, False, FAIL),
-    ],
-)  # fmt: skip
-def test_one_value(judge: str, bound: Any, weak: Any, value: Any, expected: str) -> None:
-    found = claims.verdict(claim(judge, bound, weak=weak), evidence(value))
-    assert found.verdict == expected
-    assert (found.value, found.low, found.high, found.seeds) == (float(value), None, None, 1)
-
-
-SURE, WIDE = np.array([0.5, 0.51, 0.49, 0.5, 0.5]), np.array([0.1, 0.9, 0.2, 1.8, 0.9])
-
-
-@pytest.mark.parametrize(
-    ("tested", "values", "expected"),
-    [
-        (claim(), SURE, PASS),
-        (claim(), WIDE, WEAK),  # the mean .78 is inside, the interval is not
-        (claim(), WIDE + 1, FAIL),
-        (claim(weak=2.0), WIDE + 1, WEAK),
-        (claim(every=True), SURE, PASS),
-        (claim(every=True), np.array([0.9, 0.9, 1.01]), WEAK),
-        (claim(every=True), np.array([0.9, 1.2, 1.3]), FAIL),
-        (claim(every=True), np.array([0.0, 0.0, 0.99]), PASS),  # though the interval reaches beyond
-        (claim(), np.array([0.0, 0.0, 0.99]), WEAK),
-        (claim("greater_than_zero", None), SURE, PASS),
-        (claim("greater_than_zero", None), WIDE - 0.5, WEAK),
-        (claim("greater_than_zero", None), -WIDE, FAIL),
-        (claim("between", [0.4, 0.6]), SURE, PASS),
-        (claim("between", [0.495, 0.6]), SURE, WEAK),
-        (claim("at_least", 0.4), SURE, PASS),
-        (claim("true", None), np.array([True, True]), PASS),
-        (claim("true", None), np.array([True, True, False]), WEAK),
-        (claim("true", None), np.array([True, False]), FAIL),
-        (claim(scale="abs", bound=0.6), -SURE, PASS),
-        (claim("at_least", 0.4, scale="abs"), -SURE, PASS),
-    ],
-)
-def test_several_seeds(tested: Claim, values: np.ndarray, expected: str) -> None:
-    assert outcome(tested, values) == expected
-
-
-UNIT: Any = {"unit": "seed"}
-
-
-@pytest.mark.parametrize(
-    ("tested", "values", "expected"),
-    [
-        (claim(**UNIT), SURE, PASS),
-        (claim(**UNIT), WIDE, INCONCLUSIVE),  # the mean .78 is inside, the interval is not
-        (claim(**UNIT), WIDE + 0.5, INCONCLUSIVE),  # the mean 1.28 is outside, the interval is not
-        (claim(**UNIT), SURE + 1, FAIL),
-        (claim(**UNIT), 1.5, FAIL),
-        (claim(**UNIT), 0.5, PASS),
-        (claim("between", [0.4, 0.6], **UNIT), SURE, PASS),
-        (claim("between", [0.495, 0.6], **UNIT), SURE, INCONCLUSIVE),
-        (claim("between", [0.6, 0.7], **UNIT), SURE, FAIL),
-        (claim("greater_than_zero", None, **UNIT), WIDE - 0.5, INCONCLUSIVE),
-        (claim("greater_than_zero", None, **UNIT), -SURE, FAIL),
-        (claim("greater_than_zero", None, **UNIT), np.zeros(3), FAIL),
-        (claim(scale="abs", **UNIT), np.array([0.0, 0.9, 0.0]), INCONCLUSIVE),
-        (claim(bound=1.5, scale="abs", **UNIT), np.array([-0.1, 0.1, 0.2]), PASS),
-        (claim(every=True, **UNIT), np.array([0.5, 1.1, 0.5]), FAIL),
-        (claim("true", None, **UNIT), np.array([True] * 9 + [False]), FAIL),
-        (claim("share", 0.4, **UNIT), np.array([True] * 5), PASS),  # 5 of 5: at least .478
-        (claim("share", 0.5, **UNIT), np.array([True] * 5), INCONCLUSIVE),
-        (claim("share", 0.9, **UNIT), np.array([True] * 2 + [False] * 8), FAIL),
-        (claim(**UNIT), np.array([0.5, np.nan]), FAIL),
-        (claim(bound=0.4, weak=0.7, **UNIT), SURE, WEAK),
-        (claim(bound=0.4, weak=0.505, **UNIT), SURE, FAIL),
-    ],
-)
-def test_a_claim_with_a_unit_is_judged_two_sided(tested: Claim, values: Any, expected: str) -> None:
-    assert outcome(tested, values) == expected
-
-
-def test_shares_have_the_interval_of_clopper_and_pearson() -> None:
-    for true, count in ((0, 10), (3, 10), (10, 10)):
-        exact = scipy.stats.binomtest(true, count).proportion_ci()
-        found = claims.verdict(claim("share", 0.4, **UNIT), evidence(np.arange(count) < true))
-        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
-
-
-def test_a_unit_does_not_change_the_digests_of_claims_without_one() -> None:
-    assert claim().rule() == claim(group="own").rule() != claim(**UNIT).rule()
-
-
-def test_the_interval_is_student_t() -> None:
-    found = claims.verdict(claim(), evidence(np.array([1.0, 2.0, 3.0])))
-    half = 4.302652729911275 / math.sqrt(3)
-    assert (found.value, found.low, found.high) == pytest.approx((2.0, 2 - half, 2 + half))
-
-
-def test_log_scale_takes_the_geometric_mean() -> None:
-    values = np.array([1e-8, 1e-6, 1e-7])
-    found = claims.verdict(claim(bound=1e-4, scale="log"), evidence(values))
-    assert (found.verdict, found.value) == (PASS, pytest.approx(1e-7))
-    assert found.low < 1e-8 < 1e-6 < found.high < 1e-4
-    assert outcome(claim(bound=1e-8, scale="log"), np.array([0.0, 0.0])) == PASS
-    assert outcome(claim(bound=1e-8, scale="log"), np.array([1e-9, -1e-9])) == FAIL
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_fail_whatever_the_rest(bad: float) -> None:
-    for tested in (claim(), claim("at_least", 0.0), claim("greater_than_zero", None), claim(every=True)):
-        assert outcome(tested, bad) == FAIL
-        found = claims.verdict(tested, evidence(np.array([0.5, bad, 0.5])))
-        assert (found.verdict, found.reason, found.value) == (FAIL, "1 of 3 values not finite", None)
-
-
-@pytest.mark.parametrize(
-    ("tested", "metric", "parameters", "reason"),
-    [
-        (claim(seeds=5), np.array([0.1, 0.2]), {}, "2 of 5 seeds"),
-        (claim(seeds=2), 0.1, {}, "1 of 2 seeds"),
-        (claim(), np.array([]), {}, "0 of 1 seeds"),
-        (claim(requires={"dimension": 100}), 0.1, {"dimension": 30}, "dimension is 30, needs at least 100"),
-        (claim(requires={"widths": 10}), 0.1, {"widths": [1, 2, 3]}, "widths is 3, needs at least 10"),
-        (claim(requires={"split": "u1"}), 0.1, {"split": "seed0"}, "split is 'seed0', needs 'u1'"),
-        (claim(requires={"seeds": 5}), 0.1, {}, "no parameter 'seeds'"),
-        (
-            claim(requires={"tolerance": {"at_most": 1e-10}}), 0.1, {"tolerance": 1e-6},
-            "tolerance is 1e-06, needs at most 1e-10",
-        ),
-        (claim(requires={"steps": {"exactly": 500}}), 0.1, {"steps": 40000}, "steps is 40000, needs 500"),
-        (claim(requires={"rate": {"exactly": 1e-4}}), 0.1, {"rate": 1e-9}, "rate is 1e-09, needs 0.0001"),
-        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": [2, 64]}, "sizes is [2, 64], needs [16, 64]"),
-        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": [16]}, "sizes is [16], needs [16, 64]"),
-        (claim(requires={"sizes": [16, 64]}), 0.1, {"sizes": 16}, "sizes is 16, needs [16, 64]"),
-        (claim(requires={"names": ["a"]}), 0.1, {"names": ["b"]}, "names is ['b'], needs ['a']"),
-    ],
-)  # fmt: skip
-def test_too_small_is_not_tested(tested: Claim, metric: Any, parameters: dict, reason: str) -> None:
-    found = claims.verdict(tested, evidence(metric, **parameters))
-    assert (found.verdict, found.reason, found.value) == (NOT_TESTED, reason, None)
-
-
-def test_requirements_that_are_met() -> None:
-    needs = {"dimension": 100, "widths": 2, "split": "u1", "tolerance": {"at_most": 1e-10}, "rates": [0.3, 1]}
-    needs |= {"rate": {"exactly": 0.1 + 0.2}, "names": ["a", "b"]}
-    given = {"dimension": 100, "widths": [1, 2], "split": "u1", "tolerance": 1e-10, "rates": [0.1 + 0.2, 1.0]}
-    given |= {"rate": 0.3, "names": ["a", "b"]}
-    assert outcome(claim(requires=needs), 0.1, **given) == PASS
-
-
-def test_a_missing_metric_is_not_tested() -> None:
-    found = claims.verdict(claim(), SimpleNamespace(arrays={}, metrics={"n": 1.0}, parameters={}))
-    assert (found.verdict, found.reason) == (NOT_TESTED, "no metric 'm'")
-
-
-@pytest.mark.parametrize("metric", ["text", np.ones((2, 2)), np.array(["a"])])
-def test_a_metric_that_is_no_number_over_seeds_is_an_error(metric: Any) -> None:
-    with pytest.raises(ClaimError, match="expected numbers over seeds"):
-        claims.verdict(claim(), evidence(metric))
-
-
-def test_judge_takes_the_claims_of_one_figure() -> None:
-    other = Claim("yaras2024/02_depth.x", "P1", "s", "m", "at_most", "here", bound=1.0)
-    assert [v.id for v in claims.judge(FIGURE, evidence(0.1), [claim(), other])] == [f"{FIGURE}.x"]
+SURE = np.array([0.5, 0.51, 0.49, 0.5, 0.5])
 
 
 ENTRY = f"""
@@ -212,6 +40,9 @@ statement = "a statement"
 metric = "m"
 judge = "at_most"
 bound = 1.0
+unit = "seed"
+group = "published"
+bound_from = "a margin"
 source = "a source"
 """
 
@@ -248,8 +79,41 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ('"at_most"\nbound = 1.0', '"between"\nbound = [1, 2]\nweak = [1.5, 3]', "looser"),
         ('"at_most"', '"true"', "bound: got 1.0, expected no number"),
         ("bound = 1.0", "bound = 1.0\nseeds = 0", "seeds: got 0, expected greater than 0"),
-        ("bound = 1.0", 'bound = 1.0\nscale = "cube"', "scale: got 'cube', expected 'linear', 'abs', 'log' or 'correlation'"),
-        ("bound = 1.0", 'bound = -1.0\nscale = "log"', "log needs bounds above zero"),
+        (
+            "bound = 1.0",
+            'bound = 1.0\nscale = "cube"',
+            "scale: got 'cube', expected 'linear', 'abs', 'log' or 'correlation'",
+        ),
+        ("bound = 1.0", 'bound = -1.0\nscale = "log"', r"scale log: got \[-1.0\], expected bounds above zero"),
+        ("bound = 1.0", 'bound = -1.0\nscale = "abs"', "expected bounds of at least zero"),
+        ("bound = 1.0", 'bound = 1.1\nscale = "correlation"', "expected bounds from -1 to 1"),
+        ('"at_most"\nbound = 1.0', '"share"\nbound = 1.5', "expected a bound above 0, at most 1"),
+        ('"at_most"\nbound = 1.0', '"greater_than_zero"\nscale = "abs"', "got no bound, expected bounds of at least"),
+        ('"at_most"\nbound = 1.0', '"true"\nevery = true', "true is of truth values, expected no scale and no 'every'"),
+        ('"seed"', '"fold"', "test_over_train: got None, expected rows judged over rows trained on"),
+        ("bound = 1.0", "bound = 1.0\ntest_over_train = 0.25", "got 0.25, expected none, as a seed shares no rows"),
+        ("bound = 1.0", "bound = 1.0\ntest_over_train = 0.0", "test_over_train: got 0.0, expected greater than 0"),
+        (
+            '"at_most"\nbound = 1.0\nunit = "seed"',
+            '"share"\nbound = 0.5\nunit = "fold"\ntest_over_train = 0.25',
+            "unit: got 'fold', expected values that share no rows",
+        ),
+        ("bound = 1.0", "bound = 1.0\ncensored = true\nevery = true", "censored: got true, expected it for counts"),
+        (
+            "bound = 1.0",
+            "bound = 1.0\npublished_range = [2, 1]",
+            r"published_range: got \[2, 1\], expected two numbers",
+        ),
+        ("bound = 1.0", "bound = 1.0\npublished_range = [1.0]", "expected two numbers, the lower first"),
+        ("bound = 1.0", "bound = 1.0\npublished_range = [nan, 1]", "expected two numbers, the lower first"),
+        ('"published"', '"own"\npublished_range = [0, 1]', "with group 'own', which is not held against any"),
+        ('"seed"', '"seeds"', "unit: got 'seeds', expected"),
+        ('"published"', '"theirs"', "group: got 'theirs', expected"),
+        (
+            "bound = 1.0",
+            'bound = 1.0\nquestion = "Which one?"',
+            "got 'Which one.', expected to match pattern",
+        ),
         ("bound = 1.0", "bound = 1.0\nrequires = 3", "requires"),
         (
             "bound = 1.0",
@@ -276,6 +140,18 @@ def test_an_id_may_not_come_twice(tmp_path: Path) -> None:
     path.write_text(ENTRY + ENTRY)
     with pytest.raises(ClaimError, match=f"{FIGURE}.x: this id is there twice"):
         claims.load_claims(path)
+
+
+def test_a_question_stays_within_one_record(tmp_path: Path) -> None:
+    path, asked = tmp_path / "claims.toml", 'question = "which"\n'
+    path.write_text(ENTRY + asked + ENTRY.replace(".x", ".y") + asked)
+    assert [claim.question for claim in claims.load_claims(path)] == ["which", "which"]
+    for other in (ENTRY.replace(FIGURE, "kwon2024/06_sensing"), ENTRY.replace(".x", ".y") + 'preset = "large"\n'):
+        path.write_text(ENTRY + asked + other + asked)
+        with pytest.raises(
+            ClaimError, match=f"question 'which': got {FIGURE} at .*, kwon2024/.*, expected one of them"
+        ):
+            claims.load_claims(path)
 
 
 def write_record(root: Path, preset: str, tested: Claim, metric: Any) -> None:

@@ -4,50 +4,55 @@ The rules, in this order:
 
 1. NOT TESTED when the run is smaller or other than `requires` says, when the metric is missing, or when it has
    fewer values than `seeds`. The reason is recorded. A quick run says so rather than pass.
-2. FAIL when any value is NaN or infinite (or not positive under scale "log"): a run that diverged counts.
-3. One value: PASS inside `bound`, WEAK inside `weak`, else FAIL.
-4. Several values (seeds): the statistic is their mean with its 95 % t interval. PASS when the whole
-   interval lies inside `bound`; WEAK when only the mean does, or when the mean lies inside `weak`; else FAIL.
-   With `every`, PASS needs each single value inside `bound` instead of the interval.
-5. "greater_than_zero" is rule 3 or 4 with the bound > 0, so PASS means an interval that excludes 0.
-   "true" passes when every value is true, is WEAK when more than half are, and fails otherwise.
-6. A claim that names its `unit` is judged two-sided instead of by rules 4 and 5: PASS when the whole 95 % interval lies
-   inside `bound`, FAIL when the whole interval lies outside, and INCONCLUSIVE where neither side is shown. The interval
-   of sizes (scale "abs") ends at 0, that of a "share" of true values is Clopper and Pearson's. One value outside
-   refutes what is said of all ("true", `every`).
+2. FAIL when any value is NaN or infinite (or below zero under scale "log", beyond -1 or 1 under "correlation"): a run
+   that diverged counts, whatever the others did. With `censored`, +inf is a run that was stopped before it arrived,
+   which is known to be large and no more: see rule 6.
+3. One value: PASS inside `bound` (its ends belong to it; "greater_than_zero" is > 0), WEAK inside `weak`, else FAIL.
+   One censored value is INCONCLUSIVE.
+4. What is said of every value, by "true" or with `every`, is refuted by one: PASS when all values are inside, WEAK when
+   all are inside `weak`, else FAIL. The interval is shown and decides nothing.
+5. Several values otherwise: the statistic of `scale` with its two-sided 95 % interval (intervals.py). PASS when the
+   whole interval lies inside `bound`, else WEAK when it lies inside `weak`, else FAIL when it lies wholly outside of
+   `bound`, else INCONCLUSIVE, as neither side is known. "share" is rule 5 for truth values: their share, at least.
+6. With `censored` and at least one +inf among several values, the statistic is the median, by ranks.
+7. What would PASS in the groups published and transferred is WEAK if our interval (our value, where there is
+   none) does not meet `published_range`: the bound holds, the size is not the published one.
+8. Claims of one `question` are judged together. Each that rule 5 or 6 judges has a p value: that of what its interval
+   shows. What Holm's correction over them does not keep at 5 % is INCONCLUSIVE, whatever it was.
+
+The p value of rule 8 is two-sided and belongs to the same tests as the interval. With one-sided p values, for a bound
+[a, b] of which an infinite end drops out,
+
+    p(inside) = max(p(> a), p(< b)),   p(outside) = min(p(< a), p(> b)),   p = min(1, 2 p(what was shown)).
+
+Inside needs both sides shown: an intersection of tests, which needs no correction (TOST). Outside needs one side shown,
+and a number within the bound can be at both ends only if these are one, so that doubling covers that, too. Hence
+PASS by rule 5 is p(inside) <= .025, that is p <= .05; FAIL is p(outside) < .025; and each is wrong in at most 5 % of
+cases. Where neither was shown, the smaller one is taken. Holm's correction keeps 5 % for all of a question together.
+What rules 3 and 4 decide has no p value, and takes no part.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.special import betaincinv, stdtrit
 
-from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims
+from compressible.companion.claims.evidence import Evidence, judged, unmet, usable
+from compressible.companion.claims.intervals import Estimate, holm, mean, median, share
+from compressible.companion.claims.statement import NOT_TESTED, Claim, load_claims
 
 PASS, WEAK, FAIL, INCONCLUSIVE = "PASS", "WEAK", "FAIL", "INCONCLUSIVE"
+LEVEL = 0.05
 
 
-class Evidence(Protocol):
-    """What a claim is judged on; a `runs.Result` is one."""
-
-    @property
-    def parameters(self) -> dict[str, Any]: ...
-    @property
-    def arrays(self) -> dict[str, np.ndarray]: ...
-    @property
-    def metrics(self) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Verdict:
     """How a claim fared: the value with its 95 % interval (None for one value), and why if not PASS.
 
-    `rule` tells which version of the claim was judged.
+    `rule` tells which version of the claim was judged, and of the claims that share its correction.
     """
 
     id: str
@@ -61,130 +66,117 @@ class Verdict:
     rule: str
 
 
-def judge(figure_id: str, result: Evidence, claims: list[Claim] | None = None) -> list[Verdict]:
+Found = tuple[Verdict, float | None]  # with its p value, where it takes part in a correction
+
+
+def judge(figure_id: str, result: Evidence, claims: Sequence[Claim] | None = None) -> list[Verdict]:
     """Verdicts on all claims about one figure, from one result; ClaimError if a metric is no number."""
-    every = load_claims() if claims is None else claims
-    return [verdict(claim, result) for claim in every if claim.figure == figure_id]
+    mine = [claim for claim in (load_claims() if claims is None else claims) if claim.figure == figure_id]
+    found = [_alone(claim, result) for claim in mine]
+    for question in {claim.question for claim in mine} - {""}:
+        places = [i for i, claim in enumerate(mine) if claim.question == question and found[i][1] is not None]
+        corrected = _corrected([mine[i] for i in places], [found[i] for i in places])
+        for i, verdict in zip(places, corrected, strict=True):
+            found[i] = verdict, None
+    return [verdict for verdict, _ in found]
 
 
 def verdict(claim: Claim, result: Evidence) -> Verdict:
-    """The verdict on one claim, by the rules of this module."""
-    if reason := _unmet(claim, result):
+    """The verdict on one claim without the others of its question, by the rules of this module."""
+    return _alone(claim, result)[0]
+
+
+def _corrected(claims: Sequence[Claim], found: Sequence[Found]) -> list[Verdict]:
+    """Rule 8 for the claims of one question that have a p value."""
+    family = hashlib.sha256("+".join(sorted(claim.rule() for claim in claims)).encode()).hexdigest()[:12]
+    adjusted = holm([p for _, p in found if p is not None])
+    verdicts = [dataclasses.replace(verdict, rule=family) for verdict, _ in found]
+    for i, verdict in enumerate(verdicts):
+        if adjusted[i] > LEVEL and verdict.verdict != INCONCLUSIVE:
+            reason = f"not after Holm's correction over {len(claims)} claims"
+            verdicts[i] = dataclasses.replace(verdict, verdict=INCONCLUSIVE, reason=reason)
+    return verdicts
+
+
+def _alone(claim: Claim, result: Evidence) -> Found:
+    """Rules 1 to 7, with the p value that rule 8 asks for."""
+    if reason := unmet(claim, result):
         return _without_value(claim, NOT_TESTED, 0, reason)
-    values = _values(claim, result)
+    values = judged(claim, result)
     if len(values) < claim.seeds:
-        return _without_value(claim, NOT_TESTED, len(values), f"{len(values)} of {claim.seeds} seeds")
-    if lost := int((~np.isfinite(values)).sum()):
+        return _without_value(claim, NOT_TESTED, len(values), f"{len(values)} of {claim.seeds} {claim.unit or 'seed'}s")
+    if lost := int((~usable(claim, values)).sum()):
         return _without_value(claim, FAIL, len(values), f"{lost} of {len(values)} values not finite")
-    back: Callable[[float], float] = math.exp if claim.scale == "log" else float
-    mean, low, high = (back(float(end)) for end in (share if claim.judge == "share" else interval)(values))
-    low = max(low, 0.0) if claim.unit and claim.scale == "abs" else low
-    judged = _two_sided if claim.unit else _outcome
-    outcome, reason = judged(claim, [back(value) for value in values], mean, low, high)
-    ends = (None, None) if math.isnan(low) else (low, high)
-    return Verdict(claim.id, outcome, mean, ends[0], ends[1], len(values), claim.bound_text(), reason, claim.rule())
+    found = _estimate(claim, values) if len(values) > 1 else None
+    one_by_one = found is None or claim.every or claim.judge == "true"
+    outcome, reason = _each(claim, values) if found is None or one_by_one else _whole(claim, found)
+    if outcome == PASS and not _meets(claim, values, found):
+        outcome, reason = WEAK, "the bound holds, the size is not the published one"
+    value, low, high = (float(values[0]), None, None) if found is None else (found.value, found.low, found.high)
+    verdict = Verdict(claim.id, outcome, value, low, high, len(values), claim.bound_text(), reason, claim.rule())
+    return verdict, None if found is None or one_by_one else _p_value(claim, found)
 
 
-def interval(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, low and high end of its 95 % t interval along an axis; the ends of a single value are NaN."""
-    values = np.asarray(values, float)
-    count, mean = values.shape[axis], values.mean(axis)
-    if count < 2:
-        return mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-    half = stdtrit(count - 1, 0.975) * values.std(axis, ddof=1) / math.sqrt(count)
-    return mean, mean - half, mean + half
+def _without_value(claim: Claim, outcome: str, count: int, reason: str) -> Found:
+    return Verdict(claim.id, outcome, None, None, None, count, claim.bound_text(), reason, claim.rule()), None
 
 
-def share(values: np.ndarray) -> tuple[float, float, float]:
-    """Share of true values with Clopper and Pearson's 95 % interval, the exact one of a binomial share."""
-    count, true = len(values), int(np.count_nonzero(values))
-    low = float(betaincinv(true, count - true + 1, 0.025)) if true else 0.0
-    high = float(betaincinv(true + 1, count - true, 0.975)) if true < count else 1.0
-    return true / count, low, high
+def _estimate(claim: Claim, values: np.ndarray) -> Estimate:
+    if claim.judge in ("true", "share"):
+        return share(values)
+    if np.isinf(values).any():
+        return median(values)
+    return mean(values, claim.scale, claim.test_over_train or 0.0)
 
 
-def _without_value(claim: Claim, outcome: str, count: int, reason: str) -> Verdict:
-    return Verdict(claim.id, outcome, None, None, None, count, claim.bound_text(), reason, claim.rule())
-
-
-def _outcome(claim: Claim, values: list[float], mean: float, low: float, high: float) -> tuple[str, str]:
-    if claim.judge == "true":
-        outcome = PASS if all(values) else WEAK if mean > 0.5 else FAIL
-        return outcome, "" if outcome == PASS else f"true for {int(sum(values))} of {len(values)}"
-    inside = _test(claim, claim.bound)
-    parts = values if claim.every else [mean] if math.isnan(low) else [low, high]
-    if all(inside(part) for part in parts):
+def _each(claim: Claim, values: np.ndarray) -> tuple[str, str]:
+    """Rules 3 and 4."""
+    if np.isinf(values).any():
+        return INCONCLUSIVE, "stopped before it arrived"
+    inside = (lambda value: value == 1) if claim.judge == "true" else _holds(claim)
+    wrong = sum(not inside(value) for value in values)
+    if not wrong:
         return PASS, ""
-    if inside(mean):
-        return WEAK, "not every seed is inside" if claim.every else "the 95 % interval is not inside"
-    if claim.weak is not None and _test(claim, claim.weak)(mean):
+    if claim.weak is not None and all(map(_within(*claim.ends(claim.weak)), values)):
         return WEAK, "only the weak bound holds"
-    return FAIL, "outside the bound"
+    return FAIL, f"outside the bound: {wrong} of {len(values)}"
 
 
-def _two_sided(claim: Claim, values: list[float], mean: float, low: float, high: float) -> tuple[str, str]:
-    inside = (lambda value: value > 0.5) if claim.judge == "true" else _test(claim, claim.bound)
-    if claim.every or claim.judge == "true" or math.isnan(low):  # NaN: one value has no interval
-        wrong = sum(not inside(value) for value in values)
-        if wrong and claim.weak is not None and all(map(_test(claim, claim.weak), values)):
-            return WEAK, "only the weak bound holds"
-        return (FAIL, f"outside the bound: {wrong} of {len(values)}") if wrong else (PASS, "")
-    if inside(low) and inside(high):
+def _whole(claim: Claim, found: Estimate) -> tuple[str, str]:
+    """Rules 5 and 6."""
+    if all(map(_holds(claim), (found.low, found.high))):
         return PASS, ""
-    if claim.weak is not None and all(map(_test(claim, claim.weak), (low, high))):
+    if claim.weak is not None and all(map(_within(*claim.ends(claim.weak)), (found.low, found.high))):
         return WEAK, "only the weak bound holds"
-    bottom, top = (0.0, math.inf) if claim.judge == "greater_than_zero" else claim.ends(claim.bound)
-    if high < bottom or low > top or high == bottom == 0:
+    bottom, top = claim.goal
+    if found.high < bottom or found.low > top or (found.high == bottom and not _holds(claim)(bottom)):
         return FAIL, "the 95 % interval is outside the bound"
     return INCONCLUSIVE, "the 95 % interval is neither inside nor outside the bound"
 
 
-def _test(claim: Claim, bound: Any) -> Callable[[float], bool]:
-    if claim.judge == "greater_than_zero":
-        return lambda value: value > 0
-    low, high = claim.ends(bound)
+def _p_value(claim: Claim, found: Estimate) -> float:
+    """Twice the one-sided p value of what an interval shows, by the same tests as the interval."""
+    outcome = _whole(claim, found)[0]
+    if outcome == WEAK:
+        shown = found.inside(*claim.ends(claim.weak))
+    elif outcome == INCONCLUSIVE:
+        shown = min(found.inside(*claim.goal), found.outside(*claim.goal))
+    else:
+        shown = found.inside(*claim.goal) if outcome == PASS else found.outside(*claim.goal)
+    return min(1.0, 2 * shown)
+
+
+def _holds(claim: Claim) -> Callable[[float], bool]:
+    return (lambda value: value > 0) if claim.judge == "greater_than_zero" else _within(*claim.goal)
+
+
+def _within(low: float, high: float) -> Callable[[float], bool]:
     return lambda value: low <= value <= high
 
 
-def _values(claim: Claim, result: Evidence) -> np.ndarray:
-    found = result.arrays.get(claim.metric, result.metrics.get(claim.metric))
-    values = np.atleast_1d(np.asarray(found))
-    if values.ndim != 1 or values.dtype.kind not in "biuf":
-        raise ClaimError(f"{claim.id}: metric {claim.metric!r} is {found!r}, expected numbers over seeds")
-    values = values.astype(float)
-    if claim.scale == "log":
-        with np.errstate(invalid="ignore"):
-            return np.log(np.where(values == 0, np.finfo(float).tiny, values))
-    return np.abs(values) if claim.scale == "abs" else values
-
-
-def _unmet(claim: Claim, result: Evidence) -> str:
-    """Why a result is too small to judge a claim, or nothing."""
-    short = [text for name, need in claim.requires.items() if (text := _short(name, need, result.parameters))]
-    if not short and claim.metric not in result.arrays and claim.metric not in result.metrics:
-        short = [f"no metric {claim.metric!r}"]
-    return "; ".join(short)
-
-
-def _short(name: str, need: Any, given: Mapping[str, Any]) -> str:
-    if name not in given:
-        return f"no parameter {name!r}"
-    value, limits = given[name], need if isinstance(need, Mapping) else {"at_least": need}
-    exact = need if isinstance(need, str | bool | list) else limits.get("exactly")
-    if exact is not None:
-        return "" if _equal(value, exact) else f"{name} is {value!r}, needs {exact!r}"
-    value = len(value) if isinstance(value, list) else value
-    if value < limits.get("at_least", -math.inf):
-        return f"{name} is {value}, needs at least {limits['at_least']}"
-    if value > limits.get("at_most", math.inf):
-        return f"{name} is {value}, needs at most {limits['at_most']}"
-    return ""
-
-
-def _equal(value: Any, need: Any) -> bool:
-    """Equal in kind and value, numbers but for rounding: 1e-4 of a file is 1e-4 of a command line."""
-    if isinstance(need, list):
-        return isinstance(value, list) and len(value) == len(need) and all(map(_equal, value, need))
-    if isinstance(need, str | bool) or isinstance(value, str | bool | list):
-        return type(value) is type(need) and value == need
-    return math.isclose(value, need, rel_tol=1e-9)
+def _meets(claim: Claim, values: np.ndarray, found: Estimate | None) -> bool:
+    """Whether our interval, or our one value, and the published one have a number in common."""
+    if claim.published_range is None:
+        return True
+    low, high = (values[0], values[0]) if found is None else (found.low, found.high)
+    return bool(low <= claim.published_range[1] and high >= claim.published_range[0])

@@ -16,14 +16,15 @@ from pydantic.dataclasses import dataclass
 from compressible.runtime import checks, paths
 
 NOT_TESTED = "NOT TESTED"
+RULES = 2  # counts up when a rule of rules.py changes, so that verdicts by older rules can be told
 Paper = Literal["P1", "P2", "P3", "beyond"]
 PAPERS: tuple[str, ...] = get_args(Paper)
 Text = Annotated[str, Field(min_length=1)]
 Unit = Literal["", "seed", "start", "fold", "split", "timing", "run"]
+OVERLAPPING = ("fold", "split")
 Group = Literal["", "published", "transferred", "own", "goal"]
-Number = int | float
-_NEW = {"bound_from", "published_range", "question", "after_looking", "test_over_train", "censored"}
 _BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0, "share": 1}
+_SPOKEN = ("id", "paper", "statement", "source", "published", "preset", "unit", "group", "bound_from", "after_looking")
 
 
 class ClaimError(ValueError):
@@ -53,20 +54,20 @@ class Claim:
     metric: Text
     judge: Literal["at_most", "at_least", "between", "greater_than_zero", "true", "share"]
     source: Text
+    unit: Unit = ""
+    group: Group = ""
+    bound_from: str = ""
     published: str = ""
+    published_range: list[int | float] | None = None
     bound: Any = None
     weak: Any = None
     scale: Literal["linear", "abs", "log", "correlation"] = "linear"
     every: bool = False
+    censored: bool = False
     seeds: PositiveInt = 1
-    unit: Unit = ""
-    group: Group = ""
-    bound_from: str = ""
-    published_range: list[Number] | None = None
+    test_over_train: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     question: Annotated[str, Field(pattern=r"^([a-z0-9]+(-[a-z0-9]+)*)?$")] = ""
     after_looking: bool = False
-    test_over_train: Annotated[float, Field(gt=0)] | None = None
-    censored: bool = False
     preset: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "paper"
     requires: Annotated[dict[str, Any], AfterValidator(_needs)] = field(default_factory=dict)
 
@@ -77,14 +78,40 @@ class Claim:
             absent = count == 0 or name == "weak"
             if not (_is_bound(bound, count) if count and bound is not None else bound is None and absent):
                 raise ValueError(f"{name}: got {bound!r}, expected {count or 'no'} number(s), the lower first")
-        if self.judge == "share" and not (self.unit and 0 < self.bound <= 1 and self.scale == "linear"):
-            raise ValueError(f"share: got bound {self.bound!r} and unit {self.unit!r}, expected (0, 1] and a unit")
-        if self.scale == "log" and (count == 0 or min(_numbers(self.bound) + _numbers(self.weak)) <= 0):
-            raise ValueError("scale: log needs bounds above zero")
+        low, high, words = _RANGES[self.judge if self.judge == "share" else self.scale]
+        outside = [end for end in _numbers(self.bound) + _numbers(self.weak) if not low <= end <= high]
+        if outside or (self.scale in ("abs", "log") and count == 0):
+            raise ValueError(f"{self.judge} under scale {self.scale}: got {outside or 'no bound'}, expected {words}")
         if self.weak is not None:
             (low, high), (weak_low, weak_high) = self.ends(self.bound), self.ends(self.weak)
             if not (weak_low <= low and high <= weak_high):
                 raise ValueError(f"weak: got {self.weak!r}, expected a bound looser than {self.bound!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _values_fit_the_statistic(self) -> Claim:
+        overlap, asked = self.unit in OVERLAPPING, self.test_over_train is not None
+        if overlap != asked:
+            expected = "rows judged over rows trained on" if overlap else f"none, as a {self.unit} shares no rows"
+            raise ValueError(f"test_over_train: got {self.test_over_train!r}, expected {expected}")
+        truth = self.judge in ("true", "share")
+        if truth and (self.scale != "linear" or self.every):
+            raise ValueError(f"judge: {self.judge} is of truth values, expected no scale and no 'every'")
+        if overlap and (self.judge == "share" or self.censored):
+            raise ValueError(
+                f"unit: got {self.unit!r}, expected values that share no rows, whose ranks and shares count"
+            )
+        if self.censored and (truth or self.every or self.scale in ("abs", "correlation")):
+            raise ValueError("censored: got true, expected it for counts and ratios alone, not with 'every'")
+        return self
+
+    @model_validator(mode="after")
+    def _published_range_is_one(self) -> Claim:
+        ends = self.published_range
+        if ends is not None and not (len(ends) == 2 and ends[0] <= ends[1]):
+            raise ValueError(f"published_range: got {ends}, expected two numbers, the lower first")
+        if ends is not None and self.group not in ("published", "transferred"):
+            raise ValueError(f"published_range: got {ends} with group {self.group!r}, which is not held against any")
         return self
 
     @property
@@ -103,10 +130,13 @@ class Claim:
 
     def rule(self) -> str:
         """Digest of everything that a verdict depends on, so that an outdated verdict can be told."""
-        spoken = ["id", "paper", "statement", "source", "published", "preset", "group"]
-        spoken += [] if self.unit else ["unit"]  # the digests of claims without one stay what they were
-        parts = {name: value for name, value in vars(self).items() if name not in spoken and name not in _NEW}
+        parts = {name: value for name, value in vars(self).items() if name not in _SPOKEN} | {"rules": RULES}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def goal(self) -> tuple[float, float]:
+        """Ends of the interval that the value must lie in; that above zero is open."""
+        return (0.0, math.inf) if self.judge == "greater_than_zero" else self.ends(self.bound)
 
     def ends(self, bound: Any) -> tuple[float, float]:
         """Ends of the interval that `bound`, or `weak` in its place, stands for."""
@@ -131,9 +161,19 @@ def load_claims(path: str | Path | None = None) -> list[Claim]:
         except ValidationError as error:
             found = [checks.mistake(one) for one in error.errors()]
         problems += [f"{entry.get('id', 'a claim without id')}: {mistake}" for mistake in found]
+    problems += _questions(claims)
     if problems:
         raise ClaimError("\n  ".join([f"{path.name}:", *problems]))
     return claims
+
+
+def _questions(claims: list[Claim]) -> list[str]:
+    """Questions whose claims are not judged on one record, so that no correction over them could be made."""
+    asked: dict[str, set[str]] = {}
+    for claim in claims:
+        asked.setdefault(claim.question, set()).add(f"{claim.figure} at {claim.preset}")
+    spread = {question: sorted(where) for question, where in asked.items() if question and len(where) > 1}
+    return [f"question {name!r}: got {', '.join(where)}, expected one of them" for name, where in spread.items()]
 
 
 def published(figure_id: str, path: str | Path | None = None) -> dict[str, Any]:
@@ -160,6 +200,16 @@ def _in_signs(low: float, high: float) -> str:
 
 def _numbers(bound: Any) -> list[float]:
     return bound if isinstance(bound, list) else [] if bound is None else [bound]
+
+
+_LEAST = math.nextafter(0, 1)
+_RANGES = {
+    "linear": (-math.inf, math.inf, "numbers"),
+    "abs": (0.0, math.inf, "bounds of at least zero"),
+    "log": (_LEAST, math.inf, "bounds above zero"),
+    "correlation": (-1.0, 1.0, "bounds from -1 to 1"),
+    "share": (_LEAST, 1.0, "a bound above 0, at most 1"),
+}
 
 
 def _is_bound(value: Any, count: int) -> bool:
