@@ -74,7 +74,7 @@ rule figure:
         presets="notebooks/{paper}/presets.yaml",
         library=LIBRARY,
     output:
-        expand(f"{FIGURES}/{{{{paper}}}}/{{{{name}}}}.{{suffix}}", suffix=["json", "pdf", "png"]),
+        expand(f"{FIGURES}/{{{{paper}}}}/{{{{name}}}}.{{suffix}}", suffix=["json", "npz", "pdf", "png"]),
         # Published only after success; what a failed notebook left is kept under failed/, which is no output.
         f"{FIGURES}/executed/{{paper}}/{{name}}.ipynb",
     wildcard_constraints:

@@ -28,7 +28,7 @@ import json, os
 from pathlib import Path
 stem = Path(os.environ["COMPRESSIBLE_FIGURES"]) / preset / "{id}"
 stem.parent.mkdir(parents=True, exist_ok=True)
-for suffix in (".pdf", ".png"):
+for suffix in (".pdf", ".png", ".npz"):
     stem.with_suffix(suffix).write_bytes(b"picture")
 values = dict(rank=rank, step_size=step_size, ranks=ranks, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
 stem.with_suffix(".json").write_text(json.dumps(values))

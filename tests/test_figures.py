@@ -57,14 +57,18 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_save_writes_two_pictures_and_a_record(places: Path, result: runs.Result) -> None:
+def test_save_writes_two_pictures_arrays_and_a_record(places: Path, result: runs.Result) -> None:
     path = figures.save(draw(), ID, "quick", result, verdicts=[])
     assert path == places / "quick" / "kwon2024" / "05_completion.json"
-    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".pdf", ".png"]
+    assert sorted(file.suffix for file in path.parent.iterdir()) == [".json", ".npz", ".pdf", ".png"]
     record = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert record["pictures"] == {kind: digest(path.with_suffix(f".{kind}")) for kind in ("pdf", "png")}
+    assert record["arrays"] == {"sha256": digest(path.with_suffix(".npz")), "float32": [], "left_out": []}
+    with np.load(path.with_suffix(".npz")) as arrays:
+        assert {name: arrays[name].shape for name in arrays} == {"curve": (100,), "loss": (3,)}
     plain = {"ratio": 0.5, "gap": None, "names": ["a"], "many": [1.0, None]}
-    assert record["metrics"] == plain | {"loss": [1.0, 1.0, 1.0]}, "per-seed values are kept, curves are not"
+    assert record["metrics"] == plain | {"loss": [1.0, 1.0, 1.0]}, "curves are in the file of arrays alone"
+    assert record["not_finite"] == {"gap": "Infinity", "many": "[1.0, NaN]"}
     assert (record["id"], record["preset"], record["run"]) == (ID, "quick", result.key)
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

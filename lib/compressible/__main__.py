@@ -1,4 +1,4 @@
-"""Command line: python -m compressible list | run | claims | data | notebooks."""
+"""Command line: python -m compressible list | run | redraw | claims | data | notebooks."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
     listing.set_defaults(command=_list)
     _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
+    redraw = commands.add_parser("redraw", help="draw a figure anew from its record, without computing")
+    redraw.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
+    redraw.add_argument("--preset", default="paper", help="folder below figures/ that has the record (default: paper)")
+    redraw.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
+    redraw.set_defaults(command=_redraw)
     _add_claims(commands.add_parser("claims", help="table of the papers' claims over all figures"))
     commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
     refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
@@ -71,6 +76,13 @@ def _run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s"
           f"{f'; preset {arguments.preset} needs {needs}' if needs else ''}")  # fmt: skip
     return 0 if done else 1
+
+
+def _redraw(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    batch.redraw(arguments.id, arguments.preset, arguments.kernel)
+    print(f"{arguments.id}: drawn from its record in {time.perf_counter() - started:.0f} s")
+    return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:

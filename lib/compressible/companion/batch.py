@@ -1,4 +1,4 @@
-"""The batch: executes one notebook with checked values and publishes its figure, or refreshes it in place."""
+"""The batch: executes one notebook with checked values and publishes its figure, redraws or refreshes it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compressible.companion import records
 from compressible.companion.library import NOTEBOOK, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.runtime import paths
 
 START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
-SUFFIXES = (".pdf", ".png", ".json")  # the record comes last: its presence says that the pictures are whole
+SUFFIXES = (".pdf", ".png", ".npz", ".json")  # the record comes last: its presence says that the others are whole
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -29,11 +30,18 @@ def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
     Pictures and record are published only then. A failure leaves the notebook as far as it came, and its
     traceback, under figures/<label>/failed, and whatever an earlier run had published untouched.
     """
-    root = paths.figures_dir() / values["preset"]
+    with _staging(values["preset"]) as staging:
+        return _run_in(staging, id, values, kernel)
+
+
+@contextlib.contextmanager
+def _staging(label: str) -> Iterator[Path]:
+    """A folder beside the figures under `label`, so that files move from it in one step; it goes away afterwards."""
+    root = paths.figures_dir() / label
     root.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root.resolve()))
     try:
-        return _run_in(staging, id, values, kernel)
+        yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -42,8 +50,9 @@ def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> b
     output, label = staging / "notebook.ipynb", values["preset"]
     executed, failed = executed_path(id, label), failed_path(id, label)
     try:
-        _execute(notebook_path(id), output, values, kernel, staging)
-        _publish(staging, id, label)
+        notebook = notebook_path(id)
+        _execute(notebook, output, values, kernel, _told(staging, notebook))
+        _publish(staging, id, label, SUFFIXES)
     except Exception as error:
         _keep_failure(output, failed, error)
         return False
@@ -53,25 +62,93 @@ def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> b
     return True
 
 
-def _execute(notebook: Path, output: Path, values: Mapping[str, Any], kernel: str, figures: Path) -> None:
+def redraw(id: str, label: str, kernel: str = "python3") -> None:
+    """Draw the figure of a record anew with the notebook as it is now, from the record alone: nothing is computed.
+
+    The notebook is executed as far as it saves its figure, with the record's parameters; what it runs gives the
+    recorded metrics and arrays. PDF and PNG are replaced, and in the record their digests and that of the notebook.
+
+    Raises:
+        BatchError: when there is no such notebook or record, or the record lacks what the notebook draws, was made with
+            other parameters or by another function. It says which command makes the record anew; all stays as it was.
+    """
+    notebook, place = notebook_path(id), record_path(id, label)
+    try:
+        record = records.read(place, id, label)
+        records.read_arrays(place, record)
+        with _staging(label) as staging:
+            _redraw_in(staging, notebook, place, {**record["parameters"], "preset": label}, kernel)
+    except records.RecordError as error:
+        command = f"python -m compressible run {id} --preset {label}"
+        raise BatchError(f"{id}: {error}; `{command}` makes the record anew") from None
+
+
+def _redraw_in(staging: Path, notebook: Path, place: Path, values: Mapping[str, Any], kernel: str) -> None:
+    id, label = f"{notebook.parent.name}/{notebook.stem}", values["preset"]
+    kept = staging / place.name  # what is drawn from does not change meanwhile
+    for file in (place, place.with_suffix(".npz")):
+        if file.is_file():
+            shutil.copy(file, kept.with_suffix(file.suffix))
+    begun = _as_far_as_it_saves(notebook, staging / "begun.ipynb")
+    told = _told(staging, notebook) | {records.VARIABLE: str(kept)}
+    try:
+        _execute(begun, staging / "notebook.ipynb", values, kernel, told, notebook.parent)
+    except Exception as error:
+        raise records.RecordError(_reason(error)) from error
+    if place.read_bytes() != kept.read_bytes():
+        raise BatchError(f"{place.name} has changed while its figure was drawn; redraw it once more")
+    _publish(staging, id, label, (".pdf", ".png", ".json"))
+
+
+def _reason(error: Exception, limit: int = 300) -> str:
+    """What stopped the kernel, in one line."""
+    name, told = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+    text = " ".join((told if name == records.RecordError.__name__ else f"{name}: {told}").split())
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
+    """A copy of the notebook that ends with the last cell that saves a figure: what comes after draws nothing."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    saving = [k for k, cell in enumerate(content.cells) if cell.cell_type == "code" and "figures.save(" in cell.source]
+    content.cells = content.cells[: max(saving, default=len(content.cells)) + 1]
+    nbformat.write(content, begun)
+    return begun
+
+
+def _told(staging: Path, notebook: Path) -> dict[str, str]:
+    """What the kernel is told: where figures go, which notebook it is, and that it computes."""
+    told = {"COMPRESSIBLE_FIGURES": str(staging), NOTEBOOK: notebook_digest(notebook) or ""}
+    return told | {records.VARIABLE: ""}
+
+
+def _execute(
+    notebook: Path,
+    output: Path,
+    values: Mapping[str, Any],
+    kernel: str,
+    told: Mapping[str, str],
+    folder: Path | None = None,
+) -> None:
     import papermill
 
-    told = {"COMPRESSIBLE_FIGURES": str(figures), NOTEBOOK: notebook_digest(notebook) or ""}
     with _environment(**told), _private_sockets() as config:
         papermill.execute_notebook(
             str(notebook),
             str(output),
             parameters=dict(values),
             kernel_name=kernel,
-            cwd=str(notebook.parent),
+            cwd=str(folder or notebook.parent),
             start_timeout=START_TIMEOUT,
             config=config,
             progress_bar=sys.stderr.isatty(),
         )
 
 
-def _publish(staging: Path, id: str, label: str) -> None:
-    saved = [(staging / label / id).with_suffix(suffix) for suffix in SUFFIXES]
+def _publish(staging: Path, id: str, label: str, suffixes: Sequence[str]) -> None:
+    saved = [(staging / label / id).with_suffix(suffix) for suffix in suffixes]
     lacking = [file.name for file in saved if not file.exists()]
     if lacking:
         raise BatchError(f"{id} ran through but did not save {', '.join(lacking)} under preset {label!r}")
@@ -118,8 +195,10 @@ def _private_sockets() -> Iterator[Any]:
 @contextlib.contextmanager
 def _figures_aside() -> Iterator[None]:
     """Send figures to a folder that goes away: refreshing a notebook is no run of the batch."""
-    with tempfile.TemporaryDirectory() as folder, _environment(COMPRESSIBLE_FIGURES=f"{folder}/figures"):
-        yield
+    with tempfile.TemporaryDirectory() as folder:
+        aside = {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: ""}
+        with _environment(**aside):
+            yield
 
 
 @contextlib.contextmanager

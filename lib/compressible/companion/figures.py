@@ -1,4 +1,4 @@
-"""One style for every figure, and `save`, which leaves PDF, PNG and a JSON record side by side."""
+"""One style for every figure, and `save`, which leaves PDF, PNG, arrays and a JSON record side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.optimize import isotonic_regression
 
-from compressible.companion import claims, parameters, runs
+from compressible.companion import claims, parameters, records, runs
 from compressible.companion.claims import interval
 from compressible.companion.palette import COLORS, PALETTE, colors
 from compressible.runtime import paths
@@ -142,30 +142,40 @@ def plain_log_ticks(axis: Axis) -> None:
 def save(
     figure: Figure, id: str, preset: str, result: runs.Result, verdicts: Iterable[claims.Verdict] | None = None
 ) -> Path:
-    """Write <figures>/<preset>/<id>.pdf, .png and .json; returns the record's path.
+    """Write <figures>/<preset>/<id>.pdf, .png, .npz and .json; returns the record's path, that of the JSON file.
 
-    The record holds provenance, metrics, the verdicts on the figure's claims and the digests of the two
-    pictures. It is renamed last, so where it stands, the pictures are whole. Raises ValueError for a
-    malformed id, ParameterError for a malformed preset.
+    The record holds provenance, metrics, the verdicts on the figure's claims and the digests of the other three: two
+    pictures, and the result's arrays, from which the figure can be redrawn (records.py says which are rounded). It is
+    renamed last, so where it stands, the others are whole. In `python -m compressible redraw` the record stays as it
+    is but for the pictures and the notebook that drew them. Raises ValueError for a malformed id, ParameterError for a
+    malformed preset.
     """
     if not _ID.fullmatch(id):
         raise ValueError(f"id: got {id!r}, expected paper/NN_name such as 'kwon2024/05_completion'")
     parameters.validate({"preset": preset})
-    judged = claims.judge(id, result) if verdicts is None else verdicts
-    record = runs.provenance(result, preset, id)
-    record |= {"metrics": result.metrics | _per_seed(result.arrays), "claims": [asdict(verdict) for verdict in judged]}
     path = paths.figures_dir() / preset / f"{id}.json"
-    _write(figure, path, record)
+    if place := records.redrawn_from():
+        record = records.read(place, id, preset)
+        _write(figure, path, record | {"notebook": runs.drawn_in(id)})
+        return path
+    judged = claims.judge(id, result) if verdicts is None else verdicts
+    metrics = result.metrics | _per_seed(result.arrays)
+    arrays, told = records.pack(result.arrays)
+    record = runs.provenance(result, preset, id) | {"metrics": metrics, "not_finite": records.not_finite(metrics)}
+    _write(figure, path, record | {"claims": [asdict(verdict) for verdict in judged], "arrays": told}, arrays)
     return path
 
 
-def _write(figure: Figure, path: Path, record: dict[str, Any]) -> None:
+def _write(figure: Figure, path: Path, record: dict[str, Any], arrays: bytes | None = None) -> None:
+    suffixes = (".json", *([] if arrays is None else [".npz"]), ".png", ".pdf")
     with ExitStack() as stack:
         # The stack unwinds backwards: the record, entered first, takes its place last.
-        json_file, png, pdf = (
-            stack.enter_context(paths.atomic_path(path.with_suffix(suffix))) for suffix in (".json", ".png", ".pdf")
+        json_file, *npz, png, pdf = (
+            stack.enter_context(paths.atomic_path(path.with_suffix(suffix))) for suffix in suffixes
         )
         _draw(figure, png, pdf, record["id"])
+        for file in npz:
+            file.write_bytes(arrays or b"")
         pictures = {"pdf": _sha256(pdf), "png": _sha256(png)}
         text = json.dumps(_strict(record | {"pictures": pictures}), indent=1, allow_nan=False)
         json_file.write_text(text + "\n", encoding="utf-8")
@@ -185,7 +195,7 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
 
 
 def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
-    """Short one-dimensional arrays: a value for each seed, width or split. Curves stay in the cache."""
+    """Short one-dimensional arrays: a value for each seed, width or split. Curves are in the .npz file alone."""
     return {name: array.tolist() for name, array in arrays.items() if array.ndim == 1 and array.size <= most}
 
 

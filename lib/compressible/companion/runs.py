@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressible.companion import parameters
+from compressible.companion import parameters, records
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import NOTEBOOK, notebook_digest
 from compressible.companion.provenance import LIBRARY, environment, git_state
@@ -85,8 +85,13 @@ def run(
     ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
     from outside itself what cannot be told from another of its kind, a model, say. `reads` tells it, {name: digest or
     version}; else such a function runs with cache=False only. `key` is "" then.
+
+    In `python -m compressible redraw` the result is the record's and nothing is computed; RecordError where the
+    record was made with other parameters or by another function.
     """
     values, digests = _arguments(function, values), _digests(data)
+    if place := records.redrawn_from():
+        return _recorded(place, function, values, reads)
     key = _key(function, values, digests, reads) if cache else ""
     result = _load(_entry(key), key) if cache else None
     if result is None:
@@ -125,7 +130,7 @@ def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
         "preset": preset,
         "parameters": result.parameters,
         **result.made,
-        "notebook": os.environ.get(NOTEBOOK) or notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb"),
+        "notebook": drawn_in(id),
         "data": result.data,
         "device": result.device,
         "threads": result.threads,
@@ -137,6 +142,11 @@ def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
         "run": result.key,
         "cached": result.cached,
     }
+
+
+def drawn_in(id: str) -> str | None:
+    """Digest of the notebook that draws: of what the batch executes, or of the file as it is saved."""
+    return os.environ.get(NOTEBOOK) or notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb")
 
 
 def _arguments(function: Callable[..., dict], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +162,24 @@ def _arguments(function: Callable[..., dict], values: Mapping[str, Any]) -> dict
     if missing := [name for name in names if name not in checked]:
         raise parameters.ParameterError(f"{function.__qualname__}: expected a value for {', '.join(missing)}")
     return checked
+
+
+def _recorded(
+    place: Path, function: Callable[..., dict], values: dict[str, Any], reads: Mapping[str, str] | None
+) -> Result:
+    """The result that the record at `place` keeps, of this very function and these values."""
+    record = json.loads(place.read_text(encoding="utf-8"))
+    arrays, metrics = records.read_arrays(place, record)
+    kept, asked = record["parameters"], json.loads(json.dumps(values))
+    if other := [name for name in kept | asked if kept.get(name) != asked.get(name)]:
+        differ = ", ".join(f"{name} {kept.get(name)!r}, expected {asked.get(name)!r}" for name in other)
+        raise records.RecordError(f"the record was made with other parameters: {differ}")
+    if record.get("function") and record["function"] != source_digest(function, reads):
+        raise records.RecordError(f"{function.__name__}, or what it reads, has changed since the record was made")
+    return Result(
+        values, arrays, metrics, record["run"], True, record["wall_seconds"], record["peak_memory_bytes"],
+        record.get("started", ""), record.get("ended", ""), record["device"], record["threads"], {}, record["data"],
+    )  # fmt: skip
 
 
 def _digests(data: Data) -> dict[str, str]:
