@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.__main__ import main
 from compressible.companion import claims, notebooks
 from compressible.companion.claims import FAIL, NOT_TESTED, PASS, Claim, ClaimError
 
@@ -219,51 +218,6 @@ def test_files_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
     for name, text in (("half", '{"id": '), ("list", "[1]"), ("other", '{"id": "x"}')):
         (tmp_path / "quick" / "kwon2024" / f"{name}.json").write_text(text)
     assert "1 PASS" in claims.table(tmp_path, claims=[claim()])
-
-
-def test_markdown_groups_by_paper_and_escapes(tmp_path: Path) -> None:
-    first = Claim("yaras2024/03_svd.a", "P1", "|a| < b", "m", "at_most", "here", bound=1.0)
-    text = claims.table(tmp_path, format="markdown", claims=[claim(), first])
-    assert text.index("**P1") < text.index("**P2")
-    unrecorded = "no record: `make figure ID=yaras2024/03_svd PRESET=paper`"
-    assert f"| \\|a\\| < b <sub>yaras2024/03_svd.a</sub> |  | {unrecorded} | NOT TESTED |" in text
-    with pytest.raises(ValueError, match="format: got 'html'"):
-        claims.table(tmp_path, format="html", claims=[])
-
-
-def test_the_readme_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- claims:start -->\nold\n<!-- claims:end -->\nbelow\n")
-    for _ in range(2):
-        claims.readme_block("new\n", readme)
-        assert readme.read_text() == "above\n<!-- claims:start -->\nnew\n<!-- claims:end -->\nbelow\n"
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="expected the marks"):
-        claims.readme_block("new", readme)
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one claim and a README, as the working directory."""
-    (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\n')
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "claims.toml").write_text(ENTRY)
-    (tmp_path / "README.md").write_text("<!-- claims:start --><!-- claims:end -->")
-    monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_command_prints_and_writes(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_record(project / "figures", "quick", claim(), 0.5)
-    assert main(["claims"]) == 0
-    assert "PASS         a statement" in capsys.readouterr().out
-    assert main(["claims", "--preset", "paper", "--format", "markdown"]) == 0
-    assert "PRESET=paper` | NOT TESTED |" in capsys.readouterr().out
-    assert main(["claims", "--preset", "papr"]) == 2
-    assert "got 'papr', expected 'own' or a preset; the closest is 'paper'" in capsys.readouterr().err
-    assert main(["claims", "--write-readme"]) == 0
-    assert "| a statement <sub>" in (project / "README.md").read_text()
 
 
 DESCRIBED = {

@@ -267,14 +267,6 @@ def test_make_lists_every_target_it_declares():
     }  # fmt: skip
 
 
-def test_readme_shows_the_verdicts_of_the_committed_records(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)
-    block = (REPOSITORY / "README.md").read_text().split("<!-- claims:start -->")[1].split("<!-- claims:end -->")[0]
-    expected = claims.table(REPOSITORY / "figures", format="markdown", preset="own")
-    assert block.strip() == expected.strip(), "python -m compressible claims --write-readme"
-
-
 def committed_labels(id: str) -> list[str]:
     """Presets whose figures are committed: paper, or where that needs models from a hub, those with a smaller one."""
     known = notebooks.presets(id)

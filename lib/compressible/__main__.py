@@ -60,7 +60,8 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 def _add_claims(claims: argparse.ArgumentParser) -> None:
     claims.add_argument("--format", choices=("text", "markdown"), default="text")
     claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
-    claims.add_argument("--write-readme", action="store_true", help="put the table of own records into README.md")
+    claims.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
+                        "what notebooks show of their records")  # fmt: skip
     claims.set_defaults(command=_claims)
 
 
@@ -100,8 +101,10 @@ def _claims(arguments: argparse.Namespace) -> int:
 
     if arguments.preset:
         claims.check_preset(arguments.preset)
-    if arguments.write_readme:
-        claims.readme_block(claims.table(format="markdown", preset=arguments.preset or claims.OWN))
+    if arguments.write:
+        for path in claims.write():
+            print(f"written: {path.relative_to(paths.repository())}")
+        return 0
     print(claims.table(format=arguments.format, preset=arguments.preset), end="")
     return 0
 

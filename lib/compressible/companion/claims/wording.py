@@ -1,0 +1,95 @@
+"""Values, intervals and bounds in few characters, and text that a cell of a markdown table can hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from compressible.companion.claims.standing import Standing
+from compressible.companion.claims.statement import Claim
+
+_MATH = re.compile(r"(\$[^$]+\$|`[^`]+`)")
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_SIGNS = re.compile(r"[|~$*]|(?<!\w)_|_(?!\w)")  # what markdown takes for a bar, strokes, a formula or emphasis
+
+
+def number(value: float) -> str:
+    """Three digits, or all of a whole number below a million."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 and math.isfinite(value) else f"{value:.3g}"
+
+
+def ours(standing: Standing) -> str:
+    """Our value with its 95 % interval; empty where nothing was judged, "not finite" where a run diverged."""
+    judged = standing.judged
+    if judged is None:
+        return ""
+    if judged["value"] is None:
+        return "not finite"
+    ends = "" if judged["low"] is None else f" [{number(judged['low'])}, {number(judged['high'])}]"
+    return number(judged["value"]) + ends
+
+
+def sample(standing: Standing) -> str:
+    """How many values were judged, and of what: 10 seeds."""
+    if standing.judged is None:
+        return ""
+    unit, n = standing.claim.unit or "seed", standing.judged["seeds"]
+    return f"{n} {unit}{'' if n == 1 else 's'}"
+
+
+def published(claim: Claim) -> str:
+    """The published value as text, with its interval where it is known."""
+    if claim.published_range is None:
+        return claim.published
+    low, high = (number(float(end)) for end in claim.published_range)
+    interval = f"[{low}, {high}]"
+    return claim.published if interval in claim.published else f"{claim.published} {interval}".strip()
+
+
+def bound(claim: Claim) -> str:
+    """The bound in signs, and where it comes from."""
+    return claim.bound_text() + (f"; {claim.bound_from}" if claim.bound_from else "")
+
+
+def verdict(standing: Standing) -> str:
+    """The verdict in bold, in markdown, and the reason where it is not PASS."""
+    return f"**{standing.verdict}**" + (f": {cell(standing.reason)}" if standing.reason else "")
+
+
+def device(record: dict[str, Any]) -> str:
+    """What a record was made on, without the words that say nothing."""
+    return (
+        re.sub(r"\((R|TM)\)|NVIDIA | \d+GB HBM3e?|Processor|CPU(?= @)| @ .*", "", record.get("device") or "").strip()
+        or "?"
+    )
+
+
+def commit(record: dict[str, Any]) -> str:
+    """The first digits of the commit that made a record."""
+    return (record.get("commit") or "?")[:7]
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a table: no bar, tag, emphasis or break of its own, formulas and code left whole.
+
+    A bar within a formula is spelt, since GitHub and JupyterLab disagree on what a backslash before it means.
+    """
+    parts = _MATH.split(" ".join(text.split()))
+    return "".join(_spelt(part) if i % 2 else _escaped(part) for i, part in enumerate(parts))
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A markdown table of cells that are markdown already."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return _TAG.sub("&lt;", _SIGNS.sub(r"\\\g<0>", text))
+
+
+def _spelt(text: str) -> str:
+    if text.startswith("`"):
+        return text.replace("|", "\\|")
+    return text.replace("\\|", "\\Vert ").replace("|", "\\vert ")
