@@ -5,7 +5,16 @@ import pytest
 import torch
 
 import compressible as cd
-from compressible.experiments.components import draw_stack, leading_alignment, learning_order, triplets, watch
+from compressible.experiments.components import (
+    around,
+    beside_the_loss,
+    draw_stack,
+    leading_alignment,
+    learning_order,
+    over_problems,
+    triplets,
+    watch,
+)
 from compressible.experiments.outcomes import held, linear_convergence, outcomes, stays_above
 from compressible.experiments.outer_ratios import arrivals, crossing, limits, pace, savings
 from compressible.experiments.recommend import Fit, summary
@@ -85,18 +94,48 @@ def test_the_components_of_a_factorization_are_found_the_largest_first():
     np.testing.assert_allclose(curves["values"][:, -1, :2], target, rtol=1e-4)
     np.testing.assert_allclose(curves["components"][:, -1], target, rtol=1e-4)
     order = learning_order(curves, target)
-    assert order["ordered"].all() and (order["pairs"] == 1).all() and (order["components"] == 1).all()
+    assert order["exactly_r"].all() and (order["pairs"] == 1).all() and (order["components"] == 1).all()
     assert (order["first"][:, 0] < order["first"][:, 1]).all() and (order["aligned"] > 0.8).all()
-    assert (order["extra"] < 1e-2).all()
+    assert (order["extra"] < 1e-2).all() and (order["apart"] == 1).all()
 
 
-def test_a_value_that_never_rises_has_no_alignment():
-    values = np.array([[[0.1, 0.1, 0.0], [2.0, 0.1, 0.0], [2.0, 0.5, 0.0]]] * 2)
-    sides = np.array([[[0.3, 0.9], [0.8, 0.9], [1.0, 0.7]]] * 2)
+def test_what_is_learned_when_by_hand():
+    values = np.array([[[0.1, 0.1, 0.0], [2.0, 0.1, 0.0], [2.0, 0.95, 0.0]]] * 3)
+    values[1, 2, 2] = 0.03
+    sides = np.array([[[0.3, 0.9], [0.8, 0.9], [1.0, 0.7]]] * 3)
     curves = {"values": values, "left": sides, "right": sides, "components": values[..., :2]}
-    target = np.array([[2.0, 1.0], [9.0, 9.0]])
-    aligned = learning_order(curves | {"iterations": np.arange(3)}, target)["aligned"]
-    np.testing.assert_array_equal(aligned, [0.8, np.nan])
+    target = np.array([[2.0, 1.0], [2.0, 1.0], [9.0, 9.0]])
+    order = learning_order(curves | {"iterations": np.arange(3)}, target)
+    np.testing.assert_allclose(order["alignment"], [[0.8, 0.7], [0.8, 0.7], [1.0, 0.7]])  # at the end where none rises
+    np.testing.assert_array_equal(order["exactly_r"], [True, False, False])
+    np.testing.assert_array_equal(order["apart"], [1.0, 1.0, 0.0])
+    together = curves | {"values": np.where(np.arange(3)[:, None] > 0, 2.0, values), "iterations": np.arange(3)}
+    late = learning_order(together | {"values": together["values"] * [0.6, 1.0, 0.0]}, target)
+    np.testing.assert_array_equal(late["apart"], [0.0, 0.0, 0.0])
+    both = over_problems({"one": order, "two": {**order, "extra": order["extra"] + 1, "aligned": order["aligned"] / 2}})
+    np.testing.assert_allclose(both["extra"], order["extra"] + 1)
+    np.testing.assert_allclose(both["aligned/two"], order["aligned"] / 2)
+    assert both["exactly_r"].tolist() == [True, False, False] and both["components"].shape == (3,)
+
+
+def test_curves_are_seen_from_each_ones_own_time():
+    time, curves = 10 * np.arange(5), np.arange(15.0).reshape(3, 5)
+    since, seen = around(curves, time, np.array([10.0, 20.0, np.nan]))
+    assert since.tolist() == [-10, 0, 10, 20]
+    np.testing.assert_array_equal(seen, [[0, 1, 2, 3], [6, 7, 8, 9], [np.nan] * 4])
+    assert around(curves, time, np.full(3, np.nan))[1].shape == (3, 0)
+
+
+def test_when_the_leading_pair_is_found_beside_the_loss_by_hand():
+    loss = np.array([[2.0, 2.0, 0.1, 0.0], [2.0, 0.1, 0.1, 0.0], [2.0, 0.1, 0.0, 0.0]])
+    left = np.array([[0.0, 0.95, 0.95, 1.0], [0.0, 0.95, 0.5, 0.95], [0.0, 0.0, 0.0, 0.4]])
+    out = beside_the_loss({"iterations": 10 * np.arange(4), "loss": loss, "left": left, "right": left / 1.01})
+    np.testing.assert_array_equal(out["found_at"], [10, 30, np.inf])
+    np.testing.assert_array_equal(out["fallen_at"], [20, 10, 10])
+    np.testing.assert_array_equal(out["loss_share"], [1.0, 0.0, np.nan])
+    assert out["sooner"].tolist() == [True, False, False] and out["since"].tolist() == [-10, 0, 10]
+    np.testing.assert_allclose(out["alignment"][0], left[0, 1:] / 1.01)
+    np.testing.assert_allclose(out["final"], left[:, -1] / 1.01)
 
 
 def test_the_outer_factors_turn_to_the_leading_component():

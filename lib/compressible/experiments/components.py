@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compressible.descent.history import History
 from compressible.experiments.compare import Build
+from compressible.experiments.outcomes import first_below, stays_above
 from compressible.experiments.trajectories import first_passage, iterates, pairs_in_order
 from compressible.recovery.factors import Factors, product, stack_factors
 from compressible.recovery.problems import Problem, stack_problems
@@ -53,6 +54,46 @@ def leading_alignment(target: Tensor) -> Look:
     return look
 
 
+def beside_the_loss(curves: Mapping[str, np.ndarray], near: float = 0.9, fallen: float = 0.1) -> dict[str, np.ndarray]:
+    """Return per seed (S,) when the leading pair is found and when the loss falls, from curves of `leading_alignment`.
+
+    "final" and "final_loss", the lower of the two alignments and the training loss at the end; "found_at", the
+    iteration from which on both alignments exceed `near`, and "fallen_at", where less than the share `fallen` of the
+    initial loss is left: infinite if not by the end. "sooner": found before the loss has fallen; "loss_share" is what
+    is left of it at "found_at", NaN if that never comes; "sides_apart", the largest difference of the two alignments.
+
+    Seen from each seed's own "fallen_at", U looks that all of them have: "since" (U,) iterations, (S, U) the lower
+    "alignment" and the "share" of the initial loss; of a seed whose loss never falls NaN.
+    """
+    time, share = curves["iterations"], curves["loss"] / curves["loss"][:, :1]
+    least = np.minimum(curves["left"], curves["right"])
+    found, drop = stays_above(least, near, time), first_below(share, fallen, time)
+    since, seen = around(np.stack([least, share]), time, drop)
+    return {
+        "final": least[:, -1],
+        "final_loss": curves["loss"][:, -1],
+        "found_at": np.where(np.isnan(found), np.inf, found),
+        "fallen_at": np.where(np.isnan(drop), np.inf, drop),
+        "sooner": found < drop,
+        "loss_share": stays_above(least, near, share),
+        "sides_apart": np.abs(curves["left"] - curves["right"]).max(1),
+        **{"since": since, "alignment": seen[0], "share": seen[1]},
+    }
+
+
+def around(curves: np.ndarray, time: np.ndarray, when: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return curves (..., S, T) at `time` (T,), evenly spaced from 0, as seen from each seed's own `when` (S,).
+
+    (U,) iterations from there, those that every seed has, and the curves (..., S, U); NaN where `when` is not finite.
+    """
+    known, every = np.isfinite(when), time[1] - time[0]
+    places = np.where(known, when, 0).astype(int) // every
+    ahead, left = (places[known].max(), places[known].min()) if known.any() else (len(time), 0)
+    window = np.arange(-left, len(time) - ahead)
+    seen = np.take_along_axis(curves, np.broadcast_to(places[:, None] + window, (*curves.shape[:-1], len(window))), -1)
+    return every * window, np.where(known[:, None], seen, np.nan)
+
+
 def triplets(target: Tensor, rank: int) -> Look:
     """Return the look at the product's triplets beside the target's.
 
@@ -74,26 +115,39 @@ def triplets(target: Tensor, rank: int) -> Look:
 def learning_order(curves: Mapping[str, np.ndarray], target: np.ndarray) -> dict[str, np.ndarray]:
     """Return, for curves of `triplets` and the target's values (S, r), whether the largest are learned first.
 
-    "first" (S, r), the iteration at which each value passes its half; "ordered", whether they do so one after another;
-    "pairs" and "components", the share of pairs i < j in order, of the values and of the components on the target's own
-    triplets; "aligned", the mean alignment of the i-th vectors when the i-th value has reached 90 %, over those that
-    do; "extra", the largest sigma_(r+1) ever over s_1.
+    "first" (S, r), the iteration at which each value passes its half; "pairs" and "components", the share of pairs
+    i < j in order, of the values and of the components on the target's own triplets; "apart", the share of the values
+    that have risen to 90 % when the next one passes its half; "alignment" (S, r), the mean alignment of the i-th
+    vectors when the i-th value has risen to 90 %, at the last look if it never does, and "aligned", its mean over i;
+    "extra", the largest sigma_(r+1) ever over s_1; "exactly_r", whether all r values rise and "extra" is at most 0.01.
     """
     rank, time = target.shape[1], curves["iterations"]
-    values, extra = curves["values"][..., :rank], curves["values"][..., rank]
-    first = first_passage(values, target / 2, time)
-    risen = values > 0.9 * target[:, None]
-    when = risen.argmax(1)[:, None]
+    values, extra = curves["values"][..., :rank], (curves["values"][..., rank] / target[:, :1]).max(1)
+    first, risen = (first_passage(values, share * target, time) for share in (0.5, 0.9))
+    up = values > 0.9 * target[:, None]
+    when = np.where(up.any(1), up.argmax(1), len(time) - 1)[:, None]
     sides = [np.take_along_axis(curves[side], when, 1)[:, 0] for side in ("left", "right")]
-    aligned = np.ma.masked_array(np.mean(sides, 0), ~risen.any(1))
+    alignments = np.mean(sides, 0)
     return {
         "first": first,
-        "ordered": (np.diff(first) >= 0).all(1),
         "pairs": pairs_in_order(first),
         "components": pairs_in_order(first_passage(curves["components"], target / 2, time)),
-        "aligned": aligned.mean(1).filled(np.nan),
-        "extra": (extra / target[:, :1]).max(1),
+        "apart": (risen[:, :-1] <= first[:, 1:]).mean(1),
+        "alignment": alignments,
+        "aligned": alignments.mean(1),
+        "extra": extra,
+        "exactly_r": up.any(1).all(1) & (extra <= 0.01),
     }
+
+
+def over_problems(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return {problem: measures of `learning_order`} as one: per seed (S,), at the worst of the problems.
+
+    "exactly_r" holds in all, "components" and "apart" are the least, "extra" is the largest; "aligned/<problem>" stays.
+    """
+    worst = {"exactly_r": np.all, "components": np.min, "apart": np.min, "extra": np.max}
+    out = {key: take([one[key] for one in found.values()], axis=0) for key, take in worst.items()}
+    return out | {f"aligned/{problem}": one["aligned"] for problem, one in found.items()}
 
 
 def layer_paths(history: History, rank: int, rhos: Tensor) -> dict[str, Tensor]:
