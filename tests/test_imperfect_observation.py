@@ -43,6 +43,7 @@ def test_descent_over_a_stack_and_the_angles_of_surrogates(target):
     assert (found["small/best"] <= found["small/final"] + 1e-15).all()
     assert (found["small/final"][1] > found["small/final"][0]).all() and found["runs"] == 4
     assert found["small/curve"].shape == (2, len(found["small/at"]))
+    assert np.isinf(found["small/overfits"][0]).all() and np.isinf(found["small/times"][1]).all()
     angles = imperfect.surrogate_angles(target, 2, {"exact": (target[None], 2), "noisy": (problem.surrogate(), 2)})
     assert (angles["exact/angle"] < 1e-6).all()
     assert (angles["noisy/angle"][1] > angles["noisy/angle"][0]).all()
@@ -61,18 +62,21 @@ def test_what_noise_and_skew_come_to_by_hand():
     found = {f"{name}/final": np.array(end) for name, end in ends.items()}
     found |= {f"{name}/best": np.array([[1e-9], [0.1], [0.4]]) for name in ends}
     found["width 2r/angle"] = np.array([[0.2], [0.3], [0.9]])
+    found |= {"width 2r/overfits": np.array([[np.inf], [60.0], [30.0]]), "original/at": np.array([0, 50, 100])}
+    found["original/overfits"] = np.array([[np.inf], [np.inf], [40.0]])  # the budget counts where it never does
     out = imperfect.judge_noise(found, [0.0, 0.5, 1.0], np.array([[0.0], [0.2], [0.8]]))
     expected = {"width 2r over original": 2.0, "width r over original": 0.5, "best over original": 1.0}
-    expected |= {"r over least squares": 0.5, "turn": 1.5}
+    expected |= {"r over least squares": 0.5, "turn": 1.5, "r at most noise": 0.5, "overfit ratio": 0.6}
     assert {name: float(out[name][0]) for name in expected} == pytest.approx(expected)
 
     uneven = {"original/final": np.array([[0.0], [0.0], [1.0]]), "width 2r/final": np.array([[0.0], [1.0], [0.0]])}
-    uneven |= {"original/times": np.array([[100.0], [200.0], [np.nan]])}
-    uneven |= {"width 2r/times": np.array([[90.0], [np.nan], [50.0]])}
+    uneven |= {"original/times": np.array([[100.0], [200.0], [np.inf]])}
+    uneven |= {"width 2r/times": np.array([[90.0], [220.0], [50.0]])}
     uneven |= {"width 2r/angle": np.array([[0.1], [0.5], [0.7]]), "reweighted/angle": np.array([[0.1], [0.2], [0.8]])}
+    uneven["original/at"] = np.array([0, 150, 300])
     out = imperfect.judge_skew(uneven, [0.0, 1.0, 2.0])
     assert out["recovers to"] == [0.0] and not out["as original"].any()
-    assert out["iteration ratio"] == pytest.approx([0.9]) and out["reweighting"] == pytest.approx([0.1])
+    assert out["iteration ratio"] == pytest.approx([1.1]) and out["reweighting"] == pytest.approx([0.1])
 
 
 @pytest.mark.parametrize("levels", [[0.0], [0.1, 0.2], [0.0, 0.2, 0.1], [0.0, 0.1, 0.1]])

@@ -110,6 +110,8 @@ def test_tails_are_the_least_errors_of_each_rank():
 
 def test_what_ranks_come_to_by_hand():
     curves = {"original/0/error": np.array([[1.0, 1e-7, np.nan]]), "original/0/iterations": np.array([0, 100, 200])}
+    names = ("original/0", "alpha/1", "alpha/2", "alpha/4", "gradient/1", "gradient/2")
+    curves |= {f"{name}/diverged": np.array([False]) for name in names}
     for size, error in ((1, [1.0, 0.5, 0.4]), (2, [1.0, 1e-7, 1e-8]), (4, [1.0, 1e-8, 1e-9])):
         curves[f"alpha/{size}/error"] = np.array([error])
         curves[f"alpha/{size}/iterations"] = np.array([0, 50, 100])
@@ -119,10 +121,21 @@ def test_what_ranks_come_to_by_hand():
     tail = np.array([[0.8, 0.2, 0.0]])
     ends = rank_sweep.judge(curves, tail, 2, {"alpha": [1, 2, 4]}, [1, 2])
     np.testing.assert_array_equal(ends["alpha/final"], [[0.4, 1e-8, 1e-9]])
-    np.testing.assert_array_equal(ends["alpha/iterations"], [[np.nan, 50.0, 50.0]])
+    np.testing.assert_array_equal(ends["alpha/iterations"], [[np.inf, 50.0, 50.0]])
     expected = {"recovered": 1e-8, "floor": 2.0, "flatness": 1.0, "r_over_2r": 1.0, "r_over_original": 0.5}
     expected |= {"gradient_recovered": 1e-8, "gradient_floor": 3.0}
     assert {name: float(ends[name][0]) for name in expected} == pytest.approx(expected)
+    late = curves | {"alpha/2/error": np.array([[1.0, 0.5, 0.4]])}  # stopped before it got there
+    ends = rank_sweep.judge(late, tail, 2, {"alpha": [1, 2, 4]}, [1, 2])
+    assert ends["r_over_2r"] == ends["r_over_original"] == np.inf and ends["recovered"] == [0.4]
+    gone = {name: np.array([True]) for name in ("alpha/4/diverged", "gradient/1/diverged", "original/0/diverged")}
+    ends = rank_sweep.judge(curves | gone, tail, 2, {"alpha": [1, 2, 4]}, [1, 2])
+    assert ends["recovered"] == ends["gradient_floor"] == np.inf and np.isnan(ends["r_over_original"]).all()
+
+
+def test_the_ratio_farthest_from_one_may_lie_below_it():
+    ratios = np.array([[1.2, 0.5, 1.9], [1.0, 0.9, 1.2], [np.inf, 0.1, 1.0]])
+    np.testing.assert_array_equal(rank_sweep.farthest_from_one(ratios), [0.5, 1.2, np.inf])
 
 
 @pytest.mark.parametrize(

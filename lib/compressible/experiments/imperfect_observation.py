@@ -64,8 +64,9 @@ def descend_from(
     """Descend from every start on the whole stack of problems, and return what each comes to.
 
     "<name>/curve" (levels, R), the mean error over seeds, "<name>/at" (R,) iterations; (levels, S): "<name>/final"
-    error, "<name>/best", the least on the way, "<name>/times", iterations to an error of 1e-6 (NaN if never). Beside
-    them what `stacking_gain` says of the stacks. `options` go to `descend`.
+    error, "<name>/best", the least on the way, "<name>/overfits", iterations to twice that after it, "<name>/times",
+    iterations to an error of 1e-6; infinite if not by the end. Beside them what `stacking_gain` says of the stacks.
+    `options` go to `descend`, which refuses runs that diverge.
     """
     gain = stacking_gain(partial(_one, problem, starts), 0, math.prod(problem.batch_shape), steps=100)
     found: dict[str, np.ndarray | float] = {**gain}
@@ -92,19 +93,23 @@ def least_squares_error(target: Tensor, rank: int, observed: float, ratios: np.n
 def judge_noise(found: Found, ratios: Sequence[float], expected: np.ndarray) -> dict[str, np.ndarray]:
     """Return per seed (S,) how "width 2r" and "width r" bear noise beside "original", at the worst of the noisy levels.
 
-    "<name> over original": final errors; "best over original": best errors of width 2r; up to a ratio of one half:
-    "r over least squares", final error of width r over `expected` (levels, S), and "turn", how much the angle of
-    width 2r grows. "least squares" is `expected`.
+    "<name> over original": final errors, and "r at most noise", that of width r at the last level; "best over
+    original": best errors of width 2r; up to a ratio of one half: "r over least squares", final error of width r over
+    `expected` (levels, S). At the largest of these: "turn", how much the angle of width 2r grows, and "overfit ratio",
+    iterations until its error is twice the best one over the original's. "least squares" is `expected`.
     """
     levels = np.array(ratios)
     some, wide = levels > 0, found["original/final"]
     few = some & (levels <= max(0.5, levels[1]))
-    angle = found["width 2r/angle"]
+    shown, angle = np.flatnonzero(few)[-1], found["width 2r/angle"]
+    overfit = (found[f"{name}/overfits"][shown] for name in ("width 2r", "original"))
     out = {f"{n} over original": (found[f"{n}/final"] / wide)[some].max(0) for n in ("width 2r", "width r")}
     return out | {
         "best over original": (found["width 2r/best"] / found["original/best"])[some].max(0),
         "r over least squares": (found["width r/final"][few] / expected[few]).max(0),
-        "turn": angle[few][-1] / angle[0],
+        "r at most noise": found["width r/final"][-1] / wide[-1],
+        "turn": angle[shown] / angle[0],
+        "overfit ratio": _iterations_over(*overfit, found["original/at"][-1]),
         "least squares": expected,
     }
 
@@ -113,10 +118,11 @@ def judge_skew(found: Found, skews: Sequence[float]) -> dict[str, np.ndarray]:
     """Return per seed (S,) how "width 2r" bears uneven masks beside "original".
 
     "recovers to": the largest skew up to which it recovers to 1e-6 (-1 if none); "as original": whether it does
-    wherever the original does; "iteration ratio": at the worst skew where both do; "reweighting": the angle it saves.
+    wherever the original does; "iteration ratio": at the worst skew where one of them does; "reweighting": the angle
+    it saves.
     """
     recovers, original = (found[f"{name}/final"] <= LEVEL for name in ("width 2r", "original"))
-    ratio = found["width 2r/times"] / found["original/times"]
+    ratio = _iterations_over(found["width 2r/times"], found["original/times"], found["original/at"][-1])
     return {
         "recovers to": np.where(np.cumprod(recovers, 0), np.array(skews)[:, None], -1).max(0),
         "as original": (~original | recovers).all(0),
@@ -133,14 +139,24 @@ def check_levels(**levels: Sequence[float]) -> None:
 
 
 def _outcome(history: History) -> dict[str, np.ndarray]:
-    times, error = history.iterations_to(LEVEL).numpy(), history.error.numpy()
+    times, error, at = history.iterations_to(LEVEL).numpy(), history.error.numpy(), history.iterations.numpy()
+    best = np.nanmin(error, -1)  # NaN after the end of a run that stopped
+    later = np.arange(len(at)) > np.nanargmin(error, -1)[..., None]
+    over = later & (error > 2 * best[..., None])
     return {
         "curve": error.mean(1),
-        "at": history.iterations.numpy(),
+        "at": at,
         "final": history.final("error").numpy(),
-        "best": np.nanmin(error, -1),
-        "times": np.where(times < 0, np.nan, times),
+        "best": best,
+        "overfits": np.where(over.any(-1), at[over.argmax(-1)], np.inf),
+        "times": np.where(times < 0, np.inf, times),
     }
+
+
+def _iterations_over(above: np.ndarray, below: np.ndarray, budget: float) -> np.ndarray:
+    """Ratio of iterations, the denominator at least `budget` where it never arrived; NaN where neither did."""
+    neither = np.isinf(above) & np.isinf(below)
+    return np.where(neither, np.nan, above / np.where(np.isinf(below), budget, below))
 
 
 def _one(

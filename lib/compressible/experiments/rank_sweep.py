@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressible.descent.gradient_descent import descend
-from compressible.experiments.outcomes import Curves, first_below, held
+from compressible.experiments.outcomes import Curves, final, reached
 from compressible.recovery.factors import orthogonal_factors
 from compressible.recovery.problems import DenseProblem
 
@@ -59,15 +59,13 @@ def judge(
 def ends_by_size(curves: Curves, sizes: Mapping[str, Sequence[int]], level: float = 1e-6) -> dict[str, np.ndarray]:
     """Return for each start (S, K): "<start>/final", the error at the end, and "<start>/iterations" to `level`.
 
-    `sizes` are {start: sizes}; NaN where a run never gets to `level`.
+    `sizes` are {start: sizes}. Errors are infinite where a run diverged, iterations where it never got to `level`.
     """
     out = {}
     for start, row in sizes.items():
-        errors = [curves[f"{start}/{size}/error"] for size in row]
-        times = [curves[f"{start}/{size}/iterations"] for size in row]
-        out[f"{start}/final"] = np.stack([held(error)[:, -1] for error in errors], 1)
-        reached = [first_below(error, level, time) for error, time in zip(errors, times, strict=True)]
-        out[f"{start}/iterations"] = np.stack(reached, 1)
+        names = [f"{start}/{size}" for size in row]
+        out[f"{start}/final"] = np.stack([final(curves, name) for name in names], 1)
+        out[f"{start}/iterations"] = np.stack([reached(curves, name, level) for name in names], 1)
     return out
 
 
@@ -85,20 +83,22 @@ def judge_spectral(
 ) -> dict[str, np.ndarray]:
     """Return per seed (S,) what the widths of the spectral start come to, at the worst of `starts`.
 
-    "recovered": largest error from width r on; "floor": largest error below r over the tail (S, r + 1); "flatness":
-    most over fewest iterations from 2r on; "r_over_2r": iterations at r over those at 2r; "r_over_original": over the
-    original's, of the first start.
+    "recovered": largest error from width r on; "flatness": most over fewest iterations from 2r on; "r_over_original":
+    iterations at r over the original's, of the first start. Farthest from 1, to either side: "floor", an error below r
+    over the tail (S, r + 1), and "r_over_2r", iterations at r over those at 2r. A ratio of iterations is infinite where
+    either run never got there.
     """
     k = np.array(widths)
-    final, times = (np.stack([ends[f"{start}/{key}"] for start in starts]) for key in ("final", "iterations"))
+    errors, times = (np.stack([ends[f"{start}/{key}"] for start in starts]) for key in ("final", "iterations"))
     at_rank, at_twice = times[:, :, widths.index(rank)], times[:, :, widths.index(2 * rank)]
     late, below = times[:, :, k >= 2 * rank], k < rank
+    ratios = np.moveaxis(errors[:, :, below] / tail[:, k[below]], 1, 0)
     return {
-        "recovered": final[:, :, k >= rank].max((0, 2)),
-        "floor": (final[:, :, below] / tail[:, k[below]]).max((0, 2)),
-        "flatness": (late.max(2) / late.min(2)).max(0),
-        "r_over_2r": (at_rank / at_twice).max(0),
-        "r_over_original": at_rank[0] / ends["original/iterations"][:, 0],
+        "recovered": errors[:, :, k >= rank].max((0, 2)),
+        "floor": farthest_from_one(ratios.reshape(len(tail), -1)),
+        "flatness": _over(late.max(2), late.min(2)).max(0),
+        "r_over_2r": farthest_from_one(_over(at_rank, at_twice).T),
+        "r_over_original": _over(at_rank[0], ends["original/iterations"][:, 0]),
     }
 
 
@@ -106,14 +106,21 @@ def judge_gradient(ends: Ends, tail: np.ndarray, rank: int, guesses: Sequence[in
     """Return per seed (S,) what the guesses of the gradient start come to.
 
     "gradient_recovered": largest error from r on; "gradient_floor": least error over the tail (S, r + 1) of guesses
-    below r whose inner width, twice the guess, would do.
+    below r whose inner width, twice the guess, would do; infinite where one of them diverged.
     """
-    guess, final = np.array(guesses), ends["gradient/final"]
+    guess, ended = np.array(guesses), ends["gradient/final"]
     between = (guess < rank) & (2 * guess >= rank)
+    ratios = ended[:, between] / tail[:, guess[between]]
     return {
-        "gradient_recovered": final[:, guess >= rank].max(1),
-        "gradient_floor": (final[:, between] / tail[:, guess[between]]).min(1),
+        "gradient_recovered": ended[:, guess >= rank].max(1),
+        "gradient_floor": np.where(np.isfinite(ratios).all(1), ratios.min(1), np.inf),
     }
+
+
+def farthest_from_one(ratios: np.ndarray) -> np.ndarray:
+    """Return the one (S,) of each row of ratios (S, n) > 0 that is farthest from 1 in its logarithm."""
+    distance = np.abs(np.log(ratios))
+    return np.take_along_axis(ratios, distance.argmax(1)[:, None], 1)[:, 0]
 
 
 def check_sizes(rank: int, widths: Sequence[int], guesses: Sequence[int]) -> None:
@@ -122,3 +129,9 @@ def check_sizes(rank: int, widths: Sequence[int], guesses: Sequence[int]) -> Non
         raise ValueError(f"inner_widths are {widths}, expected {rank}, {2 * rank} and one below {rank} among them")
     if max(guesses) < rank or not any(rank / 2 <= guess < rank for guess in guesses):
         raise ValueError(f"rank_guesses are {guesses}, expected one of {rank} or more and one in [{rank}/2, {rank})")
+
+
+def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, infinite where either is: what never arrived is no measure to be ahead of."""
+    known = np.isfinite(above) & np.isfinite(below)
+    return np.where(known, above / np.where(known, below, 1.0), np.where(np.isnan(above + below), np.nan, np.inf))
