@@ -136,7 +136,7 @@ def learning_order(curves: Mapping[str, np.ndarray], target: np.ndarray) -> dict
         "alignment": alignments,
         "aligned": alignments.mean(1),
         "extra": extra,
-        "exactly_r": up.any(1).all(1) & (extra <= 0.01),
+        "exactly_r": np.all(np.any(up, 1), 1) & (extra <= 0.01),
     }
 
 
@@ -145,7 +145,12 @@ def over_problems(found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np
 
     "exactly_r" holds in all, "components" and "apart" are the least, "extra" is the largest; "aligned/<problem>" stays.
     """
-    worst = {"exactly_r": np.all, "components": np.min, "apart": np.min, "extra": np.max}
+    worst: dict[str, Callable[..., np.ndarray]] = {
+        "exactly_r": np.all,
+        "components": np.min,
+        "apart": np.min,
+        "extra": np.max,
+    }
     out = {key: take([one[key] for one in found.values()], axis=0) for key, take in worst.items()}
     return out | {f"aligned/{problem}": one["aligned"] for problem, one in found.items()}
 

@@ -102,14 +102,14 @@ def judge_noise(found: Found, ratios: Sequence[float], expected: np.ndarray) -> 
     some, wide = levels > 0, found["original/final"]
     few = some & (levels <= max(0.5, levels[1]))
     shown, angle = np.flatnonzero(few)[-1], found["width 2r/angle"]
-    overfit = (found[f"{name}/overfits"][shown] for name in ("width 2r", "original"))
+    sooner, later = (found[f"{name}/overfits"][shown] for name in ("width 2r", "original"))
     out = {f"{n} over original": (found[f"{n}/final"] / wide)[some].max(0) for n in ("width 2r", "width r")}
     return out | {
         "best over original": (found["width 2r/best"] / found["original/best"])[some].max(0),
         "r over least squares": (found["width r/final"][few] / expected[few]).max(0),
         "r at most noise": found["width r/final"][-1] / wide[-1],
         "turn": angle[shown] / angle[0],
-        "overfit ratio": _iterations_over(*overfit, found["original/at"][-1]),
+        "overfit ratio": _iterations_over(sooner, later, found["original/at"][-1]),
         "least squares": expected,
     }
 
