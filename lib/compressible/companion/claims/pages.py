@@ -18,16 +18,17 @@ GROUPS = {
     "": "Not sorted yet",
 }
 LEGEND = """\
-**PASS**: the whole interval lies inside the bound. **FAIL**: it lies outside, one value refutes what is said of all, or a
-run diverged. **INCONCLUSIVE**: these values show neither. **WEAK**: the interval lies inside a looser bound that was set
-beforehand, or the bound holds and our interval does not meet the published one. **NOT TESTED**: no run of that size was
-made. Brackets are two-sided 95 % intervals: Student's t for means (on logarithms for errors over decades, by Fisher's z
-for correlations), Clopper and Pearson's for shares, Nadeau and Bengio's wider one where folds or splits share rows, by
-ranks where runs were stopped before they arrived. n says how many values there are and of what: starts on one target
-and timings of one machine are not seeds. Claims that answer one question together stand after Holm's correction. Bounds
-come from the published value, the theory or a margin fixed before looking, as told behind them; **†** marks a claim or
-bound that was written after a result had been seen. Rules: [rules.py](lib/compressible/companion/claims/rules.py);
-statements: [claims.toml](data/claims.toml); evidence: the record of each figure, linked in [GALLERY.md](GALLERY.md)."""
+**PASS**: the whole interval lies inside the bound. **FAIL**: it lies outside, one value refutes what is said of all,
+or a run diverged. **INCONCLUSIVE**: these values show neither. **WEAK**: the interval lies inside a looser bound that
+was set beforehand, or the bound holds and our interval does not meet the published one. **NOT TESTED**: no run of
+that size was made. Brackets are two-sided 95 % intervals: Student's t for means (on logarithms for errors over
+decades, by Fisher's z for correlations), Clopper and Pearson's for shares, Nadeau and Bengio's wider one where folds
+or splits share rows, by ranks where runs were stopped before they arrived. n says how many values there are and of
+what: starts on one target and timings of one machine are not seeds. Claims that answer one question together stand
+after Holm's correction. Bounds come from the published value, the theory or a margin fixed before looking, as told
+behind them; **†** marks a claim or bound that was written after a result had been seen. Rules:
+[rules.py](lib/compressible/companion/claims/rules.py); statements: [claims.toml](data/claims.toml); evidence: the
+record of each figure, linked in [GALLERY.md](GALLERY.md)."""
 HEADS = ["claim", "figure or theorem; source", "published", "bound", "ours", "n", "device, commit", "verdict"]
 COUNTS = ["", "claims", *VERDICTS]
 GENERATED = "<!-- Written by `python -m compressible claims --write`; edit data/claims.toml, or run a figure. -->"
