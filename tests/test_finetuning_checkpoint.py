@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 
@@ -245,3 +246,44 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_with_its_path(tmp_path, writ
     write(path)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no checkpoint, or damaged .*: delete it"):
         cd.fine_tune(bert(), mixed()[:1], task(), 2, 4, checkpoint=path)
+
+
+def interrupted(path):
+    """A checkpoint of step 3 of 6."""
+
+    def kill(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cd.fine_tune(bert(), mixed()[:1], task(), 6, 4, checkpoint=path, checkpoint_every=3, watch_at=(4,), watch=kill)
+
+
+def flipped(path, tensor):
+    """Turn one bit of a tensor's middle, without a change of names or shapes."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    first, last = json.loads(content[8 : 8 + length])[tensor]["data_offsets"]
+    content[8 + length + (first + last) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("tensor", ["value", "mean", "losses"])
+def test_a_flipped_bit_is_noticed(tmp_path, tensor):
+    path = tmp_path / "state.safetensors"
+    interrupted(path)
+    flipped(path, tensor)
+    with pytest.raises(ValueError, match=r"is no checkpoint, or damaged .*sha256 of its content .*: delete it"):
+        cd.fine_tune(bert(), mixed()[:1], task(), 6, 4, checkpoint=path)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: flipped(path, "value"), lambda path: path.write_bytes(b"half")])
+def test_a_damaged_checkpoint_of_the_cache_is_begun_again(tmp_path, monkeypatch, spoil):
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path))
+    path = tmp_path / "checkpoints" / "state"
+    path.parent.mkdir()
+    interrupted(path)
+    spoil(path)
+    (whole,) = cd.fine_tune(bert(), mixed()[:1], task(), 6, 4)
+    with pytest.warns(UserWarning, match="damaged .*; the run begins again"):
+        (again,) = cd.fine_tune(bert(), mixed()[:1], task(), 6, 4, checkpoint=path)
+    assert torch.equal(torch.as_tensor(again.losses), torch.as_tensor(whole.losses))

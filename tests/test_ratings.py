@@ -6,11 +6,13 @@ import gzip
 import io
 import math
 import os
+import re
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from data_helpers import (
@@ -327,6 +329,80 @@ def test_rating_metrics_have_all_keys_and_agree(world, monkeypatch):
     assert found["mae"] == pytest.approx(np.mean(6 - stars))
     with pytest.raises(ValueError, match="shape"):
         ratings.rating_metrics(prediction[:, 1:], loaded, index)
+
+
+def own_table(rows: list[tuple[object, ...]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=movielens.COLUMNS)
+
+
+def test_of_a_pair_rated_again_only_the_last_rating_stays():
+    rows = [(u, i, 1 + (u + i) % 5, t) for u in range(20) for i in range(9) for t in (2, 1)]
+    rows += [(3, 4, 2.0, 7), (3, 4, 5.0, 7)]  # at the same time: the later row
+    with pytest.warns(UserWarning, match="own.csv: 182 ratings are of a user and an item that are rated again later"):
+        loaded = ratings._ratings("own", own_table(rows), "own.csv")
+    assert len(loaded) == 180
+    assert loaded.ratings[(loaded.users == 3) & (loaded.items == 4)].tolist() == [5.0]
+    assert loaded.timestamps[(loaded.users == 3) & (loaded.items == 5)].tolist() == [2]
+    parts = ratings.split(loaded, "seed0")
+    pairs = [set(zip(loaded.users[part], loaded.items[part], strict=True)) for part in (parts.train, parts.test)]
+    assert not pairs[0] & pairs[1]
+
+
+@pytest.mark.parametrize(
+    ("stars", "scale", "worst"),
+    [([1, 10, 4], (1, 10), 9.0), ([0.5, 5.0, 3.0], (0.5, 5.0), 4.5), ([-1, 1, 0], (-1, 1), 2.0)],
+)
+def test_predictions_are_clipped_to_the_scale_of_the_set(stars, scale, worst):
+    rows = [(u, i, stars[(u + i) % 3], 0) for u in range(3) for i in range(3)]
+    loaded = ratings._ratings("own", own_table(rows), "own.csv")
+    assert loaded.scale == scale == ratings.densest(loaded, 1, 1).scale
+    low = np.flatnonzero(loaded.ratings == scale[0])
+    assert ratings.rating_metrics(np.full(len(low), 100.0), loaded, low)["rmse_clipped"] == worst
+
+
+def test_ratings_that_differ_have_digests_that_differ():
+    tables = [[3, 4], [3.5, 4], [3.2, 4], [3.3, 4], [3.4, 4], [3.2, 4.1], [7, 8]]
+    made = [ratings._ratings("own", own_table([(1, 1, a, 0), (1, 2, b, 0)]), "own.csv").sha256 for a, b in tables]
+    assert len(set(made[:-1])) == len(tables) - 1
+    assert made[1] == made[-1]  # half stars are counted twice, as the manifest's digests have it
+
+
+def test_an_automatic_split_depends_on_the_set_alone(world, monkeypatch):
+    load_local(world, monkeypatch)  # with its official folds
+    own = ratings._ratings("own", own_table([(u, i, 3, 0) for u in range(5) for i in range(5)]), "own.csv")
+    assert ratings.split(own, "auto").name == "seed0"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("1,10,4,1\n1.5,10,3,1\n", "column user_id holds .*1.5.* in row 2 below the head, expected an integer"),
+        ("1,10,,1\n", "column rating holds .*nan.* in row 1 below the head, expected a finite number"),
+        ("1,10,inf,1\n", "column rating holds .*inf.* in row 1"),
+        ("ann,10,4,1\n", "column user_id holds 'ann' in row 1"),
+        (",10,4,1\n", "column user_id holds .*nan.* in row 1"),
+        ("1,10,4,soon\n", "column timestamp holds 'soon' in row 1"),
+        ("1,99999999999999999999,4,1\n", "column item_id holds .*99999999999999999999.* in row 1"),
+        ("1,10,4\n2,10,4,1,7\n", "cannot be read as a table"),
+        (None, "cannot be read as a table"),
+        ("\udcff", "cannot be read as a table"),
+    ],
+)
+def test_a_file_of_ratings_names_what_is_wrong(tmp_path, text, told):
+    path = tmp_path / "ratings.csv.gz"
+    content = b"" if text is None else (",".join(movielens.COLUMNS) + "\n" + text).encode(errors="surrogateescape")
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(data.DataError, match=f"^{re.escape(str(path))}.*{told}"):
+        movielens._read_table(path)
+    path.write_bytes(gzip.compress(content)[:9])
+    with pytest.raises(data.DataError, match="cannot be read as a table"):
+        movielens._read_table(path)
+
+
+def test_whole_numbers_written_as_floats_are_taken(tmp_path):
+    path = tmp_path / "ratings.csv"
+    path.write_text("user_id:token,item_id:token,rating:float,timestamp:float\n1.0,2,3.5,881250949.0\n")
+    assert movielens._read_table(path).values.tolist() == [[1.0, 2.0, 3.5, 881250949.0]]
 
 
 @needs_real

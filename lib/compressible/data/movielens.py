@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from compressible.data.manifest import DataError, fetch, fetch_first, find, load_manifest, load_sets
+from compressible.runtime.checks import one_line
 
 COLUMNS = ["user_id", "item_id", "rating", "timestamp"]
 TYPES = {"user_id": "int64", "item_id": "int64", "rating": "float64", "timestamp": "int64"}
+EXACT = 2**53  # where floats stop telling integers apart
 FOLDS = ("u1", "u2", "u3", "u4", "u5")
 ARCHIVE = "ml-100k.zip"
 MEMBERS = {  # the ratings in GroupLens' archives and what separates columns; "::" is read as two separators
@@ -90,12 +94,29 @@ def _fetch_archive(name: str, fold: str) -> Path:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path, sep="\t" if path.suffix == ".inter" else ",")
+    try:
+        frame = pd.read_csv(path, sep="\t" if path.suffix == ".inter" else ",")
+    except (ValueError, EOFError, OSError, zlib.error) as error:  # pandas' errors of parsing are ValueErrors
+        raise DataError(f"{path} cannot be read as a table: {one_line(error)}") from error
     frame.columns = [str(column).partition(":")[0] for column in frame.columns]
     if list(frame.columns) == COLUMNS[:3]:
         frame["timestamp"] = 0
     if list(frame.columns) != COLUMNS:
         raise DataError(f"{path}: columns are {list(frame.columns)}, expected {COLUMNS}")
+    return _typed(frame, path)
+
+
+def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The table in TYPES; DataError naming column, row and value of the first that is none of its column's kind."""
+    for column, kind in TYPES.items():
+        numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(float)
+        whole = kind == "int64"
+        fine = np.isfinite(numbers) & ((np.abs(numbers) < EXACT) & (numbers % 1 == 0) if whole else True)
+        if not fine.all():
+            row = int(np.argmin(fine))
+            expected = f"an integer of size below 2^{EXACT.bit_length() - 1}" if whole else "a finite number"
+            told = f"column {column} holds {frame[column].iloc[row]!r} in row {row + 1} below the head"
+            raise DataError(f"{path}: {told}, expected {expected}")
     return frame.astype(TYPES)
 
 
@@ -105,4 +126,4 @@ def _read_member(path: Path, member: str, separator: str = "\t") -> pd.DataFrame
     columns = [0, 2, 4, 6] if separator == ":" else [0, 1, 2, 3]
     first = 1 if member.endswith(".csv") else 0
     frame = pd.read_csv(text, sep=separator, header=None, usecols=columns, skiprows=first)
-    return frame.set_axis(COLUMNS, axis=1).astype(TYPES)
+    return _typed(frame.set_axis(COLUMNS, axis=1), path)

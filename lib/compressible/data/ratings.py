@@ -7,6 +7,7 @@ same rating whichever source the data came from. Training, validation and test s
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,6 @@ from compressible.data import movielens
 from compressible.data.manifest import DataError, load_sets
 from compressible.data.movielens import COLUMNS, FOLDS
 from compressible.runtime.checks import expect
-
-LOWEST, HIGHEST = 1.0, 5.0  # stars
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +31,11 @@ class Ratings:
     timestamps: np.ndarray  # (N,) seconds since 1970
     user_ids: np.ndarray  # (m,) original ids
     item_ids: np.ndarray  # (n,)
-    # Of the rows as int64 (user id, item id, rating, timestamp), ratings doubled where some are half stars: the same
-    # for every source.
+    # Of the rows as int64 (user id, item id, rating, timestamp), ratings doubled where some are half stars, or
+    # their bits where some are neither: the same for every source.
     sha256: str
     source: str  # manifest name of the file that was read
+    scale: tuple[float, float] = (1.0, 5.0)  # the lowest and the highest rating of the whole set
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,16 +84,16 @@ def densest(ratings: Ratings, users: int, items: int) -> Ratings:
     inside = np.isin(ratings.items, keep_items)
     keep_users = _most(ratings.users[inside], ratings.shape[0], users)
     keep = inside & np.isin(ratings.users, keep_users)
-    return _ratings(ratings.name, _frame(ratings)[keep], ratings.source)
+    return _ratings(ratings.name, _frame(ratings)[keep], ratings.source, ratings.scale)
 
 
-def resolve_split(name: str) -> str:
-    """Turn "auto" into "u1" if the official folds are in the local folder or the cache, else into "seed0".
+def resolve_split(name: str, data_set: str = "movielens-100k") -> str:
+    """Turn "auto" into "u1" if the set's official folds are in the local folder or the cache, else into "seed0".
 
     Any other name is returned as it is; ValueError if it is no split name.
     """
     if name == "auto":
-        return "u1" if movielens.local_fold("movielens-100k", "u1") else "seed0"
+        return "u1" if movielens.local_fold(data_set, "u1") else "seed0"
     if name in FOLDS or (name.startswith("seed") and name[4:].isdecimal()):
         return name
     raise ValueError(f"split is {name!r}, expected one of {', '.join(FOLDS)}, seed0, seed1, ... or auto")
@@ -105,7 +105,7 @@ def split(ratings: Ratings, name: str = "auto") -> Split:
     Official folds go by original ids and so also split a densest() subset. Raises ValueError for an unknown
     name, DataError if the files of a fold cannot be had.
     """
-    name = resolve_split(name)
+    name = resolve_split(name, ratings.name)
     if name.startswith("seed"):
         order = _shuffled(len(ratings), int(name[4:]))
         cut = len(ratings) - len(ratings) // 5
@@ -179,7 +179,7 @@ def rmse(
 
 
 def rating_metrics(prediction: np.ndarray | Tensor, ratings: Ratings, index: np.ndarray) -> dict[str, float]:
-    """Errors of a prediction matrix (m, n), or of the k indexed values of it, with and without clipping to 1..5.
+    """Errors of a prediction matrix (m, n), or of the k indexed values of it, with and without clipping to the scale.
 
     Keys: rmse, rmse_clipped, user_rmse, user_rmse_clipped and, both unclipped, mae and half_mse (half the
     mean squared error). Raises ValueError if the shape is neither (m, n) nor (k,).
@@ -190,20 +190,41 @@ def rating_metrics(prediction: np.ndarray | Tensor, ratings: Ratings, index: np.
         raise ValueError(f"prediction has shape {matrix.shape}, expected {ratings.shape} or {index.shape}")
     users, actual = ratings.users[index], ratings.ratings[index]
     values = matrix if matrix.shape == index.shape else matrix[users, ratings.items[index]]
-    free, clipped = rmse(values, actual, users), rmse(values, actual, users, (LOWEST, HIGHEST))
+    free, clipped = rmse(values, actual, users), rmse(values, actual, users, ratings.scale)
     limited = {f"{key}_clipped": clipped[key] for key in ("rmse", "user_rmse")}
     return free | limited | {"half_mse": 0.5 * free["rmse"] ** 2}
 
 
-def _ratings(name: str, frame: pd.DataFrame, source: str) -> Ratings:
-    frame = frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS]
+def _ratings(name: str, frame: pd.DataFrame, source: str, scale: tuple[float, float] | None = None) -> Ratings:
+    frame = _last_of_each(frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS], source)
     stars = frame["rating"].to_numpy(float)
-    halves = bool((stars % 1).any())
-    rows = frame.assign(rating=2 * stars if halves else stars).to_numpy("<i8")
+    rows = frame.assign(rating=_as_integers(stars)).to_numpy("<i8")
     user_ids, users = np.unique(rows[:, 0], return_inverse=True)
     item_ids, items = np.unique(rows[:, 1], return_inverse=True)
     digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-    return Ratings(name, users, items, stars, rows[:, 3].copy(), user_ids, item_ids, digest, source)
+    if scale is None and len(stars):
+        scale = float(stars.min()), float(stars.max())
+    known = (name, users, items, stars, rows[:, 3].copy(), user_ids, item_ids, digest, source)
+    return Ratings(*known, scale or (1.0, 5.0))
+
+
+def _last_of_each(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """One rating of a user and an item, the last: of two, one in the test part would be trained on as the other."""
+    again = frame.duplicated(["user_id", "item_id"], keep="last").to_numpy()
+    if not again.any():
+        return frame
+    user, item = frame.loc[again, ["user_id", "item_id"]].iloc[0]
+    told = f"{source}: {again.sum()} ratings are of a user and an item that are rated again later, user {user} and item"
+    warnings.warn(f"{told} {item} first; only the last of each pair is kept", stacklevel=4)
+    return frame[~again]
+
+
+def _as_integers(stars: np.ndarray) -> np.ndarray:
+    """Ratings as different integers: as they are, doubled where some are half stars, else their bits."""
+    for factor in (1, 2):
+        if not (factor * stars % 1).any():
+            return (factor * stars).astype("<i8")
+    return np.ascontiguousarray(stars, "<f8").view("<i8")
 
 
 def _frame(ratings: Ratings) -> pd.DataFrame:

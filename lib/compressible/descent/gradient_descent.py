@@ -17,12 +17,14 @@ from compressible.descent.history import DivergenceError, History
 from compressible.descent.solver import Solver
 from compressible.recovery.factors import check_factors
 from compressible.recovery.problems import Problem
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, expect_integer
+from compressible.runtime.devices import without_autocast
 from compressible.runtime.progress import progress
 
 __all__ = ["DivergenceError", "History", "descend"]
 
 
+@without_autocast
 def descend(
     problem: Problem,
     factors: Sequence[Tensor],
@@ -78,8 +80,7 @@ def descend(
     _check_number("step_size", step_size, exclusive=True)
     for name, value in (("outer_ratio", outer_ratio), ("weight_decay", weight_decay), ("tolerance", tolerance)):
         _check_number(name, value)
-    _check_count("steps", steps, 0)
-    _check_count("record_every", record_every, 1)
+    steps, record_every = expect_integer("steps", steps, 0), expect_integer("record_every", record_every, 1)
     wanted = {int(iteration) for iteration in snapshots}
     inside = all(0 <= mark <= steps for mark in wanted)
     expect("snapshots", sorted(wanted), inside, f"iterations from 0 to steps = {steps}")
@@ -95,11 +96,6 @@ def descend(
             if mark in wanted:
                 solver.snapshot(mark)
     return solver.finish()
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    expect(name, value, whole and value >= least, f"an integer >= {least}")
 
 
 def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:

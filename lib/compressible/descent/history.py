@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressible.recovery.factors import Factors
+from compressible.runtime.checks import expect
 
 
 @dataclass
@@ -46,14 +48,18 @@ class History:
 
     def iterations_to(self, level: float, curve: str = "error") -> Tensor:
         """Return the first recorded iteration (...) at which the "loss" or "error" is below `level`; -1 if never."""
-        below = getattr(self, curve) < level
+        below = self._curve(curve) < level
         first = self.iterations[below.int().argmax(-1)]
         return torch.where(below.any(-1), first, torch.full_like(first, -1))
 
     def final(self, curve: str = "error") -> Tensor:
         """Return the last recorded "loss" or "error" (...) of each problem, where it stopped."""
         last = (self.iterations == self.stopped[..., None]).int().argmax(-1, keepdim=True)
-        return getattr(self, curve).gather(-1, last)[..., 0]
+        return self._curve(curve).gather(-1, last)[..., 0]
+
+    def _curve(self, name: str) -> Tensor:
+        expect("curve", name, name in ("loss", "error"), "'loss' or 'error'")
+        return getattr(self, name)
 
 
 class DivergenceError(RuntimeError):
@@ -82,6 +88,11 @@ class DivergenceError(RuntimeError):
             f"(last finite loss {last_loss:.6g}); expected a finite loss: lower step_size or outer_ratio"
         )
         self.iteration, self.step_size, self.last_loss, self.history = iteration, step_size, last_loss, history
+        self.where = where
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled as its class and its message unless told otherwise: process pools wait for ever then.
+        return type(self), (self.iteration, self.step_size, self.last_loss, self.where, self.history)
 
 
 def raise_if_diverged(history: History, step_size: float | Tensor) -> None:

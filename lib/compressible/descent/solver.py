@@ -80,7 +80,8 @@ class Solver:
     def snapshot(self, iteration: int) -> None:
         """Keep the factors as they are, under `iteration`; NaN for the problems that had stopped before."""
         whole = [torch.full_like(end, math.nan) for end in self.ends]
-        self._write(whole, self.alive)
+        if len(self.active):  # where all have stopped the engine still holds the last of them
+            self._write(whole, self.alive)
         here = self.stopped == iteration
         if bool(here.any()):
             for factor, end in zip(whole, self.ends, strict=True):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.update_spectra import Spectra
-from compressible.runtime.paths import atomic_path
+from compressible.runtime.paths import atomic_path, cache_dir
 
 MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config: where it came from
 
@@ -63,7 +64,14 @@ class Checkpoint:
         """
         if not self.path.exists():
             return 0, Kept()
-        meta, tensors = self._read()
+        try:
+            meta, tensors = self._read()
+        except _DamagedError as error:
+            if not self.path.absolute().is_relative_to(cache_dir().absolute()):
+                raise
+            # Nobody named a file of the cache, so nobody could be asked to delete it.
+            warnings.warn(f"{error}; the run begins again", stacklevel=2)
+            return 0, Kept()
         for name, live in self._live(meta["step"]).items():
             live.copy_(tensors[name])
         scores = {int(step): values for step, values in meta["scores"].items()}
@@ -81,9 +89,12 @@ class Checkpoint:
                 key = meta["key"]
                 names = file.keys() if key == self.key else ()
                 tensors = {name: file.get_tensor(name) for name in names}
+                found, expected = _digest_of(file.metadata()["state"], tensors), file.metadata()["sha256"]
+                if key == self.key and found != expected:
+                    raise ValueError(f"sha256 of its content {found[:12]}, expected {expected[:12]}")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = f"is no checkpoint, or damaged ({type(error).__name__}: {error})"
-            raise ValueError(f"{self.path} {reason}: delete it, or name another") from error
+            raise _DamagedError(f"{self.path} {reason}: delete it, or name another") from error
         if key != self.key:
             other = f"{self.path} is {key}, expected {self.key}"
             raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
@@ -104,8 +115,19 @@ class Checkpoint:
         watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
         meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
         meta |= {"seconds": kept.seconds, "lost": kept.lost}
+        whole, state = tensors | self._live(step), json.dumps(meta)
         with atomic_path(self.path) as temporary:
-            save_file(tensors | self._live(step), temporary, {"state": json.dumps(meta)})
+            save_file(whole, temporary, {"state": state, "sha256": _digest_of(state, whole)})
+
+
+class _DamagedError(ValueError):
+    """A file that is no checkpoint, or not as it was written."""
+
+
+def _digest_of(state: str, tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of all that a file holds: a flipped bit changes no name and no shape."""
+    parts = [state, *(f"{name} {list(value.shape)} {_bytes(value)}" for name, value in sorted(tensors.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def digest(stacked: StackedPass, settings: list) -> str:

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.factors import Factors, check_factors, product
-from compressible.recovery.problem_base import Problem
+from compressible.recovery.problem_base import Problem, check_tensor
 from compressible.recovery.sparse import truncated_svd
+from compressible.runtime.checks import expect, expect_integer, is_number
+from compressible.runtime.devices import without_autocast
 
 
+@without_autocast
 def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
     """Return P1's compressed factors: `factors` restricted to the 2r directions in which they move.
 
@@ -48,7 +51,7 @@ def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: in
         P1, Theorem 2.1 and its corollary on compression.
     """
     check_factors(factors, problem.shape)
-    _check_guess(problem, rank)
+    rank = _check_guess(problem, rank)
     scales = [orthogonal_scale(factor, f"W_{layer}") for layer, factor in enumerate(factors, 1)]
     if factors[0].shape[-2] != max(problem.shape):
         raise ValueError(f"width is {factors[0].shape[-2]}, expected max(m, n) = {max(problem.shape)}")
@@ -73,6 +76,7 @@ def invariant_directions(gradient: Tensor, first: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(directions).Q
 
 
+@without_autocast
 def compress_spectral(
     problem: Problem,
     width: int | None = None,
@@ -110,11 +114,12 @@ def compress_spectral(
     """
     if width is None or rank is not None:
         raise TypeError(f"compress_spectral got width {width} and rank {rank}, expected width alone: columns of U, V")
-    if not 1 <= width <= min(problem.shape):
-        raise ValueError(f"width is {width}, expected 1 <= width <= min(m, n) = {min(problem.shape)}")
-    if depth < 2 or not 0 < scale < float("inf"):
-        raise ValueError(f"depth is {depth} and scale {scale}, expected depth >= 2 and a finite scale > 0")
+    most = min(problem.shape)
+    width = expect_integer("width", width, 1, most, f"an integer with 1 <= width <= min(m, n) = {most}")
+    depth = expect_integer("depth", depth, 2)
+    expect("scale", scale, is_number(scale, above=0), "a finite number > 0")
     surrogate = problem.surrogate() if surrogate is None else surrogate
+    check_tensor("surrogate", surrogate)
     if tuple(surrogate.shape[-2:]) != problem.shape:
         raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
     left, right = _leading(surrogate, width)
@@ -141,6 +146,11 @@ def orthogonal_scale(factor: Tensor, name: str = "factor") -> Tensor:
 
 def _leading(surrogate: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """U (..., m, k) and V^T (..., k, n) of the top k = `width` singular triplets, dense or sparse."""
+    values = surrogate if surrogate.layout is torch.strided else surrogate.values()
+    if not bool(values.any()):
+        raise ValueError(
+            "surrogate is 0 everywhere, expected observed entries from which singular vectors can be taken"
+        )
     if surrogate.layout is torch.strided:
         left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
         return left[..., :width], right[..., :width, :]
@@ -148,9 +158,10 @@ def _leading(surrogate: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return left, right.mT
 
 
-def _check_guess(problem: Problem, rank: int) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= 2 * rank <= min(problem.shape):
-        raise ValueError(f"rank is {rank}, expected an integer with 1 <= rank and 2 rank <= {min(problem.shape)}")
+def _check_guess(problem: Problem, rank: int) -> int:
+    half = min(problem.shape) // 2
+    told = f"an integer with 1 <= rank and 2 rank <= {min(problem.shape)}"
+    return expect_integer("rank", rank, 1, half, told)
 
 
 def _scaled_identity(size: int, eps: Tensor, like: Tensor) -> Tensor:

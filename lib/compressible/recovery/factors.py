@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressible.runtime.checks import expect, expect_integer, is_number
+
 Factors = list[Tensor]
 
 
@@ -52,10 +54,9 @@ def orthogonal_factors(
     """
     m, n = shape
     width = max(m, n) if width is None else width
-    if depth < 2 or min(m, n, width) < 1:
-        raise ValueError(f"depth is {depth}, width {width}, shape {shape}: expected depth >= 2 and sizes >= 1")
-    if not (0 < scale < float("inf")):
-        raise ValueError(f"scale is {scale}, expected a finite number > 0 (usually 1e-3 to 1)")
+    m, n = (expect_integer(f"size {at} of shape", size, 1) for at, size in enumerate((m, n)))
+    depth, width = expect_integer("depth", depth, 2), expect_integer("width", width, 1)
+    expect("scale", scale, is_number(scale, above=0), "a finite number > 0 (usually 1e-3 to 1)")
     sizes = [n, *[width] * (depth - 1), m]
     orthogonal = [_orthogonal(*batch_shape, rows, cols, generator=generator) for cols, rows in pairwise(sizes)]
     return [(scale * factor).to(dtype=dtype, device=device) for factor in orthogonal]
@@ -118,6 +119,8 @@ def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
 
 def check_factors(factors: Sequence[Tensor], shape: tuple[int, int]) -> None:
     """Raise ValueError unless the factors chain into an (m, n) = `shape` product, in one dtype and on one device."""
+    for layer, factor in enumerate(factors, 1):
+        expect(f"type of W_{layer}", type(factor).__name__, isinstance(factor, Tensor), "a torch tensor")
     sizes = [tuple(factor.shape[-2:]) for factor in factors]
     chained = all(upper[1] == lower[0] for lower, upper in pairwise(sizes))
     if len(sizes) < 2 or not chained or (sizes[-1][0], sizes[0][1]) != tuple(shape):

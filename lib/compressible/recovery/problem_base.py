@@ -6,10 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compressible.recovery.factors import product
+from compressible.runtime.checks import expect
+
+PRECISIONS = (torch.float32, torch.float64)  # half types have no SVD, and lose what a descent has to tell apart
 
 
 class Problem(Protocol):
@@ -88,12 +92,19 @@ class DenseProblem(Problem):
 
     def _adopt(self, matrix: Tensor, name: str) -> None:
         """Take shape, batch shape, type and device from a matrix (..., m, n)."""
-        if matrix.ndim < 2 or not matrix.is_floating_point() or matrix.numel() == 0:
+        check_tensor(name, matrix)
+        if matrix.ndim < 2 or matrix.dtype not in PRECISIONS or matrix.numel() == 0:
             got = f"{name} has shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
-            raise ValueError(f"{got}, expected a non-empty floating-point (..., m, n)")
+            raise ValueError(f"{got}, expected a non-empty floating-point (..., m, n) in float32 or float64")
         self.shape = (matrix.shape[-2], matrix.shape[-1])
         self.batch_shape = tuple(matrix.shape[:-2])
         self.dtype, self.device = matrix.dtype, matrix.device
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a tensor; an array is told how to become one."""
+    hint = " (torch.from_numpy makes one of an array)" if isinstance(value, np.ndarray) else ""
+    expect(f"type of {name}", type(value).__name__, isinstance(value, Tensor), f"a torch tensor{hint}")
 
 
 def stack_problems(problems: Sequence[Problem]) -> DenseProblem:

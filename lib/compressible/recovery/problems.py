@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compressible.recovery.problem_base import DenseProblem, Problem, pick, stack_problems
+from compressible.recovery.problem_base import DenseProblem, Problem, check_tensor, pick, stack_problems
 
 __all__ = ["DenseProblem", "MatrixCompletion", "MatrixFactorization", "MatrixSensing", "Problem", "stack_problems"]
 
@@ -57,7 +57,8 @@ class MatrixCompletion(DenseProblem):
             raise ValueError(f'mean_over is {mean_over!r}, expected "observed" (P2) or "all" (P1)')
         self._adopt(target, "target")
         target, mask = torch.broadcast_tensors(target, _as_mask(mask, target))
-        self.batch_shape, self.mean_over, self.mask = tuple(target.shape[:-2]), mean_over, mask
+        # A copy: what the caller does to its own mask afterwards would reach the surrogate and not the loss.
+        self.batch_shape, self.mean_over, self.mask = tuple(target.shape[:-2]), mean_over, mask.clone()
         known = torch.isfinite(target)
         self.target = torch.where(known, target, torch.zeros_like(target))
         full = (mask == 1).all(-1, keepdim=True).all(-2, keepdim=True)
@@ -138,7 +139,7 @@ class MatrixFactorization(DenseProblem):
         self._adopt(target, "target")
         if not bool(torch.isfinite(target).all()):
             raise ValueError("target holds values that are not finite")
-        self.target = target
+        self.target = target.clone()  # the caller may go on to write into its own
         self.observed_weight = torch.full((), 1.0 / math.prod(self.shape), dtype=self.dtype, device=self.device)
         self.offset = -self.observed_weight * target
 
@@ -182,12 +183,16 @@ class MatrixSensing(DenseProblem):
     """
 
     def __init__(self, operators: Tensor, measurements: Tensor, target: Tensor | None = None) -> None:
+        check_tensor("operators", operators)
+        check_tensor("measurements", measurements)
         if operators.ndim != 3:
             raise ValueError(f"operators have shape {tuple(operators.shape)}, expected (k, m, n)")
         self._adopt(operators, "operators")
         if measurements.shape[-1:] != operators.shape[:1]:
             expected = f"(..., {operators.shape[0]})"
             raise ValueError(f"measurements have shape {tuple(measurements.shape)}, expected {expected}")
+        if target is not None:
+            check_tensor("target", target)
         if target is not None and tuple(target.shape[-2:]) != self.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}, expected (..., m, n) with {self.shape}")
         self.operators, self.measurements, self.target = operators, measurements, target
@@ -226,6 +231,7 @@ class MatrixSensing(DenseProblem):
 
 
 def _as_mask(mask: Tensor, target: Tensor) -> Tensor:
+    check_tensor("mask", mask)
     if tuple(mask.shape[-2:]) != tuple(target.shape[-2:]):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {target.shape[-2]}, {target.shape[-1]})")
     mask = mask.to(dtype=target.dtype, device=target.device)

@@ -137,6 +137,8 @@ class SparseCompletion(Problem):
 def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Entries:
     """Return `matrix`, torch sparse or scipy sparse, as `Entries`; ValueError as `SparseCompletion`."""
     rows, columns, values, shape = _triplets(matrix, name)
+    if values.is_complex():
+        raise ValueError(f"{name} has dtype {values.dtype}, expected real entries")
     device = values.device if device is None else device
     values = values.to(device, dtype or (values.dtype if values.is_floating_point() else torch.float64))
     rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
@@ -160,6 +162,9 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     Lanczos bidiagonalisation by scipy on the CPU (`svds`, seeded start), accurate to round-off; on CUDA a randomised
     range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as the spectrum's gap.
     """
+    if rank == min(matrix.shape):  # neither Lanczos nor a range finder gives all of them
+        left, values, right = torch.linalg.svd(matrix.to_dense(), full_matrices=False)
+        return left, values, right.mT
     if matrix.device.type == "cpu":
         import scipy.sparse.linalg
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compressible.runtime.checks import expect_integer
+
 
 def low_rank_target(
     shape: tuple[int, int],
@@ -43,8 +45,7 @@ def low_rank_target(
     Reference:
         The target of all synthetic figures of P1 and P2.
     """
-    if not 1 <= rank <= min(shape):
-        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
+    rank = expect_integer("rank", rank, 1, min(shape), f"an integer with 1 <= rank <= min(m, n) = {min(shape)}")
     gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
     cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]

@@ -20,6 +20,14 @@ def is_integer(value: object, numpys: bool = True) -> bool:
     return isinstance(value, Integral if numpys else int) and not isinstance(value, bool)
 
 
+def expect_integer(name: str, value: object, least: int, most: float = math.inf, told: str = "") -> int:
+    """Return an integer, of numpy, too, as Python's; ValueError unless it is one from `least` to `most`."""
+    ends = f" >= {least}" if most == math.inf else f" from {least} to {most:g}"
+    inside = is_integer(value) and least <= int(value) <= most  # type: ignore[call-overload]
+    expect(name, value, inside, told or f"an integer{ends}")
+    return int(value)  # type: ignore[call-overload]
+
+
 def is_number(value: object, above: float = -math.inf) -> bool:
     """Whether a value is a finite number above `above`; text and truth values are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf

@@ -9,12 +9,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def resolve_device(device: str) -> str:
@@ -25,6 +29,20 @@ def resolve_device(device: str) -> str:
         way = "" if torch.version.cuda else "; it is the CPU build: `make distclean`, then `make GPU=1 setup`"
         raise ValueError(f"device is {device!r}, expected cpu or auto: this PyTorch sees no CUDA device{way}")
     return device
+
+
+def without_autocast(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """The function in the precision of its own tensors, wherever a caller has switched autocast on."""
+
+    @wraps(function)
+    def plain(*given: Given.args, **named: Given.kwargs) -> Found:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*given, **named)
+
+    return plain
 
 
 def has_triton() -> bool:
