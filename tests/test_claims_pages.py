@@ -109,6 +109,24 @@ def test_a_cell_keeps_formulas_and_breaks_no_table(text: str, expected: str) -> 
     assert wording.cell(text) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "low", "high", "expected"),
+    [
+        (0.5, 0.4, 0.6, "0.5 [0.4, 0.6]"),
+        (0.99999996, 0.99999995, 0.99999997, "0.99999996 [0.99999995, 0.99999997]"),
+        (1.0, 1.0, 1.0, "1 [1, 1]"),
+        (136444.2, 136403.0, 136484.0, "136444 [136403, 136484]"),
+        (5.198e6, 5.19e6, 5.2e6, "5.198e+06 [5.19e+06, 5.2e+06]"),
+        (1.5, None, None, "1.5"),
+    ],
+)
+def test_an_interval_has_as_many_digits_as_tell_its_parts_apart(
+    value: float, low: float | None, high: float | None, expected: str
+) -> None:
+    judged = {"verdict": claims.PASS, "value": value, "low": low, "high": high, "seeds": 3}
+    assert wording.ours(Standing(claim(), judged, None, "")) == expected
+
+
 def test_values_that_diverged_have_words_of_their_own() -> None:
     assert wording.ours(stand(claim(), [0.5, np.nan, 0.5])) == "not finite"
 
@@ -210,7 +228,8 @@ def test_everything_is_written_and_only_once(project: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out.split()[1::2]
     assert shown == ["CLAIMS.md", "GALLERY.md", "README.md", f"notebooks/{FIGURE}.ipynb"]
     readme = (project / "README.md").read_text()
-    assert readme.startswith("above\n<!-- status:start -->\n| of the papers |") and readme.endswith("-->\nbelow\n")
+    assert readme.startswith("above\n<!-- status:start -->\n|  | claims | PASS |") and readme.endswith("-->\nbelow\n")
+    assert "(CLAIMS.md#published-claims-on-the-published-setting) | 1 | 1 | 0 |" in readme
     assert f"| P2 deep completion | [kwon2024/05](notebooks/{FIGURE}.ipynb) | reproduced, 1 of 1 |" in readme
     assert "0.5 [0.475, 0.525] | 3 seeds | H100, paper, abcdef1 | **PASS**" in (project / "CLAIMS.md").read_text()
     assert main(["claims", "--write"]) == 0 and capsys.readouterr().out == ""

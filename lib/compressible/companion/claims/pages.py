@@ -36,12 +36,17 @@ GENERATED = "<!-- Written by `python -m compressible claims --write`; edit data/
 
 def claims_page(standing: Sequence[Standing], items: Sequence[Item]) -> str:
     """All claims in four groups that are counted apart, within a group by paper and figure."""
-    groups = {group: _in_order([s for s in standing if s.claim.group == group], items) for group in GROUPS}
-    shown = {group: found for group, found in groups.items() if found}
-    counts = [[f"[{GROUPS[g]}](#{_slug(GROUPS[g])})", *_counted(found)] for g, found in shown.items()]
-    head = ["# Claims", GENERATED, wording.table(COUNTS, counts), LEGEND]
-    sections = [part for group, found in shown.items() for part in (f"## {GROUPS[group]}", *_figures(found, items))]
-    return "\n\n".join([*head, *sections]) + "\n"
+    parts = ["# Claims", GENERATED, counts_table(standing), LEGEND]
+    for group, found in _groups(standing).items():
+        parts += [f"## {GROUPS[group]}", *_figures(_in_order(found, items), items)]
+    return "\n\n".join(parts) + "\n"
+
+
+def counts_table(standing: Sequence[Standing], page: str = "") -> str:
+    """How many claims of each group have each verdict, linked to the groups of `page`."""
+    groups = _groups(standing).items()
+    rows = [[f"[{GROUPS[g]}]({page}#{_slug(GROUPS[g])})", *_counted(found)] for g, found in groups]
+    return wording.table(COUNTS, rows)
 
 
 def gallery_page(
@@ -76,6 +81,11 @@ def counts_in_words(standing: Sequence[Standing]) -> str:
 def made_on(record: Record) -> str:
     """Device, commit and seconds of a record."""
     return f"{wording.device(record)}, commit {wording.commit(record)}, {record.get('wall_seconds') or 0:.0f} s"
+
+
+def _groups(standing: Sequence[Standing]) -> dict[str, list[Standing]]:
+    groups = {group: [each for each in standing if each.claim.group == group] for group in GROUPS}
+    return {group: found for group, found in groups.items() if found}
 
 
 def _in_order(standing: list[Standing], items: Sequence[Item]) -> list[Standing]:

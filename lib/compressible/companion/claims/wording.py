@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -14,20 +13,28 @@ _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _SIGNS = re.compile(r"[|~$*]|(?<!\w)_|_(?!\w)")  # what markdown takes for a bar, strokes, a formula or emphasis
 
 
-def number(value: float) -> str:
-    """Three digits, or all of a whole number below a million."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 and math.isfinite(value) else f"{value:.3g}"
+def number(value: float, digits: int = 3) -> str:
+    """A value with that many digits, and with all before the point if it is below a million."""
+    whole = 10.0 ** (digits - 1) <= abs(value) < 1e6
+    return f"{value:.0f}" if whole else f"{value:.{digits}g}"
 
 
 def ours(standing: Standing) -> str:
-    """Our value with its 95 % interval; empty where nothing was judged, "not finite" where a run diverged."""
+    """Our value with its 95 % interval; empty where nothing was judged, "not finite" where a run diverged.
+
+    Three digits, and up to nine where fewer would not tell value and ends apart.
+    """
     judged = standing.judged
     if judged is None:
         return ""
     if judged["value"] is None:
         return "not finite"
-    ends = "" if judged["low"] is None else f" [{number(judged['low'])}, {number(judged['high'])}]"
-    return number(judged["value"]) + ends
+    if judged["low"] is None:
+        return number(judged["value"])
+    three = {judged["value"], judged["low"], judged["high"]}
+    digits = next((n for n in range(3, 10) if len({number(each, n) for each in three}) == len(three)), 3)
+    value, low, high = (number(judged[name], digits) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def sample(standing: Standing) -> str:

@@ -31,7 +31,8 @@ def written(root: Path | None = None) -> dict[Path, str]:
     titles = {id: _title(root / "notebooks" / f"{id}.ipynb") for id in notebooks.ids()}
     texts = {root / "CLAIMS.md": pages.claims_page(standing, items)}
     texts[root / "GALLERY.md"] = pages.gallery_page(standing, records, titles, status.questions())
-    texts[root / "README.md"] = between(root / "README.md", status.status_table(items, standing))
+    counts = pages.counts_table(standing, "CLAIMS.md")
+    texts[root / "README.md"] = between(root / "README.md", f"{counts}\n\n{status.status_table(items, standing)}")
     for id in titles:
         path = root / "notebooks" / f"{id}.ipynb"
         texts[path] = with_region(path, region(id, standing, records))
