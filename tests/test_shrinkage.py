@@ -122,6 +122,17 @@ def test_descent_reaches_the_closed_form_from_both_starts():
     ]
 
 
+def test_a_run_that_diverged_is_not_taken_for_one_without_a_violation():
+    names = ("error", "gap", "imbalance", "norm gap", "violation")
+    found = {name: torch.full((1, 2, 1, 2), 1e-12) for name in names}
+    found["violation"][..., 0] = torch.nan  # the width binds
+    for name in names:
+        found[name][0, 1, 0, 1] = torch.nan
+    worst = regularised.judge(found, [2], [0.5], rank=2)
+    assert all(np.isnan(worst[f"worst {name}"]).tolist() == [False, True] for name in names)
+    assert worst["arrived"].tolist() == [True, True, True, False]
+
+
 def test_gap_of_a_run_that_has_not_arrived_is_seen():
     widths, seeds = [2], 2
     starts = regularised.draw_starts(SHAPE, widths, (1e-6, 0.4), seeds, torch.Generator().manual_seed(2))

@@ -101,8 +101,10 @@ def judge(found: dict[str, Tensor], widths: Sequence[int], decays: Sequence[floa
     positive = torch.tensor(decays) > 0
     driven = positive[:, None, None] | (torch.tensor(widths) <= rank) | torch.tensor([True, False])[:, None]
     worst = {name: torch.where(driven[..., None], found[name], 0).amax((0, 1, 2)) for name in ("error", "gap")}
+    ended = found["error"].isfinite()  # a run that diverged stays NaN; else that is a violation where none is defined
     for name in ("imbalance", "norm gap", "violation"):
-        worst[name] = found[name][positive].nan_to_num(nan=0.0).amax((0, 1, 2))
+        known = torch.where(ended & found[name].isnan(), 0.0, found[name])
+        worst[name] = known[positive].amax((0, 1, 2))
     return {f"worst {k}": v.numpy() for k, v in worst.items()} | {"arrived": (found["gap"] < STUCK).flatten().numpy()}
 
 
