@@ -61,6 +61,16 @@ def test_rows_equal_lstsq_also_when_short_or_empty(ridge):
     torch.testing.assert_close(u, solve_rows(target, mask, right, ridge), rtol=1e-8, atol=1e-9)
 
 
+def test_a_weighted_ridge_counts_once_for_each_entry_of_a_line():
+    target, mask = low_rank(20, 12, 3, 0.5)
+    mask[:, 4] = 0.0  # a column without an entry
+    v, u = alternate(entries(target, mask), 2, 0.1, 3, seeded(), start="random", weighted=True).factors
+    for column in range(12):
+        seen = mask[:, column].bool()
+        normal = u[seen].T @ u[seen] + 0.1 * max(int(seen.sum()), 1) * torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close(v[:, column], torch.linalg.solve(normal, u[seen].T @ target[seen, column]))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ridge", [0.0, 0.5])
 def test_least_squares_from_entries_is_the_dense_one(device, ridge):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from compressible.experiments import completion_from_entries as completion
-from compressible.experiments.recommend import drawn_task
+from compressible.experiments.completion_tasks import drawn_task
 
-FIT = {"depth": 3, "init_scales": [0.2], "step_fractions": [0.6], "steps": 200, "record_every": 20,
-       "ridges": [1e-6], "sweeps": 10}  # fmt: skip
+FIT = {"depth": 3, "init_scale": 0.2, "step_fraction": 0.6, "steps": 200, "record_every": 20, "ridge": 10.0,
+       "sweeps": 10, "most": 12}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,13 @@ def test_every_method_is_fitted_to_the_drawn_matrix(drawn):
 
 
 def test_comparison_is_over_tables_and_relative_to_the_compressed_network(drawn):
-    ratings = {f"t/{name}/stopped": np.array([value, value + 1]) for name, value in
-               {"compressed": 1.0, "two": 1.5, "ALS": 0.5, "biased MF": 2.0}.items()}  # fmt: skip
+    stopped = {"compressed": 1.0, "two": 1.5, "ALS": 0.5, "biased MF": 2.0}
+    ratings = {f"t/{name}/stopped": np.array([value, value + 1]) for name, value in stopped.items()}
+    ratings |= {f"t/{name}/inside": np.array([True, name != "two"]) for name in stopped} | {"t/methods": list(stopped)}
     found = completion.compared(drawn | ratings, ["t"])
-    assert found["gap to two"].tolist() == [0.5, 0.5] and found["gap to biased MF"].tolist() == [1, 1]
+    assert found["gap to two"].tolist() == found["gap to two, t"].tolist() == [0.5, 0.5]
+    assert found["gap to biased MF"].tolist() == [1, 1]
+    assert found["ratings inside"].tolist() == [True, False] and found["drawn inside"].shape == (1,)
     assert found["drawn/error"] == pytest.approx(drawn["drawn/compressed/stopped"] / drawn["drawn/rms"])
     assert found["drawn/seconds over ALS"] > 0
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import compressible as cd
+from compressible.experiments.completion_fits import Fit, summary
 from compressible.experiments.components import (
     around,
     beside_the_loss,
@@ -17,7 +18,6 @@ from compressible.experiments.components import (
 )
 from compressible.experiments.outcomes import held, linear_convergence, outcomes, stays_above
 from compressible.experiments.outer_ratios import arrivals, crossing, limits, pace, savings
-from compressible.experiments.recommend import Fit, summary
 from compressible.experiments.starts import completion_starts, random_completion, start_names
 
 SETTINGS = {"dimension": 12, "rank": 2, "observed": 0.6, "depth": 3, "init_scale": 0.1, "step_size": 2.0}

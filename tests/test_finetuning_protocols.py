@@ -180,3 +180,23 @@ def test_merging_and_peft_keep_the_logits(encoder):
     found = rates_compared.round_trip(model.eval(), encoder, tokens)
     assert found["merged"] < 1e-5 and found["loaded"] < 1e-5
     assert (model(**tokens).logits - before).abs().max() > 1e-4  # there was something to keep
+
+
+def test_rates_are_chosen_on_the_tuning_rows_and_the_grid_grows(monkeypatch):
+    best, asked = {"A": 3e-2, "B": 1e-3}, []
+
+    def trained(base, runs, task, steps, evaluate_at, keep_factors, batch_size):
+        asked.append([(run.config, run.lr, run.seed) for run in runs])
+        scores = [1 - np.log10(run.lr / best[run.config]) ** 2 for run in runs]
+        return [
+            History(np.ones(3), {steps: np.nan if run.lr > 0.9 else s}, run)
+            for run, s in zip(runs, scores, strict=True)
+        ]
+
+    monkeypatch.setattr(rates_compared, "fine_tune", trained)
+    options = {"most": 6, "head_lr": 1e-3, "steps": 3, "batch_size": 2}
+    methods, found = rates_compared.tuned(None, {"A": "A", "B": "B"}, None, [7, 8], [1e-3, 3e-3, 1e-2], **options)
+    assert methods == {"A": ("A", [3e-2]), "B": ("B", [1e-3])} and found["rates_inside"].tolist() == [True, True]
+    assert found["A/rates"].tolist() == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] and found["B/rates"][0] == 3e-4
+    assert len(asked[0]) == 12 and {seed for _, _, seed in asked[0]} == {7, 8}
+    np.testing.assert_allclose(found["A/rate_scores"][3], 1)

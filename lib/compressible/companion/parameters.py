@@ -51,7 +51,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         " inner_width tuning_seeds tuning_steps patch layers heads"
         " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
         " tuning_rows noisy_rows noisy_steps records"
-        " period draws pooling",
+        " period draws pooling most_settings",
     ),
     (
         Parameter(int, _COUNT, many=True),

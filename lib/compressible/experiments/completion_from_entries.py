@@ -1,6 +1,7 @@
 """Completion at scale: deep networks, least squares and biases from the entries alone, and how their cost grows.
 
-Every method is tuned on a slice of what it trains on. Keys name the data set, the method and what is reported.
+Every method has a grid of its own that ends inside, and chooses on a slice of what it trains on. Keys name the data
+set, the method and what is reported.
 """
 
 from __future__ import annotations
@@ -11,47 +12,55 @@ from typing import Any
 import numpy as np
 
 from compressible.data import ratings
-from compressible.experiments import recommend
+from compressible.experiments import completion_fits, completion_tasks, recommend
 from compressible.experiments.speed import scaling
 from compressible.runtime import devices
 
 NETWORKS = {"compressed": None, "two": 2}  # depths: the one that is asked for, and two factors
 GOAL_DEVICE = "H200"  # the card that goals in seconds and bytes are set for
 ACCURATE = 1e-2  # of the entries' root mean square
+NO_NOISE = 1e-12  # ridge to begin with where entries have no noise: any that matters only biases the solution
 
 
 def fit_all(
-    task: recommend.Task,
+    task: completion_tasks.Task,
     rank: int,
     depth: int,
-    ridges: Sequence[float],
+    init_scale: float,
+    step_fraction: float,
+    ridge: float,
     sweeps: int,
+    most: int,
     biased: bool = False,
-    **deep: Any,
-) -> dict[str, recommend.Fit]:
+    **options: Any,
+) -> dict[str, completion_fits.Fit]:
     """Fit the networks of width 2 `rank` and ALS of rank `rank`, for ratings (`biased`) with biases, too.
 
-    `deep` (init_scales, step_fractions, steps, record_every) goes to `fit_descent`.
+    Every method tries at most `most` points of a grid of its own, from `init_scale` and `step_fraction` or from `ridge`
+    outwards. `options` (steps, record_every) go to `fit_descent`.
     """
-    width = 2 * rank
-    fits = {name: recommend.fit_descent(task, width, own or depth, **deep) for name, own in NETWORKS.items()}
-    fits["ALS"] = recommend.fit_sweeps(task, rank, ridges, sweeps)
+    first = (init_scale, step_fraction, most)
+    fits = {
+        name: recommend.fit_descent(task, 2 * rank, own or depth, *first, **options) for name, own in NETWORKS.items()
+    }
+    fits["ALS"] = recommend.fit_sweeps(task, rank, ridge, sweeps, most)
     if biased:
-        fits["biased MF"] = recommend.fit_sweeps(task, rank, ridges, sweeps, biases=True, start="random")
+        fits["biased MF"] = recommend.fit_sweeps(task, rank, ridge, sweeps, most, biases=True, start="random")
     return fits
 
 
-def fit_drawn(task: recommend.Task, rank: int, **fit: Any) -> dict[str, Any]:
+def fit_drawn(task: completion_tasks.Task, rank: int, **fit: Any) -> dict[str, Any]:
     """Fit all methods to entries of a drawn matrix: "drawn/<method>/<what>", as `gather`, and "drawn/rms"."""
-    return recommend.gather("drawn", [fit_all(task, rank, **fit)]) | {"drawn/rms": recommend.rms(task)}
+    fits = fit_all(task, rank, **fit | {"ridge": NO_NOISE})
+    return completion_fits.gather("drawn", [fits]) | {"drawn/rms": completion_tasks.rms(task)}
 
 
 def fit_table(name: str, rank: int, fraction: float, seeds: int, device: str, **fit: Any) -> dict[str, Any]:
     """Fit all methods to `seeds` splits of the rating table `name`, `fraction` of each slice held out to choose on."""
     table = ratings.load(name)
     parts = (ratings.split(table, f"seed{seed}") for seed in range(seeds))
-    tasks = (recommend.rating_task(table, part, "global", fraction, device) for part in parts)
-    return recommend.gather(name, [fit_all(task, rank, biased=True, **fit) for task in tasks])
+    tasks = (completion_tasks.rating_task(table, part, "global", fraction, device) for part in parts)
+    return completion_fits.gather(name, [fit_all(task, rank, biased=True, **fit) for task in tasks])
 
 
 def growth(counts: Sequence[int], entries: int, a_line: float, width: int, trials: int, device: str) -> dict[str, Any]:
@@ -78,13 +87,21 @@ def growth(counts: Sequence[int], entries: int, a_line: float, width: int, trial
 def compared(out: Mapping[str, Any], tables: Sequence[str]) -> dict[str, Any]:
     """Return what methods come to beside one another, from the keys of `fit_drawn` and of `fit_table` for `tables`.
 
-    "gap to <method>" (S,): its stopped test error over that of the compressed network, mean over tables;
-    "drawn/error", over the entries' root mean square, "drawn/two over deep", and "drawn/seconds over ALS".
+    "gap to <method>" (S,): its stopped test error over that of the compressed network, mean over tables, and
+    "gap to <method>, <table>" of each; "ratings inside" (S,) and "drawn inside" (1,): whether the best settings of
+    every method lie inside its grid; "drawn/error", over the entries' root mean square, "drawn/two over deep", and
+    "drawn/seconds over ALS".
     """
     error = {name: out[f"drawn/{name}/stopped"] / out["drawn/rms"] for name in (*NETWORKS, "ALS")}
-    stopped = {name: [out[f"{table}/{name}/stopped"] for table in tables] for name in (*error, "biased MF")}
-    found = {f"gap to {name}": np.mean(each, 0) - np.mean(stopped["compressed"], 0) for name, each in stopped.items()}
+    found: dict[str, Any] = {}
+    for name in (*error, "biased MF"):
+        each = [out[f"{table}/{name}/stopped"] - out[f"{table}/compressed/stopped"] for table in tables]
+        found[f"gap to {name}"] = np.mean(each, 0)
+        found |= {f"gap to {name}, {table}": gap for table, gap in zip(tables, each, strict=True)}
+    inside = [out[f"{table}/{name}/inside"] for table in tables for name in out[f"{table}/methods"]]
     return found | {
+        "ratings inside": np.all(inside, 0),
+        "drawn inside": np.all([out[f"drawn/{name}/inside"] for name in error], 0),
         "drawn/error": error["compressed"],
         "drawn/two over deep": error["two"] / error["compressed"],
         "drawn/seconds over ALS": seconds_to(out, "compressed") / seconds_to(out, "ALS"),

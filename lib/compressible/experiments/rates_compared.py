@@ -1,16 +1,20 @@
-"""Fine-tuning methods at several learning rates in one pass, the best rate of each, and the way to a plain model."""
+"""Fine-tuning methods, each at the rate that suits it on rows that judge nothing, and the way to a plain model."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
+from compressible.data.tasks import Task
+from compressible.experiments.rate_grid import best_of, is_inside, search_each
+from compressible.finetuning.finetune import fine_tune
 from compressible.finetuning.lora import save_as_lora
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
@@ -25,6 +29,39 @@ def planned_runs(methods: Methods, seeds: Iterable[int], head_lr: float) -> list
         for rate in rates
         for seed in list(seeds)
     ]
+
+
+def tuned(
+    base: nn.Module,
+    methods: Mapping[str, PeftConfig],
+    task: Task,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    most: int,
+    head_lr: float,
+    steps: int,
+    **options: Any,
+) -> tuple[Methods, dict[str, np.ndarray]]:
+    """Choose each method's rate by its mean score over `seeds` on task.validation, and return the methods at theirs.
+
+    All methods begin with the same rates, `most` of which they may try in all: a grid grows beyond an end while that is
+    its best. A rate at which one seed diverges is out. `options` (batch_size, ...) go to `fine_tune`.
+
+    Returns:
+        {name: (config, [rate])}, and for the record "<name>/rates" and "<name>/rate_scores" (G,) and "rates_inside"
+        (M,), whether each method's rate lies inside its grid.
+    """
+
+    def scores_of(pairs: Sequence[tuple[str, float]]) -> list[float]:
+        runs = [run for name, rate in pairs for run in planned_runs({name: (methods[name], [rate])}, seeds, head_lr)]
+        histories = fine_tune(base, runs, task, steps, evaluate_at=[steps], keep_factors=False, **options)
+        return np.array([history.scores[steps] for history in histories]).reshape(len(pairs), -1).mean(1).tolist()
+
+    found = search_each(scores_of, list(methods), rates, most - len(rates))
+    record: dict[str, np.ndarray] = {"rates_inside": np.array([is_inside(scores) for scores in found.values()])}
+    for name, scores in found.items():
+        record |= {f"{name}/rates": np.array(list(scores)), f"{name}/rate_scores": np.array(list(scores.values()))}
+    return {name: (methods[name], [best_of(scores)]) for name, scores in found.items()}, record
 
 
 def curves(histories: Sequence[RunHistory]) -> dict[str, np.ndarray]:

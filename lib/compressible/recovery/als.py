@@ -41,8 +41,11 @@ def alternate(
     bias_ridge: float = 5.0,
     start: str | Tensor = "spectral",
     snapshots: Iterable[int] = (),
+    weighted: bool = False,
 ) -> Sweeps:
     """Minimise sum over the observed of (U V^T - t)^2 + ridge (|U|^2 + |V|^2), U and V taking turns.
+
+    `weighted` ridges count once for each entry of their row or column (Zhou et al. 2008), as those of LensKit do.
 
     With `biases` each row and column has a bias too, under bias_ridge * bias^2; entries should then have mean 0. start:
     "spectral", V from the rank-r SVD of Omega * Phi / p, or "random", a Gaussian V (n, r), times 0.1 with biases, drawn
@@ -61,8 +64,8 @@ def alternate(
     for sweep in range(sweeps + 1):
         if sweep:
             began = clock(right)
-            left = _half(problem, patterns[0], right, penalty, rank, transposed=False)
-            right = _half(problem, patterns[1], left, penalty, rank, transposed=True)
+            left = _half(problem, patterns[0], right, penalty, rank, transposed=False, weighted=weighted)
+            right = _half(problem, patterns[1], left, penalty, rank, transposed=True, weighted=weighted)
             seconds.append(seconds[-1] + clock(right) - began)
             records.append(problem.evaluate_factors([right.mT, left]))
         if sweep in wanted:
@@ -89,7 +92,13 @@ def _start(
 
 
 def _half(
-    problem: SparseCompletion, pattern: Tensor, partner: Tensor, penalty: Tensor, rank: int, transposed: bool
+    problem: SparseCompletion,
+    pattern: Tensor,
+    partner: Tensor,
+    penalty: Tensor,
+    rank: int,
+    transposed: bool,
+    weighted: bool,
 ) -> Tensor:
     """Solve one side's rows, (lines, k), given the other's; with biases k = rank + 2, else rank."""
     entries, biases = problem.seen, partner.shape[1] > rank
@@ -101,7 +110,8 @@ def _half(
         features = torch.cat([partner[:, :rank], partner[:, one, None]], 1)
     places = pattern.crow_indices(), pattern.col_indices()
     known = torch.sparse_csr_tensor(*places, values, pattern.shape, check_invariants=False)
-    solved = _solve(pattern, known, features, penalty)
+    counts = places[0].diff().clamp(min=1) if weighted else torch.ones_like(places[0][1:])
+    solved = _solve(pattern, known, features, penalty * counts[:, None])
     return _with_bias(solved[:, :rank], solved[:, rank], by_rows=not transposed) if biases else solved
 
 
@@ -113,7 +123,7 @@ def _with_bias(factors: Tensor, bias: Tensor, by_rows: bool) -> Tensor:
 def _solve(pattern: Tensor, known: Tensor, features: Tensor, penalty: Tensor) -> Tensor:
     rank = features.shape[1]
     products = (features[:, :, None] * features[:, None, :]).reshape(-1, rank * rank)
-    normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag(penalty)
+    normal = (pattern @ products).reshape(-1, rank, rank) + torch.diag_embed(penalty)
     right_side = known @ features
     parts = zip(normal.split(BATCH), right_side.split(BATCH), strict=True)
     return torch.cat([_solve_each(*part, bool((penalty > 0).all())) for part in parts])
