@@ -112,23 +112,27 @@ def iterates(
     steps: int,
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD,
     outer_ratio: float = 1.0,
+    one_by_one: bool = False,
     **options: Any,
 ) -> Iterator[Factors]:
     """Yield the factors at iterations 0, 1, ..., steps, moved by one of PyTorch's optimisers with these `options`.
 
     Gradients are the problem's own, in closed form; the outer factors have the rate outer_ratio * step_size. SGD
-    without options is `descend`, weight_decay included.
+    without options is `descend`, weight_decay included. `one_by_one` gives the optimiser each matrix of a stack
+    (S, m, n) by itself, for one that takes matrices alone.
     """
-    held = [torch.nn.Parameter(factor.clone()) for factor in start]
+    held = [factor.clone() for factor in start]
+    weights = [[torch.nn.Parameter(part) for part in (stack if one_by_one else [stack])] for stack in held]
     ratios = [outer_ratio, *[1.0] * (len(held) - 2), outer_ratio]
-    groups = [{"params": [weight], "lr": step_size * ratio} for weight, ratio in zip(held, ratios, strict=True)]
+    groups = [{"params": parts, "lr": step_size * ratio} for parts, ratio in zip(weights, ratios, strict=True)]
     stepper = optimizer(groups, **options)
     for step in range(steps + 1):
-        factors = [weight.detach().clone() for weight in held]
+        factors = [stack.clone() for stack in held]  # parameters share the memory of their stack
         yield factors
         if step < steps:
-            for weight, gradient in zip(held, problem.factor_gradients(factors), strict=True):
-                weight.grad = gradient
+            for parts, gradient in zip(weights, problem.factor_gradients(factors), strict=True):
+                for weight, slope in zip(parts, gradient if one_by_one else [gradient], strict=True):
+                    weight.grad = slope
             stepper.step()
 
 
@@ -175,17 +179,25 @@ def ideal_run(
     )
 
 
-def block_deviation(ideal: Ideal, factors: Sequence[Tensor], step: int) -> Tensor:
-    """Return how far (...) the blocks that stand still are from rho_l times isometries: the largest over layers.
+def blocks_off(factors: Sequence[Tensor], bases: Sequence[Tensor], rhos: Tensor) -> Tensor:
+    """Return how far (L, ...) each layer's block that stands still is from rho_l times an isometry, rhos (L, ...).
 
-    max of ||W_l V^(l) - rho_l V^(l+1)||_F and ||W_l^T V^(l+1) - rho_l V^(l)||_F. It sees values, vectors and coupling,
-    and no departure max_l ||W_l - W*_l||_F is below it.
+    The larger of ||W_l V^(l) - rho_l V^(l+1)||_F and ||W_l^T V^(l+1) - rho_l V^(l)||_F, with the bases V^(1), ... of
+    `theory.middle_bases`. It sees values, vectors and coupling.
     """
     found = []
-    for layer, factor in enumerate(factors):
-        below, above, rho = ideal.bases[layer], ideal.bases[layer + 1], ideal.rhos[step, layer]
-        found += [matrix_norm(factor @ below - rho * above), matrix_norm(factor.mT @ above - rho * below)]
-    return torch.stack(found).amax(0)
+    for factor, below, above, rho in zip(factors, bases[:-1], bases[1:], rhos[..., None, None], strict=True):
+        sides = matrix_norm(factor @ below - rho * above), matrix_norm(factor.mT @ above - rho * below)
+        found.append(torch.maximum(*sides))
+    return torch.stack(found)
+
+
+def block_deviation(ideal: Ideal, factors: Sequence[Tensor], step: int) -> Tensor:
+    """Return `blocks_off` (...) against the theorem's recursion, the largest over layers.
+
+    No departure max_l ||W_l - W*_l||_F is below it.
+    """
+    return blocks_off(factors, ideal.bases, ideal.rhos[step]).amax(0)
 
 
 def last_look(ideal: Ideal, factors: Sequence[Tensor]) -> dict[str, Tensor]:

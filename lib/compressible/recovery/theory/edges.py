@@ -63,20 +63,23 @@ def momentum_rho(
     momentum: float,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    polar: bool = False,
 ) -> Tensor:
     """Return rho_l(t), the value that d - 2r singular values of layer l share, under gradient descent with momentum.
 
     On those directions the gradient of W_l is g_l = rho_l (lambda + prod_{k != l} rho_k^2) times a fixed isometry. The
     buffer is a sum of gradients, so it is v_l times the same isometry: v_l <- mu v_l + g_l, and rho_l <- rho_l -
-    eta v_l (heavy ball) or rho_l - eta (g_l + mu v_l) (Nesterov), as torch.optim.SGD has them.
+    eta v_l (heavy ball) or rho_l - eta (g_l + mu v_l) (Nesterov), as torch.optim.SGD has them. The polar factor of a
+    multiple of an isometry is its sign times that isometry, so Muon's step is eta times the sign of that move.
 
     Args:
         scales: eps_1, ..., eps_L of the orthogonal start; 0 for the last where m < n.
-        step_size: eta > 0 on the sum loss.
+        step_size: eta > 0 on the sum loss; with `polar` Muon's rate, which no loss scales.
         steps: iterations.
         momentum: mu in [0, 1), usually 0.9; 0 is plain gradient descent, `invariants.rho`.
         nesterov: whether the gradient is looked at ahead.
         weight_decay: lambda >= 0 on the sum loss.
+        polar: whether the step is the exact polar factor of the move, as in Muon.
 
     Returns:
         rho (steps + 1, L), float64.
@@ -101,7 +104,8 @@ def momentum_rho(
         slopes = [value * (weight_decay + other) for value, other in zip(values, others, strict=True)]
         buffers = [momentum * buffer + slope for buffer, slope in zip(buffers, slopes, strict=True)]
         ahead = [g + momentum * v if nesterov else v for g, v in zip(slopes, buffers, strict=True)]
-        values = [value - step_size * move for value, move in zip(values, ahead, strict=True)]
+        moves = [math.copysign(1.0, move) if move else 0.0 for move in ahead] if polar else ahead
+        values = [value - step_size * move for value, move in zip(values, moves, strict=True)]
         path.append(values)
     return torch.tensor(path, dtype=torch.float64)
 
