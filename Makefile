@@ -15,8 +15,8 @@ SLOW ?=
 
 PRESET ?= quick
 LABEL ?= $(PRESET)
-JOBS ?= 2
 GPUS ?= 0
+JOBS ?= $(if $(filter 0 1 2,$(GPUS)),2,$(GPUS))
 GPU ?= $(if $(filter-out 0,$(GPUS)),1,0)
 ID ?=
 ARGS ?=
@@ -27,8 +27,8 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 SNAKEMAKE = $(RUN) snakemake --cores $(JOBS) --resources gpu=$(GPUS) --keep-going --rerun-incomplete \
 	--scheduler greedy --quiet progress rules host
 
-# snakemake takes quotes off the end of a value, hence the space.
-PASSED = $(if $(ARGS),args='$(ARGS) ')
+# By the environment, since a shell would take off the quotes inside of it.
+export COMPRESSIBLE_ARGS = $(ARGS)
 
 .PHONY: help setup figures figure paper lint test tests test-gpu lab list claims notebooks clean distclean
 .DEFAULT_GOAL := help
@@ -67,11 +67,12 @@ torch-gpu:
 	@if $(BIN)/python -m pip freeze | grep -q '^torch==.*+cpu'; \
 	then $(BIN)/python -m pip uninstall -q -y torch; fi
 
-# Values are checked first, since snakemake removes the earlier figure of a job that it starts.
+# Values are checked by the Snakefile before it starts anything. A batch that was killed leaves a lock behind, which guards
+# nothing here: every job publishes its files whole or not at all.
 figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
-	@$(if $(ARGS),for id in $(or $(ID),$$($(BIN)/python -m compressible list | awk '$$2 == "$(PRESET)" {print $$1}')); do \
-		$(BIN)/python -m compressible run $$id --preset $(PRESET) --check $(ARGS) || exit 2; done)
-	@$(SNAKEMAKE) --config preset=$(PRESET) label=$(LABEL) gpus=$(GPUS) ids='$(ID)' $(PASSED)
+	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$(GPUS)" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
+		echo "$$seen GPUs of this machine are hidden from the notebooks: GPUS=$$seen shows them" >&2; fi
+	@$(SNAKEMAKE) --nolock --config preset='$(PRESET)' label='$(LABEL)' gpus=$(GPUS) ids='$(ID)'
 
 figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
 	@test -n "$(ID)" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }
@@ -115,7 +116,7 @@ notebooks: $(STAMP)  ## re-execute the committed notebooks in place, with their 
 	@$(RUN) python -m compressible notebooks $(ID)
 
 clean:  ## remove quick figures, leftovers of failed runs and tool caches
-	rm -rf figures/quick figures/*/failed figures/*/executed figures/*/.staging-* .snakemake .pytest_cache \
+	rm -rf figures/quick figures/*/failed figures/*/executed figures/*/.staging-* figures/*/.batch .snakemake .pytest_cache \
 		.ruff_cache
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 

@@ -10,21 +10,29 @@
 #                   --default-storage-provider s3 --default-storage-prefix s3://BUCKET/PREFIX \
 #                   --config preset=paper
 #
-# There, too, each job is one call of `python -m compressible run`; figures, record and executed notebook come
-# back as outputs, a failed notebook's traceback is on the job's standard error.
+# There, too, each job is one call of `python -m compressible run`, a failed notebook's traceback is on its standard error.
+# It publishes figures, record and executed notebook itself, each whole or not at all. Snakemake removes the outputs of a
+# job before it starts and after it fails, so that what it is told of is a stamp: an earlier figure survives whatever
+# happens. Where the files of a job are on another machine (a storage provider), they are outputs, to come back.
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import yaml
 
-sys.path.insert(0, "lib")
+sys.path.insert(0, str(Path("lib").resolve()))
+from compressible.__main__ import main
 from compressible.companion.library import computing_sources
 
 PRESET = str(config.get("preset", "quick"))
 LABEL = str(config.get("label") or PRESET)
 GPUS = config["gpus"] = int(config.get("gpus", 0))
 FIGURES = Path(os.environ.get("COMPRESSIBLE_FIGURES", "figures")) / LABEL
+# By the environment, make hands over what a shell would take apart otherwise.
+ARGS = str(config.get("args") or os.environ.get("COMPRESSIBLE_ARGS", "")).strip()
+AWAY = workflow.storage_settings.default_storage_provider is not None
+MADE = "{paper}/{name}"
 
 
 def read_presets():
@@ -54,9 +62,28 @@ def minutes(wildcards):
     return max(10, round(4 * CHOICES[f"{wildcards.paper}/{wildcards.name}"].get("minutes", 10)))
 
 
+def check(ids):
+    """Refuse values that a notebook would refuse, before any job starts."""
+    for id in ids:
+        if main(["run", id, "--preset", PRESET, "--label", LABEL, "--check", *shlex.split(ARGS)]):
+            raise WorkflowError(f"{id} refuses these values, and nothing was started")
+
+
+def forget_lost(ids):
+    """Remove the stamps of figures that are not there any more, so that they are made again."""
+    for id in ids:
+        if not (FIGURES / f"{id}.json").is_file():
+            (FIGURES / ".batch" / id).unlink(missing_ok=True)
+
+
 CHOICES = read_presets()
 IDS = choose(str(config.get("ids") or "").split())
 LIBRARY = [os.path.relpath(file) for file in computing_sources()]
+FILES = [f"{FIGURES}/{MADE}.{suffix}" for suffix in ("json", "npz", "pdf", "png")] + [f"{FIGURES}/executed/{MADE}.ipynb"]
+STAMP = f"{FIGURES}/.batch/{MADE}"
+if workflow.is_main_process:
+    check(IDS)
+    forget_lost(IDS)
 
 
 localrules:
@@ -65,7 +92,7 @@ localrules:
 
 rule figures:
     input:
-        expand(f"{FIGURES}/{{id}}.json", id=IDS),
+        expand(f"{FIGURES}/{{id}}.json" if AWAY else f"{FIGURES}/.batch/{{id}}", id=IDS),
 
 
 rule figure:
@@ -74,16 +101,14 @@ rule figure:
         presets="notebooks/{paper}/presets.yaml",
         library=LIBRARY,
     output:
-        expand(f"{FIGURES}/{{{{paper}}}}/{{{{name}}}}.{{suffix}}", suffix=["json", "npz", "pdf", "png"]),
-        # Published only after success; what a failed notebook left is kept under failed/, which is no output.
-        f"{FIGURES}/executed/{{paper}}/{{name}}.ipynb",
+        FILES if AWAY else touch(STAMP),
     wildcard_constraints:
         paper=r"[^/]+",
         name=r"[^/]+",
     params:
         preset=PRESET,
         label=LABEL,
-        args=config.get("args") or "",
+        args=ARGS,
     threads: 1
     resources:
         gpu=wants_gpu,
@@ -91,5 +116,7 @@ rule figure:
     message:
         "{wildcards.paper}/{wildcards.name}, preset {params.preset}"
     shell:
-        "OMP_NUM_THREADS=1 PYTHONPATH=lib python -m compressible run {wildcards.paper}/{wildcards.name}"
+        # The kernel starts in the notebook's folder, where a relative path would mean another place.
+        'OMP_NUM_THREADS=1 PYTHONPATH="$PWD/lib${{PYTHONPATH:+:$PYTHONPATH}}"'
+        " python -m compressible run {wildcards.paper}/{wildcards.name}"
         " --preset {params.preset} --label {params.label} --gpus $(({resources.gpu} * {config[gpus]})) {params.args}"

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -298,6 +300,67 @@ def test_snakemake_builds_what_has_the_preset_and_refuses_a_preset_that_nothing_
     assert watched("preset=minilm") == {file.relative_to(checkout).as_posix() for file in sources(checkout)}
     result = snakemake("preset=minlm")
     assert result.returncode != 0 and "no notebook has a preset 'minlm'" in result.stderr + result.stdout
+
+
+def test_snakemake_leaves_a_published_figure_where_a_run_fails_or_is_refused(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    id = add_notebook("01_good")
+    published = [Path(f"figures/quick/{id}{suffix}") for suffix in (".pdf", ".png", ".json")]
+    assert snakemake().returncode == 0
+    before = [file.read_bytes() for file in published]
+    for arguments in (["args=-p step_size high"], ["label=quick/"], ["args=-p no_such 1"]):
+        assert snakemake(*arguments).returncode != 0
+        assert [file.read_bytes() for file in published] == before
+    write_notebook(checkout / "notebooks" / f"{id}.ipynb", "raise RuntimeError('as intended')")
+    assert snakemake().returncode != 0
+    assert [file.read_bytes() for file in published] == before
+    assert "as intended" in Path(f"figures/quick/failed/{id}.txt").read_text()
+
+
+def test_snakemake_makes_a_figure_again_that_is_gone(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    id = add_notebook("01_good")
+    assert snakemake().returncode == 0
+    Path(f"figures/quick/{id}.json").unlink()
+    assert snakemake().returncode == 0
+    assert Path(f"figures/quick/{id}.json").is_file()
+
+
+def test_snakemake_goes_on_after_a_kill(add_notebook, checkout):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    id = add_notebook("00_slow", "import time; time.sleep(60)")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--nolock",
+        "--cores",
+        "1",
+        "--resources",
+        "gpu=0",
+        "--config",
+        "gpus=0",
+    ]
+    batch_ = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(checkout.glob("figures/quick/.staging-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(batch_.pid, signal.SIGKILL)
+    batch_.wait()
+    write_notebook(checkout / "notebooks" / f"{id}.ipynb", SAVE.format(id=id))
+    assert snakemake(options=["--nolock", "--rerun-incomplete"]).returncode == 0
+    assert Path(f"figures/quick/{id}.json").is_file()
+
+
+@pytest.mark.parametrize("quoted", ["-p ranks '[2, 3]'", '-p ranks "[2, 3]"'])
+def test_quotes_of_arguments_reach_the_job_as_they_were_checked(quoted, add_notebook, checkout, monkeypatch):
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    id = add_notebook("01_good")
+    monkeypatch.setenv("COMPRESSIBLE_ARGS", quoted)
+    assert snakemake().returncode == 0
+    assert record(id=id)["ranks"] == [2, 3]
 
 
 def test_snakemake_refuses_an_id_it_does_not_know(add_notebook, checkout):
