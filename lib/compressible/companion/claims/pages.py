@@ -102,7 +102,7 @@ def _figures(standing: list[Standing], items: Sequence[Item]) -> list[str]:
         mine = [each for each in standing if (each.claim.paper, each.claim.figure) == (paper, figure)]
         links = f"{counts_in_words(mine)}. [Notebook](notebooks/{figure}.ipynb), [figure](GALLERY.md#{figure})."
         rows = [_row(each, items) for each in mine]
-        parts += [f"### {paper}: {figure}", links, wording.table(HEADS, rows)]
+        parts += [f"### {figure}" if paper == "beyond" else f"### {paper}: {figure}", links, wording.table(HEADS, rows)]
     return parts
 
 
