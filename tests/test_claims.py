@@ -17,9 +17,11 @@ from compressible.companion.claims import FAIL, NOT_TESTED, PASS, Claim, ClaimEr
 FIGURE = "kwon2024/05_completion"
 
 
+TOLD: Any = {"unit": "seed", "group": "own", "bound_from": "a margin"}
+
+
 def claim(judge: str = "at_most", bound: Any = 1.0, **more: Any) -> Claim:
-    told: Any = {"unit": "seed", "group": "own", "bound_from": "a margin"}
-    return Claim(f"{FIGURE}.x", "P2", "a statement", "m", judge, "a source", bound=bound, **told | more)
+    return Claim(f"{FIGURE}.x", "P2", "a statement", "m", judge, "a source", bound=bound, **TOLD | more)
 
 
 def evidence(metric: Any, **parameters: Any) -> SimpleNamespace:
@@ -174,7 +176,7 @@ def test_the_table_takes_the_record_that_a_claim_names(tmp_path: Path) -> None:
 
 
 def test_the_command_of_a_claim_without_record_asks_for_the_gpu_that_it_needs(tmp_path: Path) -> None:
-    tested = Claim("yaras2024/04_compressed_completion.x", "P1", "s", "m", "at_most", "here", bound=1.0)
+    tested = Claim("yaras2024/04_compressed_completion.x", "P1", "s", "m", "at_most", "here", bound=1.0, **TOLD)
     command = "`make figure ID=yaras2024/04_compressed_completion PRESET=paper GPUS=1`"
     assert command in claims.table(tmp_path, claims=[tested])
 
@@ -209,7 +211,7 @@ def test_a_claim_that_changed_is_judged_again_on_what_the_record_holds(tmp_path:
         (claim(seeds=6), NOT_TESTED),
     ):
         assert f"1 {verdict}" in claims.table(tmp_path, claims=[changed])
-    lost = Claim(f"{FIGURE}.y", "P2", "added later, a seed diverged", "lost", "at_most", "here", bound=1.0)
+    lost = Claim(f"{FIGURE}.y", "P2", "added later, a seed diverged", "lost", "at_most", "here", bound=1.0, **TOLD)
     assert "1 FAIL" in claims.table(tmp_path, claims=[lost])
 
 

@@ -82,7 +82,8 @@ def test_the_same_figure_gives_the_same_bytes(result: runs.Result) -> None:
 
 
 def test_claims_are_judged_on_the_way(result: runs.Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = claims.Claim(f"{ID}.half", "P2", "a half", "ratio", "at_most", "here", bound=0.6)
+    told: Any = {"unit": "seed", "group": "own", "bound_from": "a margin"}
+    claim = claims.Claim(f"{ID}.half", "P2", "a half", "ratio", "at_most", "here", bound=0.6, **told)
     monkeypatch.setattr(claims, "load_claims", lambda: [claim])
     record = json.loads(figures.save(draw(), ID, "quick", result).read_text())
     assert [(v["id"], v["verdict"], v["value"]) for v in record["claims"]] == [(f"{ID}.half", "PASS", 0.5)]
