@@ -71,6 +71,13 @@ def test_a_run_stopped_by_its_budget_is_censored_and_one_that_diverges_has_no_co
     np.testing.assert_array_equal(outcomes.reached(later, "b", 0.5, "loss"), [10.0, np.nan])  # though it was below once
 
 
+def test_a_dip_below_the_level_is_no_arrival():
+    loss = np.array([[1.0, 0.01, 0.5, 0.02], [1.0, 0.01, 0.5, np.nan]])
+    assert outcomes.reached(_curves() | {"a/loss": loss}, "a", 0.1, "loss").tolist() == [30.0, np.inf]
+    assert outcomes.reached(_curves() | {"a/loss": loss}, "a", 0.1, "loss", "seconds").tolist() == [3.0, np.inf]
+    assert outcomes.reached(_curves(), "a", 0.3, "loss").tolist() == [20.0, 20.0]
+
+
 def test_outcomes_of_a_run_that_diverges_are_no_success():
     out = outcomes.outcomes(_curves(), ["a", "b"], tolerance=0.1, recovered=0.3)
     np.testing.assert_array_equal(out["b/final"], [0.25, np.inf])

@@ -115,9 +115,9 @@ def predicted_steps(build: BuildAt, names: Sequence[str], seed: int) -> dict[str
     }
 
 
-def best_steps(found: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, float]:
-    """Return {name: step size} of what `find_best_steps` found."""
-    return {name: float(found[f"{name}/best_step"][0]) for name in names}
+def best_steps(found: Mapping[str, np.ndarray], names: Sequence[str], prefix: str = "") -> dict[str, float]:
+    """Return {name: step size} of what `find_best_steps` found; `prefix`, such as "own/", stands before its arrays."""
+    return {name: float(found[f"{prefix}{name}/best_step"][0]) for name in names}
 
 
 def compare_at_best_steps(

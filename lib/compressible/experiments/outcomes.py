@@ -61,11 +61,12 @@ def final(curves: Curves, name: str, key: str = "error") -> np.ndarray:
 
 
 def reached(curves: Curves, name: str, level: float, key: str = "error", at: str = "iterations") -> np.ndarray:
-    """Return the "iterations" or "seconds" (S,) until a run's "error" or "loss" is below `level`.
+    """Return the "iterations" or "seconds" (S,) until a run's "error" or "loss" is below `level`, and stays there.
 
-    Infinite where its budget or its tolerance stops it above the level, NaN where it diverges, were it later on.
+    Close to the edge of stability an error dips below a level and rises again, which is no arrival. Infinite where its
+    budget or its tolerance stops a run above the level, NaN where it diverges, were it later on.
     """
-    first = first_below(curves[f"{name}/{key}"], level, curves[f"{name}/{at}"])
+    first = stays_above(-held(curves[f"{name}/{key}"]), -level, curves[f"{name}/{at}"])
     return np.where(curves[f"{name}/diverged"], np.nan, np.where(np.isnan(first), np.inf, first))
 
 
