@@ -17,7 +17,7 @@ from compressible.experiments.components import (
     watch,
 )
 from compressible.experiments.outcomes import held, linear_convergence, outcomes, stays_above
-from compressible.experiments.outer_ratios import arrivals, crossing, limits, pace, savings
+from compressible.experiments.outer_ratios import arrivals, crossing, gain_at_one_step, limits, pace, savings
 from compressible.experiments.starts import completion_starts, random_completion, start_names
 
 SETTINGS = {"dimension": 12, "rank": 2, "observed": 0.6, "depth": 3, "init_scale": 0.1, "step_size": 2.0}
@@ -175,7 +175,21 @@ def test_arrivals_of_a_sweep():
     np.testing.assert_array_equal(out["to_tolerance"][:, 2], curves["alpha = 3/stopped"])
     np.testing.assert_array_equal(out["worst_error"], out["error"].max(1))
     never = arrivals(curves, names, 1e-300)
-    assert np.isnan(never["to_tolerance"]).all() and (never["worst_error"] == 0).all()
+    assert np.isinf(never["to_tolerance"]).all() and np.isnan(never["worst_error"]).all()  # and not an error of 0
+
+
+def test_savings_over_an_original_that_never_arrives_are_none():
+    counts = np.array([[np.inf, 9.0, 8.0], [np.nan, 9.0, 8.0]])
+    out = savings(counts, np.array([0.5, 1.0]), np.array([2.0, 2.0]), np.array([3.0, 3.0]), largest=9.75)
+    assert np.isnan(out["end_ratio"]).all() and np.isinf(out["crossing"]).all()
+
+
+def test_the_gain_of_ratios_at_one_step_is_over_ratio_one():
+    ratios = np.array([0.5, 1.0, 2.0, 4.0])
+    counts = np.array(
+        [[90.0, 5.0, 10.0, 8.0, np.nan], [90.0, 20.0, 10.0, np.inf, np.nan], [90.0, 1.0, np.nan, 8.0, 9.0]]
+    )
+    np.testing.assert_array_equal(gain_at_one_step(counts, ratios), [0.8, 1.0, np.nan])
 
 
 def test_limits_are_those_of_the_theory():
