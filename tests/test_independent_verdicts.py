@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,11 @@ ID = "kwon2024/05_completion"
 
 
 def test_the_library_judges_the_records_as_other_code_does() -> None:
-    table = claims.table(REPOSITORY / "figures", preset="own")
-    shown = {id: verdict for verdict, id in re.findall(r"^  ([A-Z]+(?: TESTED)?) +.*\n +(\S+)$", table, re.MULTILINE)}
-    found = {id: verdict[0] for id, verdict in independent.verdicts().items()}
+    page = claims.table(REPOSITORY / "figures", format="markdown", preset="own")
+    shown, found = independent.shown_in(page), independent.verdicts()
     assert len(shown) == len(claims.load_claims())
-    assert sum(verdict != "NOT TESTED" for verdict in found.values()) > 100
-    assert {id: (verdict, shown[id]) for id, verdict in found.items() if verdict != shown[id]} == {}
+    assert sum(verdict[0] != "NOT TESTED" for verdict in found.values()) > 100
+    assert independent.differences(found, shown) == []
 
 
 def test_other_code_imports_nothing_of_the_library() -> None:
