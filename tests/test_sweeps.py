@@ -13,13 +13,22 @@ def test_a_sweep_over_widths_is_the_descents_alone():
     target = cd.low_rank_target((10, 10), 2, generator=torch.Generator().manual_seed(0))
     problem, options = cd.MatrixFactorization(target), {"steps": 300, "record_every": 10, "tolerance": 1e-4}
     generator = torch.Generator().manual_seed(5)
-    error, stopped = rank_sweep.sweep_widths(problem, 3, 2.0, [4, 10], 0.3, 2, generator, **options)
-    assert error.shape == stopped.shape == (2, 2) and (stopped < 300).all()
+    out = rank_sweep.sweep_widths(problem, 3, 2.0, [4, 10], 0.3, 2, generator, **options)
+    error, iterations = out["error"], out["iterations"]
+    assert error.shape == iterations.shape == (2, 2) and (iterations < 300).all() and (out["loss"] < 1e-4).all()
     generator.manual_seed(5)
     narrow = cd.orthogonal_factors((10, 10), 3, 4, 0.3, generator, batch_shape=(2,))
     alone = cd.descend(problem, [factor[1] for factor in narrow], 2.0, **options)
     assert error[1, 0].item() == pytest.approx(alone.final("error").item(), rel=1e-6)
-    assert stopped[1, 0] == alone.stopped
+    assert iterations[1, 0] == alone.stopped
+
+
+def test_a_width_that_its_budget_stops_needs_infinitely_many_iterations():
+    target = cd.low_rank_target((10, 10), 2, generator=torch.Generator().manual_seed(0))
+    stop = {"steps": 20, "record_every": 10, "tolerance": 1e-4}
+    generator = torch.Generator().manual_seed(5)
+    out = rank_sweep.sweep_widths(cd.MatrixFactorization(target), 3, 2.0, [4], 0.3, 2, generator, **stop)
+    assert torch.isinf(out["iterations"]).all() and torch.isfinite(out["loss"]).all() and (out["loss"] > 1e-4).all()
 
 
 def test_every_layer_moves_2r_values_as_the_theorem_says():
@@ -81,9 +90,23 @@ def test_singular_values_are_learned_in_turn_and_as_scalars(depth_runs):
     assert ((slower - scalars["theory"]).abs().max() / s[0, 0]) > 1e-3
 
 
+def test_both_networks_at_their_own_steps_keep_the_order(depth_runs):
+    plan, build, _ = depth_runs
+
+    def at_steps(generator, sizes):
+        problem, starts = build(generator)
+        return problem, {name: (starts[name][0], sizes[name], 1.0) for name in sizes}
+
+    stop = {"steps": 40 * plan.every, "record_every": 1, "tolerance": 1e-8}
+    tuning = {"seeds": 2, "first": 4 * plan.step, "level": 1e-6, "factor": 1.5, "beside": 1} | stop
+    out = depth_sweep.at_own_steps(at_steps, 0, 1, tuning, **stop)
+    assert (out["own/best_steps"] > plan.step).all() and out["own/grids_closed"].all()
+    assert out["own/iteration_ratio"].shape == (1,) and (out["own/iteration_ratio"] < 1).all()
+
+
 def test_across_depths_takes_the_worst():
     def one(ratio, ordered, spread):
-        keys = ("worst_ratio", "iteration_ratio", "final")
+        keys = ("worst_ratio", "iteration_ratio", "own/iteration_ratio", "final")
         found = {f"completion/{key}": np.array([ratio, 0.5]) for key in keys}
         return found | {
             "deviation": torch.tensor([ratio, 0.0]),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressible.descent.gradient_descent import descend
+from compressible.experiments.best_steps import BuildAt, compare_at_best_steps
 from compressible.experiments.compare import Build, Start, stack_starts
 from compressible.experiments.outcomes import milestones
 from compressible.recovery.factors import product, stack_factors
@@ -52,6 +53,22 @@ def never_behind(build: Build, seed: int, seeds: int, **options: Any) -> dict[st
     out = {key: value for key, value in curves.items() if key.endswith(("iterations", "error"))}
     out["final"] = np.maximum(marks["original/final"], marks["compressed/final"])
     return out | {key: marks[f"compressed/{key}"] for key in ("worst_ratio", "iteration_ratio")}
+
+
+def at_own_steps(
+    build: BuildAt, seed: int, seeds: int, tuning: Mapping[str, Any], **options: Any
+) -> dict[str, np.ndarray]:
+    """Return what "original" and "compressed" come to, each at its own best step, as `compare_at_best_steps` finds it.
+
+    "own/iteration_ratio" (S,) to an error of 1e-6, compressed over original; "own/best_steps" (2,), the original's
+    first; "own/grids_closed" (2,), whether neither is the end of its grid. `options` go to `descend`.
+    """
+    names = ["original", "compressed"]
+    curves = compare_at_best_steps(build, names, seed, seeds, tuning=tuning, run=stack_starts, **options)
+    marks = milestones(curves, names, level=1e-6)
+    best, closed = (np.concatenate([curves[f"{name}/{key}"] for name in names]) for key in ("best_step", "grid_closed"))
+    found = {"iteration_ratio": marks["compressed/iteration_ratio"], "best_steps": best, "grids_closed": closed}
+    return {f"own/{key}": value for key, value in found.items()}
 
 
 def learned_in_turn(runs: Runs, rank: int, marks: Sequence[int]) -> dict[str, np.ndarray | Tensor]:
@@ -106,10 +123,13 @@ def target_triplets(runs: Runs, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def across_depths(found: Mapping[int, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, np.ndarray]:
     """Return per seed (S,) the worst over depths, {depth: results}, as "worst/<name>", and what compares them.
 
+    Own steps, "own/iteration_ratio", may be there for some of the depths, and the worst is then that of these.
     "all_ordered": ordered at every depth; "deepest/spread": the spread of the deepest over that of the shallowest.
     """
-    depths, keys = list(found), ("worst_ratio", "iteration_ratio", "final")
+    depths, keys = list(found), ("worst_ratio", "iteration_ratio", "own/iteration_ratio", "final")
     names = [*(f"{task}/{key}" for task in tasks for key in keys), "deviation", "excess"]
-    out = {f"worst/{name}": np.max([np.asarray(found[L][name]) for L in depths], 0) for name in names}
+    out = {
+        f"worst/{name}": np.max([np.asarray(found[L][name]) for L in depths if name in found[L]], 0) for name in names
+    }
     out["all_ordered"] = np.all([np.asarray(found[L]["ordered"]) for L in depths], 0)
     return out | {"deepest/spread": np.asarray(found[depths[-1]]["spread"] / found[depths[0]]["spread"])}

@@ -28,19 +28,23 @@ def sweep_widths(
     init_scale: float,
     trials: int,
     generator: torch.Generator,
+    tolerance: float,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Return the final recovery error and the iterations to the stop, both (trials, widths).
+) -> dict[str, Tensor]:
+    """Return where descents from `trials` starts of each width end, all (trials, widths).
 
-    All starts are drawn before the first run, so that they do not depend on the run; the trials of a width descend as
-    one stack. `options` go to `descend`.
+    "error", the recovery error at the stop; "loss", the training loss there; "iterations" to a training loss below
+    `tolerance`, infinite where the budget of steps ends before. All starts are drawn before the first run, so that they
+    do not depend on the run; the trials of a width descend as one stack. `options` go to `descend`.
     """
     starts = [
         orthogonal_factors(problem.shape, depth, width, init_scale, generator, problem.dtype, None, (trials,))
         for width in widths
     ]
-    runs = [descend(problem, factors, step_size, **options) for factors in starts]
-    return torch.stack([run.final("error") for run in runs], 1), torch.stack([run.stopped for run in runs], 1)
+    runs = [descend(problem, factors, step_size, tolerance=tolerance, **options) for factors in starts]
+    out = {name: torch.stack([run.final(name) for run in runs], 1) for name in ("error", "loss")}
+    stopped = torch.stack([run.stopped for run in runs], 1).to(torch.float64)
+    return out | {"iterations": stopped.where(out["loss"] < tolerance, torch.inf)}
 
 
 def judge(
