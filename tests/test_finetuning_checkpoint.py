@@ -287,3 +287,13 @@ def test_a_damaged_checkpoint_of_the_cache_is_begun_again(tmp_path, monkeypatch,
     with pytest.warns(UserWarning, match="damaged .*; the run begins again"):
         (again,) = cd.fine_tune(bert(), mixed()[:1], task(), 6, 4, checkpoint=path)
     assert torch.equal(torch.as_tensor(again.losses), torch.as_tensor(whole.losses))
+
+
+def test_steps_taken_survive_a_checkpoint_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    given = {"runs": mixed()[:1], "task": task(), "steps": 4, "batch_size": 4, "checkpoint_every": 2}
+    (whole,) = cd.fine_tune(bert(), **given)
+    with pytest.warns(RuntimeWarning, match=rf"no checkpoint at step 2: {re.escape(str(tmp_path))}/file/state: "):
+        (history,) = cd.fine_tune(bert(), **given, checkpoint=tmp_path / "file" / "state")
+    assert torch.equal(torch.as_tensor(history.losses), torch.as_tensor(whole.losses))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

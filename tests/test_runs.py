@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +29,7 @@ from compressible.companion import library, notebooks, provenance, runs
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
-from compressible.runtime import devices
+from compressible.runtime import devices, paths
 
 CALLS: list[int] = []
 
@@ -390,6 +393,74 @@ def test_a_process_killed_while_storing_leaves_no_entry(cache: Path, monkeypatch
     assert child.exitcode == 9
     assert not runs.run(work, rank=9).cached
     assert runs.run(work, rank=9).cached
+
+
+def unwritable(cache: Path, how: str) -> None:
+    """A cache in which nothing can be written, for the superuser too."""
+    if how == "a file in its place":
+        cache.write_text("")
+    elif how == "a file in the place of the results":
+        cache.mkdir()
+        (cache / "results").write_text("")
+    else:
+        cache.symlink_to("/dev/full")
+
+
+@pytest.mark.parametrize("how", ["a file in its place", "a file in the place of the results", "a device"])
+def test_a_cache_that_cannot_be_written_is_said_before_the_work_and_the_result_returned(how: str, cache: Path) -> None:
+    unwritable(cache, how)
+
+    def told_first(rank: int) -> dict[str, Any]:
+        assert caught and not runs.checkpoint(10)
+        return {"value": rank}
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        results = [runs.run(told_first, rank=3, reads={"caught": ""}) for _ in range(2)]
+    assert [result["value"] for result in results] == [3, 3] and not results[1].cached
+    assert [str(warning.message).count(f"cache {cache} cannot be written") for warning in caught] == [1, 1]
+
+
+def test_a_cache_that_may_only_be_read_gives_what_it_has(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.run(work, rank=3)
+    monkeypatch.setattr(paths, "unwritable", lambda folder: "PermissionError: Permission denied")
+    assert runs.run(work, rank=3).cached
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        assert not runs.run(work, rank=4).cached
+    assert len(entries(cache)) == 1
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process grows beyond 2 kB, as on a disk that became full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_result_survives_a_disk_that_is_full(cache: Path) -> None:
+    with full_disk(), pytest.warns(RuntimeWarning, match=r"cannot be written \(OSError: File too large"):
+        assert runs.run(work, rank=3)["split"] == "u1"
+    assert [file for file in cache.rglob("*") if file.is_file()] == []
+    assert not runs.run(work, rank=3).cached
+
+
+def test_a_result_survives_a_disk_that_becomes_full_meanwhile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = runs._store
+
+    def store_on_full_disk(*arguments: Any) -> None:
+        with full_disk():
+            store(*arguments)
+
+    monkeypatch.setattr(runs, "_store", store_on_full_disk)
+    with pytest.warns(RuntimeWarning, match=r"could not be kept .*File too large"):
+        assert runs.run(work, rank=3000)["split"] == "u1"
+    assert [file for file in cache.rglob("*") if file.is_file()] == []
 
 
 def git(folder: Path, *words: str) -> None:

@@ -9,6 +9,7 @@ the numbers were computed (commit, digests of the code, versions, times) is kept
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -84,7 +85,8 @@ def run(
     data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Raises
     ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
     from outside itself what cannot be told from another of its kind, a model, say. `reads` tells it, {name: digest or
-    version}; else such a function runs with cache=False only. `key` is "" then.
+    version}; else such a function runs with cache=False only. `key` is "" then. A cache that cannot be written is
+    said by a RuntimeWarning, before the work where that can be known, and the result is returned all the same.
 
     In `python -m compressible redraw` the result is the record's and nothing is computed; RecordError where the
     record was made with other parameters or by another function.
@@ -95,7 +97,7 @@ def run(
     key = _key(function, values, digests, reads) if cache else ""
     result = _load(_entry(key), key) if cache else None
     if result is None:
-        place = paths.cache_dir() / "checkpoints" / key[:2] / key if cache else None
+        place = _checkpoint_place(key) if cache else None
         reset = _PLACE.set(place)
         try:
             made = _made() | ({"function": source_digest(function, reads)} if cache else {})
@@ -103,16 +105,36 @@ def run(
         finally:
             _PLACE.reset(reset)
         if place is not None:
-            _store(_entry(key), result)
-            for file in place.parent.glob(f"{key}*"):  # of several passes each has its own
-                file.unlink(missing_ok=True)
+            _keep(result, place)
     return result
+
+
+def _checkpoint_place(key: str) -> Path | None:
+    """Where the checkpoint of a run goes; None, with a warning, where the cache would not take the result either."""
+    place = paths.cache_dir() / "checkpoints" / key[:2] / key
+    reason = paths.unwritable(_entry(key).parent) or paths.unwritable(place.parent)
+    if reason:
+        told = f"the cache {paths.cache_dir()} cannot be written ({reason}): the result is returned and not kept"
+        warnings.warn(f"{told}; COMPRESSIBLE_CACHE names another folder", RuntimeWarning, stacklevel=3)
+    return None if reason else place
+
+
+def _keep(result: Result, checkpoint: Path) -> None:
+    """Store a result, after which its checkpoint is of no use. Work that is done is not lost where that fails."""
+    try:
+        _store(_entry(result.key), result)
+        for file in checkpoint.parent.glob(f"{result.key}*"):  # of several passes each has its own
+            file.unlink(missing_ok=True)
+    except Exception as error:
+        told = f"the result could not be kept in the cache {paths.cache_dir()} ({checks.one_line(error)})"
+        warnings.warn(f"{told}: it is returned, and the next run computes it again", RuntimeWarning, stacklevel=3)
 
 
 def checkpoint(every: int) -> dict[str, Any]:
     """Arguments of the one `fine_tune` of the run in progress, so that it goes on after a kill: a file, steps between.
 
-    The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run.
+    The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run, and
+    where the cache cannot be written.
     """
     return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
 
@@ -290,15 +312,14 @@ def _store(path: Path, result: Result) -> None:
 
 
 def _load(path: Path, key: str) -> Result | None:
-    if not path.exists():
-        return None
     try:
         return _read(path, key)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):  # what is in the way is said before the work
         return None
     except Exception as error:  # a damaged archive fails in ways that zipfile, zlib and numpy do not list
         warnings.warn(f"dropped a damaged cache entry, {path.name}: {error}", RuntimeWarning, stacklevel=3)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            path.unlink(missing_ok=True)
         return None
 
 

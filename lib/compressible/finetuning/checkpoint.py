@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.update_spectra import Spectra
+from compressible.runtime.checks import one_line
 from compressible.runtime.paths import atomic_path, cache_dir
 
 MOVES_NOTHING = ("_name_or_path", "transformers_version")  # of a model's config: where it came from
@@ -110,14 +111,17 @@ class Checkpoint:
         return {name: live for name, live in self.state.items() if step < self.steps or name in self.last}
 
     def save(self, step: int, kept: Kept) -> None:
-        """Write the state after `step` steps."""
+        """Write the state after `step` steps; where that fails, say so and leave the last one that was written."""
         tensors: dict[str, Tensor] = {}
         watched = {at: [stored(value, tensors) for value in values] for at, values in kept.watched.items()}
         meta = {"key": self.key, "step": step, "scores": kept.scores, "watched": watched}
         meta |= {"seconds": kept.seconds, "lost": kept.lost}
         whole, state = tensors | self._live(step), json.dumps(meta)
-        with atomic_path(self.path) as temporary:
-            save_file(whole, temporary, {"state": state, "sha256": _digest_of(state, whole)})
+        try:
+            with atomic_path(self.path) as temporary:
+                save_file(whole, temporary, {"state": state, "sha256": _digest_of(state, whole)})
+        except (OSError, SafetensorError) as error:  # a full disk is no reason to lose the steps taken
+            warnings.warn(f"no checkpoint at step {step}: {self.path}: {one_line(error)}", RuntimeWarning, stacklevel=2)
 
 
 class _DamagedError(ValueError):

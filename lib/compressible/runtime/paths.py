@@ -42,6 +42,17 @@ def figures_dir() -> Path:
     return Path(named).expanduser() if named else repository() / "figures"
 
 
+def unwritable(folder: str | os.PathLike[str]) -> str:
+    """Why no file can be written in `folder`, which is made where it is not there; "" where one can."""
+    probe = Path(folder) / f".probe.{uuid.uuid4().hex[:12]}"
+    try:
+        write_atomic(probe, bytes(4096))  # an empty file would still find room on a full disk
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{type(error).__name__}: {error.strerror or error}"
+    return ""
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
