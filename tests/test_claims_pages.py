@@ -146,7 +146,10 @@ def test_the_status_follows_from_the_verdicts() -> None:
     assert words(stand(claim("w", weak=3.0), BAD)) == "partly, 0 of 1"
     assert words(bad, wide) == "not reproduced, 0 of 2"
     assert words(wide) == "not known, 0 of 1"
+    assert words(good, stand(claim("u"), None)) == "partly, 1 of 2, 1 not tested"
+    assert words(wide, stand(claim("u"), None)) == "not known, 0 of 2, 1 not tested"
     assert words(stand(claim(), None)) == words() == "not run"
+    assert words(stand(claim(), None), notebooks=[FIGURE]) == "not tested"
     assert words(good, unknown=True) == "contents unknown"
     assert words(good, note="ours") == "reproduced, 1 of 1; ours"
 

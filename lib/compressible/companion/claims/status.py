@@ -22,7 +22,8 @@ from compressible.companion.claims.statement import NOT_TESTED, ClaimError
 from compressible.runtime import checks, paths
 
 START, END = "<!-- status:start -->", "<!-- status:end -->"
-REPRODUCED, PARTLY, NOT, NOT_KNOWN, NOT_RUN = "reproduced", "partly", "not reproduced", "not known", "not run"
+REPRODUCED, PARTLY, NOT, NOT_KNOWN = "reproduced", "partly", "not reproduced", "not known"
+UNTESTED, NOT_RUN = "not tested", "not run"
 UNKNOWN = "contents unknown"
 Text = Annotated[str, Field(min_length=1)]
 
@@ -70,16 +71,18 @@ def questions(path: str | Path | None = None) -> dict[str, str]:
 
 
 def status(item: Item, standing: Sequence[Standing]) -> str:
-    """In a few words whether an item was reproduced, with how many claims of those judged have PASS.
+    """In a few words whether an item was reproduced, with how many of its claims have PASS.
 
     Claims on the published setting decide; where none was judged, those that were transferred do, and the words say
-    to what. "reproduced" needs PASS of all, "partly" of one, or one WEAK; "not known" says that all are INCONCLUSIVE.
+    to what. "reproduced" needs PASS of all, "partly" of one, or one WEAK; "not known" says that all that were judged
+    are INCONCLUSIVE, "not tested" that a notebook is there and no run of it suffices.
     """
     if item.unknown:
         return UNKNOWN
-    own, moved = (_tested(item.of(standing, group)) for group in ("published", "transferred"))
+    groups = [item.of(standing, group) for group in ("published", "transferred")]
+    own, moved = ([] if all(each.verdict == NOT_TESTED for each in found) else found for found in groups)
     if not own and not moved:
-        return NOT_RUN
+        return UNTESTED if item.notebooks else NOT_RUN
     words = _words(own) if own else f"{_words(moved)}, transferred to {item.moved_to or 'another setting'}"
     return f"{words}; {item.note}" if item.note else words
 
@@ -101,20 +104,16 @@ def _read(path: Path) -> dict[str, Any]:
         raise ClaimError(f"{path.name}: {error}") from error
 
 
-def _tested(standing: Sequence[Standing]) -> list[Standing]:
-    return [each for each in standing if each.verdict != NOT_TESTED]
-
-
-def _words(tested: Sequence[Standing]) -> str:
-    verdicts = [each.verdict for each in tested]
-    passed = verdicts.count(PASS)
+def _words(standing: Sequence[Standing]) -> str:
+    verdicts = [each.verdict for each in standing]
+    passed, untested = verdicts.count(PASS), verdicts.count(NOT_TESTED)
     if passed == len(verdicts):
         word = REPRODUCED
     elif passed or WEAK in verdicts:
         word = PARTLY
     else:
-        word = NOT_KNOWN if set(verdicts) == {INCONCLUSIVE} else NOT
-    return f"{word}, {passed} of {len(verdicts)}"
+        word = NOT_KNOWN if set(verdicts) <= {INCONCLUSIVE, NOT_TESTED} else NOT
+    return f"{word}, {passed} of {len(verdicts)}" + (f", {untested} not tested" if untested else "")
 
 
 def _short(id: str) -> str:
