@@ -200,6 +200,45 @@ def test_dead_kernel_and_missing_figure_are_failures(cell, told, add_notebook):
     assert notebooks.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
 
 
+PLACED = """\
+import os
+from pathlib import Path
+import compressible
+names = [f"COMPRESSIBLE_{name}" for name in ("DATA", "CACHE", "MANIFEST", "MODELS")]
+told = "\\n".join([*(os.environ[name] for name in names), compressible.__file__])
+Path(os.environ["COMPRESSIBLE_FIGURES"], "..", "..", "..", "told.txt").resolve().write_text(told)
+"""
+
+
+def test_relative_places_mean_the_same_for_command_line_and_kernel(add_notebook, checkout, monkeypatch, tmp_path):
+    add_notebook("01_good", PLACED, SAVE.format(id=ID))
+    other = tmp_path / "other" / "compressible"  # another clone, which the kernel would find first
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", "other")
+    for name in ("DATA", "CACHE", "MANIFEST", "MODELS"):
+        monkeypatch.setenv(f"COMPRESSIBLE_{name}", name.lower())
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", "mine")
+    assert main(["run", ID]) == 0
+    assert Path(f"mine/quick/{ID}.json").is_file()
+    *places, imported = Path("told.txt").read_text().splitlines()
+    assert places == [str(checkout / name) for name in ("data", "cache", "manifest", "models")]
+    assert Path(imported).parent == library.ROOT
+
+
+def test_a_record_of_another_library_is_refused(add_notebook, capsys, monkeypatch):
+    add_notebook("01_good")
+    assert main(["run", ID]) == 0
+    of_another = "import json\nstem.with_suffix('.json').write_text(json.dumps({'library': 'f' * 64}))"
+    add_notebook("01_good", SAVE.format(id=ID), of_another)
+    assert main(["run", ID]) == 1
+    told = capsys.readouterr().err
+    assert f"computed with library {'f' * 12}, expected {notebooks.LIBRARY[:12]}" in told and "Traceback" not in told
+    assert record()["rank"] == 2 and notebooks.state(ID, "quick") == "failed"
+    monkeypatch.setattr(batch, "LIBRARY", "f" * 64)
+    assert main(["run", ID]) == 0 and record() == {"library": "f" * 64}
+
+
 # GPUs
 
 

@@ -44,6 +44,24 @@ def test_variables_name_the_directories(tmp_path: Path, monkeypatch: pytest.Monk
     assert paths.figures_dir() == paths.repository() / "figures"
 
 
+def test_relative_places_are_made_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"DATA": "own", "CACHE": str(tmp_path / "kept"), "FIGURES": "~/figures", "MANIFEST": "", "MODELS": "../m"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"COMPRESSIBLE_{name}", value)
+    monkeypatch.setenv("PYTHONPATH", f"lib{os.pathsep}/other")
+    home = Path.home()
+    assert paths.absolute_places() == {
+        "COMPRESSIBLE_DATA": str(tmp_path / "own"),
+        "COMPRESSIBLE_CACHE": str(tmp_path / "kept"),
+        "COMPRESSIBLE_FIGURES": str(home / "figures"),
+        "COMPRESSIBLE_MODELS": str(tmp_path.parent / "m"),
+        "PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}/other",
+    }
+    monkeypatch.delenv("PYTHONPATH")
+    assert "PYTHONPATH" not in paths.absolute_places()
+
+
 def test_write_atomic_replaces_and_leaves_one_file(tmp_path: Path) -> None:
     target = tmp_path / "new" / "note.txt"
     paths.write_atomic(target, "first")
@@ -66,6 +84,13 @@ def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), paths.atomic_path(tmp_path / "data.npz"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_takes_no_file_says_why(tmp_path: Path) -> None:
+    assert paths.unwritable(tmp_path / "new" / "folder") == "" and not os.listdir(tmp_path / "new" / "folder")
+    (tmp_path / "file").write_text("")
+    assert paths.unwritable(tmp_path / "file") == "FileExistsError: File exists"
+    assert paths.unwritable(tmp_path / "file" / "below") == "NotADirectoryError: Not a directory"
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:

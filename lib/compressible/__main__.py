@@ -18,6 +18,7 @@ from compressible.runtime import paths
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; exit status 0 when done, 1 when a notebook failed, 2 when refused before work."""
     arguments = _parser().parse_args(argv)
+    os.environ.update(paths.absolute_places())
     try:
         return arguments.command(arguments)
     except (notebooks.BatchError, ParameterError) as error:

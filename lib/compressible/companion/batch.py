@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from compressible.companion import records
-from compressible.companion.library import NOTEBOOK, notebook_digest
+from compressible.companion.library import NOTEBOOK, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
+from compressible.companion.provenance import LIBRARY
 from compressible.runtime import paths
 
 START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
@@ -52,6 +54,7 @@ def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> b
     try:
         notebook = notebook_path(id)
         _execute(notebook, output, values, kernel, _told(staging, notebook))
+        _check_library((staging / label / id).with_suffix(".json"))
         _publish(staging, id, label, SUFFIXES)
     except Exception as error:
         _keep_failure(output, failed, error)
@@ -119,9 +122,31 @@ def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
 
 
 def _told(staging: Path, notebook: Path) -> dict[str, str]:
-    """What the kernel is told: where figures go, which notebook it is, and that it computes."""
+    """What the kernel is told: where things are, where figures go, which notebook it is, and that it computes."""
     told = {"COMPRESSIBLE_FIGURES": str(staging), NOTEBOOK: notebook_digest(notebook) or ""}
-    return told | {records.VARIABLE: ""}
+    return _places() | told | {records.VARIABLE: ""}
+
+
+def _places() -> dict[str, str]:
+    """Places as they are for this process, and its library first: the kernel starts in another folder.
+
+    A library that is installed like any other package has no folder of its own to name, and the kernel finds its own.
+    """
+    places, library = paths.absolute_places(), str(ROOT.parent)
+    if ROOT.parent.name in ("site-packages", "dist-packages"):
+        return places
+    searched = [library, *filter(None, [places.get("PYTHONPATH")])]
+    return places | {"PYTHONPATH": os.pathsep.join(searched)}
+
+
+def _check_library(record: Path) -> None:
+    """Raise BatchError where the kernel computed with another library than this command's."""
+    found = json.loads(record.read_text(encoding="utf-8")).get("library") if record.is_file() else None
+    if found not in (None, LIBRARY):
+        raise BatchError(
+            f"the kernel computed with library {found[:12]}, expected {LIBRARY[:12]}, the one of {ROOT}: it was edited "
+            "meanwhile, or the kernel finds another installation of compressible first; nothing was published"
+        )
 
 
 def _execute(
@@ -159,7 +184,8 @@ def _publish(staging: Path, id: str, label: str, suffixes: Sequence[str]) -> Non
 def _keep_failure(output: Path, failed: Path, error: Exception) -> None:
     if output.exists():
         _move(output, failed)
-    told = str(error) if type(error).__name__ == "PapermillExecutionError" else traceback.format_exc()
+    plain = isinstance(error, BatchError) or type(error).__name__ == "PapermillExecutionError"
+    told = str(error) if plain else traceback.format_exc()
     report = ANSI.sub("", told).strip() + "\n"
     paths.write_atomic(failed.with_suffix(".txt"), report)
     print(f"{report}kept: {failed.with_suffix('.txt')}", file=sys.stderr)
@@ -196,7 +222,7 @@ def _private_sockets() -> Iterator[Any]:
 def _figures_aside() -> Iterator[None]:
     """Send figures to a folder that goes away: refreshing a notebook is no run of the batch."""
     with tempfile.TemporaryDirectory() as folder:
-        aside = {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: ""}
+        aside = _places() | {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: ""}
         with _environment(**aside):
             yield
 

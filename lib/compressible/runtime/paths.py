@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT = "compressible-dynamics"
+PLACES = tuple(f"COMPRESSIBLE_{name}" for name in ("DATA", "CACHE", "FIGURES", "MANIFEST", "MODELS"))
 
 
 def repository() -> Path:
@@ -40,6 +41,18 @@ def figures_dir() -> Path:
     """Root of the figures: $COMPRESSIBLE_FIGURES, or `figures` in the repository."""
     named = os.environ.get("COMPRESSIBLE_FIGURES")
     return Path(named).expanduser() if named else repository() / "figures"
+
+
+def absolute_places() -> dict[str, str]:
+    """The environment's variables that name places, made absolute from the working directory; those not set are left.
+
+    A kernel starts in its notebook's folder, where a relative path would mean another place.
+    """
+    named = {name: os.environ[name] for name in PLACES if os.environ.get(name)}
+    absolute = {name: os.path.abspath(os.path.expanduser(value)) for name, value in named.items()}
+    if searched := os.environ.get("PYTHONPATH"):
+        absolute["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, searched.split(os.pathsep)))
+    return absolute
 
 
 def unwritable(folder: str | os.PathLike[str]) -> str:
