@@ -67,6 +67,10 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         ("metric", "metrik", "missing 'metric'"),
         ("metric", "metrik", "unknown key 'metrik'"),
+        ('unit = "seed"', "", "missing 'unit'"),
+        ('group = "published"', "", "missing 'group'"),
+        ('bound_from = "a margin"', "", "missing 'bound_from'"),
+        ('"a margin"', '""', "bound_from: got '', expected to have at least 1 character"),
         ('source = "a source"', "", "missing 'source'"),
         ('source = "a source"', 'source = ""', "source: got '', expected to have at least 1 character"),
         ('"at_most"', '"below"', "judge: got 'below', expected 'at_most', 'at_least'"),

@@ -31,9 +31,7 @@ def judged(claim: Claim, result: Evidence) -> np.ndarray:
     values, truth = np.atleast_1d(np.asarray(found)), claim.judge in ("true", "share")
     if values.ndim != 1 or values.dtype.kind not in "biuf" or (truth and not np.isin(values, (0, 1)).all()):
         kind = "truth values" if truth else "numbers"
-        raise ClaimError(
-            f"{claim.id}: metric {claim.metric!r} is {found!r}, expected {kind} over {claim.unit or 'seed'}s"
-        )
+        raise ClaimError(f"{claim.id}: metric {claim.metric!r} is {found!r}, expected {kind} over {claim.unit}s")
     values = values.astype(float)
     if claim.scale == "correlation":
         values = np.where(np.abs(values) <= 1 + _ROUNDING, np.clip(values, -1, 1), values)

@@ -15,7 +15,6 @@ GROUPS = {
     "transferred": "Published claims on another model, data or setting",
     "own": "Our own findings",
     "goal": "Engineering goals",
-    "": "Not sorted yet",
 }
 LEGEND = """\
 **PASS**: the whole interval lies inside the bound. **FAIL**: it lies outside, one value refutes what is said of all,

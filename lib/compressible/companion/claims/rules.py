@@ -104,7 +104,7 @@ def _alone(claim: Claim, result: Evidence) -> Found:
         return _without_value(claim, NOT_TESTED, 0, reason)
     values = judged(claim, result)
     if len(values) < claim.seeds:
-        return _without_value(claim, NOT_TESTED, len(values), f"{len(values)} of {claim.seeds} {claim.unit or 'seed'}s")
+        return _without_value(claim, NOT_TESTED, len(values), f"{len(values)} of {claim.seeds} {claim.unit}s")
     if lost := int((~usable(claim, values)).sum()):
         return _without_value(claim, FAIL, len(values), f"{lost} of {len(values)} values not finite")
     found = _estimate(claim, values) if len(values) > 1 else None

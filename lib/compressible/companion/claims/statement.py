@@ -20,9 +20,9 @@ RULES = 2  # counts up when a rule of rules.py changes, so that verdicts by olde
 Paper = Literal["P1", "P2", "P3", "beyond"]
 PAPERS: tuple[str, ...] = get_args(Paper)
 Text = Annotated[str, Field(min_length=1)]
-Unit = Literal["", "seed", "start", "fold", "split", "timing", "run"]
+Unit = Literal["seed", "start", "fold", "split", "timing", "run"]
 OVERLAPPING = ("fold", "split")
-Group = Literal["", "published", "transferred", "own", "goal"]
+Group = Literal["published", "transferred", "own", "goal"]
 _BOUNDS = {"at_most": 1, "at_least": 1, "between": 2, "greater_than_zero": 0, "true": 0, "share": 1}
 _SPOKEN = ("id", "paper", "statement", "source", "published", "preset", "unit", "group", "bound_from", "after_looking")
 
@@ -54,9 +54,9 @@ class Claim:
     metric: Text
     judge: Literal["at_most", "at_least", "between", "greater_than_zero", "true", "share"]
     source: Text
-    unit: Unit = ""
-    group: Group = ""
-    bound_from: str = ""
+    unit: Unit
+    group: Group
+    bound_from: Text
     published: str = ""
     published_range: list[int | float] | None = None
     bound: Any = None

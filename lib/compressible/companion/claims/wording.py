@@ -41,7 +41,7 @@ def sample(standing: Standing) -> str:
     """How many values were judged, and of what: 10 seeds."""
     if standing.judged is None:
         return ""
-    unit, n = standing.claim.unit or "seed", standing.judged["seeds"]
+    unit, n = standing.claim.unit, standing.judged["seeds"]
     return f"{n} {unit}{'' if n == 1 else 's'}"
 
 
