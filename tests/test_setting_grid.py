@@ -24,7 +24,7 @@ def test_the_best_lies_inside_and_all_its_neighbours_were_seen():
     seen = []
     found = search_settings(bowl((0.01, 8.0), seen), [1.0, 1.0], [10.0, 2.0])
     assert found.settings == (0.01, 8.0) and found.inside and found.error == 1
-    assert {(0.001, 8.0), (0.1, 8.0), (0.01, 4.0), (0.01, 16.0)} <= set(found.tried)
+    assert {(x, y) for x in (0.001, 0.01, 0.1) for y in (4.0, 8.0, 16.0)} <= set(found.tried)
     assert len(seen) == len(set(seen)) == len(found.tried)
 
 
@@ -33,6 +33,13 @@ def test_where_the_points_are_used_up_the_grid_is_open():
     assert not found.inside and found.settings == (1e-3,) and len(found.tried) == 4
     assert search_settings(bowl((1.0,)), [1.0], [10.0], most=1).inside is False
     assert search_settings(bowl((1.0,)), [1.0], [10.0], most=3).inside is True
+
+
+def test_two_settings_may_have_to_move_together():
+    ridge = search_settings(
+        lambda at: at[0] if at[0] * at[1] > 0.9 and at[0] > 0.1 else 2 * at[0], [1.0, 1.0], [2.0, 2.0]
+    )
+    assert ridge.settings[0] < 0.3 and ridge.settings[1] > 3 and ridge.inside
 
 
 def test_a_setting_with_factor_one_stays():

@@ -19,6 +19,9 @@ from compressible.runtime import devices
 NETWORKS = {"compressed": None, "two": 2}  # depths: the one that is asked for, and two factors
 GOAL_DEVICE = "H200"  # the card that goals in seconds and bytes are set for
 ACCURATE = 1e-2  # of the entries' root mean square
+# Errors of drawn entries fall by decades, with two factors the more, the smaller their scale: coarser grids, and what
+# changes an error by a tenth is level.
+COARSE = {"factors": (10**0.5, recommend.STEP_FACTOR), "gain": 0.2}
 NO_NOISE = 1e-12  # ridge to begin with where entries have no noise: any that matters only biases the solution
 
 
@@ -37,7 +40,7 @@ def fit_all(
     """Fit the networks of width 2 `rank` and ALS of rank `rank`, for ratings (`biased`) with biases, too.
 
     Every method tries at most `most` points of a grid of its own, from `init_scale` and `step_fraction` or from `ridge`
-    outwards. `options` (steps, record_every) go to `fit_descent`.
+    outwards. `options` (steps, record_every, factors, gain) go to `fit_descent`.
     """
     first = (init_scale, step_fraction, most)
     fits = {
@@ -51,7 +54,7 @@ def fit_all(
 
 def fit_drawn(task: completion_tasks.Task, rank: int, **fit: Any) -> dict[str, Any]:
     """Fit all methods to entries of a drawn matrix: "drawn/<method>/<what>", as `gather`, and "drawn/rms"."""
-    fits = fit_all(task, rank, **fit | {"ridge": NO_NOISE})
+    fits = fit_all(task, rank, **COARSE, **fit | {"ridge": NO_NOISE})
     return completion_fits.gather("drawn", [fits]) | {"drawn/rms": completion_tasks.rms(task)}
 
 

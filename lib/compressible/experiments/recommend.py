@@ -19,7 +19,7 @@ from compressible.descent.history import History
 from compressible.experiments.compare import descend_to_divergence
 from compressible.experiments.completion_fits import Fit
 from compressible.experiments.completion_tasks import Completion, Task, rating_task
-from compressible.experiments.setting_grid import Search, Settings, search_settings
+from compressible.experiments.setting_grid import GAIN, Search, Settings, search_settings
 from compressible.recovery.als import Sweeps, alternate
 from compressible.recovery.compression import compress_spectral
 from compressible.recovery.factors import Factors, orthogonal_factors
@@ -44,15 +44,16 @@ def fit_descent(
     limit: float | None = None,
     tuning_steps: int | None = None,
     factors: Settings = (SCALE_FACTOR, STEP_FACTOR),
+    gain: float = GAIN,
     **options: Any,
 ) -> Fit:
     """Choose scale, step size and stopping iteration on the slice, then descend on all training entries.
 
     start: "spectral", P2's of inner width k = `width`, or "orthogonal", of that width. The grid of at `most` points
     goes out from `init_scale` and `step_fraction`, the latter of `limit`, by default each problem's own
-    `stability_limit`; a factor of 1 in `factors` leaves a setting as it is. Trials take `tuning_steps`, by default all
-    `steps`, and end where they overfit. `options` (steps, record_every) go to `descend`. Seconds include the start. A
-    step size that diverges is out; raises ValueError if all do.
+    `stability_limit`; a factor of 1 in `factors` leaves a setting as it is; `gain` as for `search_settings`. Trials
+    take `tuning_steps`, by default all `steps`, and end where they overfit. `options` (steps, record_every) go to
+    `descend`. Seconds include the start. A step size that diverges is out; raises ValueError if all do.
     """
     trial = _begin(task.trial, width, depth, start, limit)
     shorter = options | {"steps": options["steps"] if tuning_steps is None else tuning_steps}
@@ -62,7 +63,7 @@ def fit_descent(
         found[at] = _trial(task.trial, trial.scaled(at[0]), at[1] * trial.limit, task.floor, outer_ratio, **shorter)
         return found[at][0]
 
-    search = search_settings(error_of, (init_scale, step_fraction), factors, most, floor=task.floor)
+    search = search_settings(error_of, (init_scale, step_fraction), factors, most, gain, task.floor)
     stop, begun = found[search.settings][1], _begin(task.whole, width, depth, start, limit)
     options |= {"outer_ratio": outer_ratio, "snapshots": (stop,)}
     scale, fraction = search.settings

@@ -6,6 +6,7 @@ What the errors are over must judge nothing afterwards: a validation part of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,10 @@ def search_settings(
     gain: float = GAIN,
     floor: float = 0.0,
 ) -> Search:
-    """Walk over the grid first_i * factor_i^k, all integers k, to a point whose neighbours along each axis are worse.
+    """Walk over the grid first_i * factor_i^k, all integers k, to a point all of whose neighbours are worse.
+
+    Neighbours differ in one setting or in several at once: where a run is short, a smaller scale may help with a larger
+    step only.
 
     Args:
         error_of: the held-out error (a mean of squares, >= 0) at some settings; not finite where they diverge.
@@ -61,11 +65,12 @@ def search_settings(
     walk = _Walk(error_of, first, factors, most)
     centre, inside = (0,) * len(first), True
     walk.see(centre)
-    moves = [(axis, sign) for axis, factor in enumerate(factors) if factor > 1 for sign in (-1, 1)]
+    moves = list(itertools.product(*[(-1, 0, 1) if factor > 1 else (0,) for factor in factors]))
+    moves = sorted((move for move in moves if any(move)), key=lambda move: sum(map(abs, move)))
     left = list(moves)  # not tried from the present centre
     while left and inside:
-        axis, sign = move = left.pop(0)
-        place = tuple(k + sign * (i == axis) for i, k in enumerate(centre))
+        move = left.pop(0)
+        place = tuple(k + sign for k, sign in zip(centre, move, strict=True))
         inside = walk.see(place)
         if inside and walk.errors[place] < (1 - gain) * walk.errors[centre] - floor:
             centre, left = place, sorted(moves, key=lambda other: other != move)  # what has just helped comes first
