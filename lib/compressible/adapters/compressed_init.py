@@ -5,24 +5,22 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from compressible.adapters.layer import DeepLoraLayer, factor_dtype
-from compressible.runtime import devices
+from compressible.runtime import devices, weight_gradients
 from compressible.runtime.checks import expect, is_integer
-from compressible.runtime.module_names import plain_name, replace_module
+from compressible.runtime.module_names import excluding, plain_name, replace_module, still_matching
 from compressible.runtime.ranks import Ranks, spread_like
-from compressible.runtime.starting_factors import compressed_chain
+from compressible.runtime.starting_factors import check_whole, compressed_chain
 from compressible.runtime.undisturbed import as_before, quiet
-from compressible.runtime.weight_gradients import GradientSink, collect, decompose, silent, watched
+from compressible.runtime.weight_gradients import GradientSink, first_gradients
 
 Layers = dict[str, DeepLoraLayer]
 UNREACHED = ("error", "leave_out")
@@ -86,7 +84,7 @@ def compress_adapters(
         root, layers = ranks.together(lambda: _adapted(model, adapter_name, restart))
         with as_before(model), quiet(model):
             sinks = _first_gradients(loss_step, layers, adapter_name, batches, ranks)
-            left_out = ranks.together(lambda: _left_out(model, sinks, unreached))
+            left_out = ranks.together(lambda: weight_gradients.unreached(model, sinks, unreached == "leave_out"))
             kept = {name: layer for name, layer in layers.items() if name not in left_out}
             chains = ranks.together(lambda: [_chain(kept[name], sinks[name], adapter_name, generator) for name in kept])
         for layer, chain in zip(kept.values(), chains, strict=True):
@@ -120,13 +118,7 @@ def _check_layer(name: str, layer: DeepLoraLayer, adapter: str, restart: bool) -
         raise ValueError(f"{adapter!r} has its factors already, at {name!r}, expected none: {anew}")
     if adapter in layer.merged_adapters:
         raise ValueError(f"{adapter!r} is merged into {name!r}, expected an unmerged one: model.unmerge_adapter()")
-    chain: Any = layer.deep_lora_factors[adapter]
-    for factor in chain:
-        whole = factor.dim() == 2 and factor.numel() and not factor.is_meta
-        given = f"a factor of {name!r} is {tuple(factor.shape)} on {factor.device}"
-        if not whole:
-            todo = "start before FSDP1 or DeepSpeed splits the model, and offload no adapted layer"
-            raise ValueError(f"{given}, expected a matrix in memory: {todo}")
+    check_whole(name, layer.deep_lora_factors[adapter])
 
 
 def _first_gradients(
@@ -138,29 +130,13 @@ def _first_gradients(
         for layer in layers.values():
             undo.callback(setattr, layer, "_active_adapter", layer.active_adapters)
             layer._active_adapter = [active for active in layer.active_adapters if active != adapter]
-        calls = undo.enter_context(watched(layers, sinks))
-        collect(loss_step, sinks, batches, calls, ranks)
-    ranks.together(lambda: decompose(sinks, lambda name: _blank(layers[name], ranks.device), ranks))
+        first_gradients(loss_step, layers, sinks, batches, lambda name: _blank(layers[name], ranks.device), ranks)
     return sinks
 
 
 def _blank(layer: Any, device: torch.device) -> Tensor:
-    """The gradient (1, m, n) of a layer that this process did not meet, as the others have it."""
     kind = factor_dtype(layer.get_base_layer().weight)
     return torch.zeros(1, layer.out_features, layer.in_features, dtype=kind, device=device)
-
-
-def _left_out(model: nn.Module, sinks: Mapping[str, GradientSink], unreached: str) -> list[str]:
-    """Return the layers without a gradient, if they may be left out; RuntimeError if not."""
-    found = silent(sinks)
-    if found and unreached == "error":
-        todo = f'unreached="leave_out", exclude_modules={found} in the config, or more batches (batches=2)'
-        raise RuntimeError(f"no gradient, or zero alone, reached {found[0]!r} and {len(found) - 1} more layers: {todo}")
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if found and (wrapped or any(hasattr(p, "device_mesh") for p in model.parameters())):
-        when = "only before DistributedDataParallel or fully_shard wrap the model"
-        raise RuntimeError(f"{found} can be left out {when}")
-    return found
 
 
 def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
@@ -180,20 +156,9 @@ def _leave_out(model: nn.Module, root: Any, layers: Layers, kept: list[str], ada
         if not len(layer.deep_lora_factors):
             replace_module(root, layer, layer.base_layer)
     config = copy.copy(root.peft_config[adapter])
-    config.exclude_modules = _excluding(config.exclude_modules, list(layers))
-    if not isinstance(config.target_modules, str):  # names that match nothing any more would be warned of
-        ends = config.target_modules
-        config.target_modules = {end for end in ends if any(f".{name}".endswith(f".{end}") for name in kept)}
+    config.exclude_modules = excluding(config.exclude_modules, list(layers))
+    config.target_modules = still_matching(config.target_modules, kept)  # what matches nothing would be warned of
     root.peft_config[adapter] = config
     for tuner in model.modules():
         if isinstance(tuner, BaseTuner):
             tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name not in layers]
-
-
-def _excluding(given: Any, names: list[str]) -> str:
-    """Return exclude_modules as a regular expression that matches what is given, and the names and no other.
-
-    In a list "0" would mean "1.0", too.
-    """
-    ends = [] if given is None or isinstance(given, str) else [rf"(.*\.)?{re.escape(end)}" for end in sorted(given)]
-    return "|".join([*([given] if isinstance(given, str) and given else []), *ends, *map(re.escape, names)])

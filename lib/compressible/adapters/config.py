@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from torch import Generator, Tensor
 
-from compressible.runtime.checks import expect, is_integer, is_number, names
+from compressible.runtime.adaptable import check_names
+from compressible.runtime.checks import expect, is_integer, is_number
+from compressible.runtime.plain_layers import LEAVE
 from compressible.runtime.starting_factors import framed_chain, orthogonal_chain
 
 VARIANTS = ("compressed", "thin", "full")
@@ -92,7 +94,7 @@ class DeepLoraConfig(PeftConfig):
         self.peft_type = DeepLoraType.DEEP_LORA
         self._check_numbers()
         self._check_choices()
-        self._check_names()
+        check_names(self)
         if self.lr_ratio is None:
             self.lr_ratio = SHARE_OF_OUTER if self.variant == "compressed" else 1.0
         ratio = self.lr_ratio
@@ -115,6 +117,12 @@ class DeepLoraConfig(PeftConfig):
         if self.variant != "compressed":
             return orthogonal_chain(shapes, self.init_scale, generator)
         return framed_chain(shapes, self.init_scale, not self.init_weights, generator)
+
+    def check_size(self, name: str, sizes: Any, r: int) -> None:
+        """Raise ValueError where a layer of `sizes` (n, m) has not r / 2 directions a side for a gradient to give."""
+        if self.awaits_gradient and (2 * min(sizes) < r or max(sizes) < r):
+            size = f"{name!r} is {sizes[::-1]}, too small for r / 2 = {r // 2} directions a side"
+            raise ValueError(f"{size}: lower r, also by rank_pattern, or {LEAVE} or modules_to_save")
 
     def outer_lr(self, lr: float) -> float:
         """Return the step size of the outer factors where that of the inner ones is `lr`."""
@@ -139,16 +147,3 @@ class DeepLoraConfig(PeftConfig):
             expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         lora = "None: Deep LoRA adapts modules; peft.LoraConfig adapts parameters, such as fused experts"
         expect("target_parameters", self.target_parameters, not self.target_parameters, lora)
-
-    def _check_names(self) -> None:
-        self.target_modules = names("target_modules", self.target_modules, "names or a regular expression")
-        self.exclude_modules = names("exclude_modules", self.exclude_modules, "names or a regular expression")
-        saved = self.modules_to_save
-        expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
-        if saved is not None:
-            self.modules_to_save = sorted(names("modules_to_save", saved, "names of modules"))
-        for name in ("layers_to_transform", "layers_pattern"):
-            value, listed = getattr(self, name), not isinstance(self.target_modules, str)
-            expect(name, value, value is None or listed, "None where target_modules is a string")
-        alone = self.layers_pattern is None or self.layers_to_transform is not None
-        expect("layers_pattern", self.layers_pattern, alone, "None without layers_to_transform")

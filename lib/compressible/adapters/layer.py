@@ -11,30 +11,28 @@ holds; their product is formed in float32 and meets the activations in the activ
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.adapters.targets import quantization
-from compressible.runtime.chain import factor_dtype, product, updated
+from compressible.runtime.adaptable import check_rows, quantization
+from compressible.runtime.chain import factor_dtype, looked_up, product, updated
 from compressible.runtime.ranks import whole
-from compressible.runtime.shared_weights import WeightWatch
+from compressible.runtime.stand_in import StandIn
+from compressible.runtime.starting_factors import fill
 
 
-class DeepLoraLayer(nn.Module, BaseTunerLayer):
+class DeepLoraLayer(StandIn, BaseTunerLayer):
     """A frozen layer and, by adapter name, the factors [W_1 (k, n), ..., W_L (m, k)] of its update."""
 
     adapter_layer_names: tuple[str, ...] = ("deep_lora_factors",)
     other_param_names: tuple[str, ...] = ("r", "deep_lora_dropout", "deep_lora_config")
-    base_layer: Any
     deep_lora_factors: Any  # an nn.ModuleDict of an nn.ParameterList by adapter
-    get_base_layer: Callable[[], Any]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeepLoraConfig, r: int, **kwargs: Any) -> None:
         super().__init__()
@@ -65,27 +63,6 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, which some models read for its type or its device, as the first pass makes sure."""
-        return WeightWatch.lend(self.get_base_layer().weight, self)
-
-    def __getattr__(self, name: str) -> Any:
-        """What the layer has not, its base may tell, such as num_embeddings."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Hand a weight that is tied to this layer's name to the base layer, as transformers' tie_weights means it."""
-        if name in ("weight", "bias"):
-            setattr(self.get_base_layer(), name, param)
-        else:
-            super().register_parameter(name, param)
-
     def is_compressed(self, adapter: str) -> bool:
         """Return whether an adapter's factors are there: at once, but for "compressed" after `compress_adapters`."""
         if adapter in self.deep_lora_unset:  # as long as they are zero; who loads factors need not tell
@@ -108,21 +85,10 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         held = chain._parameters  # read directly, since indexing a ParameterList costs more than a product
         return list(held.values()) if len(held) == len(chain) else list(chain)
 
-    @torch.no_grad()
     def set_factors(self, adapter: str, chain: Sequence[Tensor]) -> None:
         """Copy [W_1, ..., W_L] into an adapter, which is then ready; ValueError unless the shapes are its own."""
-        held = self.deep_lora_factors[adapter]
-        given = [tuple(factor.shape) for factor in chain]
-        if given != [tuple(factor.shape) for factor in held]:
-            raise ValueError(f"factors of {given}, expected {[tuple(factor.shape) for factor in held]}")
-        for parameter, factor in zip(held, chain, strict=True):
-            parameter.copy_(factor)
+        fill(self.deep_lora_factors[adapter], chain)
         self.deep_lora_unset.discard(adapter)
-
-    def contracted(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return A = W_1 (k, n) and B = W_L ... W_2 (m, k), whose product B A is the update."""
-        first, *rest = self.factors(adapter)
-        return first, product(rest)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the update in the layout of the base layer's weight: (m, n), or (n, m) for Conv1D and Embedding."""
@@ -182,12 +148,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Return result with each row's own adapter; adapter_names has a name a row, "__base__" for none."""
-        if self.merged_adapters:
-            todo = "please call `unmerge_adapter` first."
-            raise ValueError(f"Cannot pass `adapter_names` when there are merged adapters, {todo}")
-        if len(x) != len(adapter_names):
-            told = f"number of inputs, but got {len(adapter_names)} and {len(x)} respectively."
-            raise ValueError(f"Length of `adapter_names` should be the same as the {told}")
+        check_rows(adapter_names, len(x), self.merged_adapters)
         if self._disable_adapters:
             return result
         result = result.clone()
@@ -231,9 +192,4 @@ class Embedding(DeepLoraLayer):
 
     def add_update(self, result: Tensor, x: Tensor, adapter: str) -> Tensor:
         """Return result (..., m) + (W_L ... W_1)[:, x] for ids x (...)."""
-        base, often = self.get_base_layer(), self.get_base_layer().scale_grad_by_freq
-        with torch.autocast(result.device.type, enabled=False):
-            first, last = self.contracted(adapter)
-            update = functional.embedding(x, first.mT, base.padding_idx, scale_grad_by_freq=often) @ last.mT
-        scale = self._get_embed_scale()
-        return result + (update if scale is None else update * scale.to(update.dtype)).to(result.dtype)
+        return looked_up(result, x, self.factors(adapter), self.get_base_layer(), self._get_embed_scale())

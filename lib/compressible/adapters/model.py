@@ -7,12 +7,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook as name_rows
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig, DeepLoraType
 from compressible.adapters.layer import DeepLoraLayer, Embedding, Linear
-from compressible.adapters.targets import base_of, check_target, warn_of_what_is_left_out
+from compressible.runtime.adaptable import base_of, check_target, name_rows, warn_of_what_is_left_out
 from compressible.runtime.chain import grouped_inner_products
 from compressible.runtime.module_names import plain_name
 from compressible.runtime.ranks import whole
@@ -67,7 +65,8 @@ class DeepLoraModel(BaseTuner):
         outside = {name: module for name, module in model.named_modules() if not name.startswith(adapted)}
         found = {name: outside[name] for name in outside if self._check_target_module_exists(peft_config, name)}
         for name, module in found.items():
-            check_target(model, name, base_of(module), peft_config, self._rank(peft_config, name))
+            sizes = check_target(model, name, base_of(module))
+            peft_config.check_size(name, sizes, self._rank(peft_config, name))
         warn_of_what_is_left_out(model, peft_config, found, everything)
 
     def _create_and_replace(
@@ -177,11 +176,7 @@ class DeepLoraModel(BaseTuner):
         if not known.issuperset(adapter_names):
             unknown = ", ".join(sorted({*adapter_names} - known))
             raise ValueError(f"Trying to infer with non-existing adapter(s): {unknown}")
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
-        hooks = {part: partial(name_rows, adapter_names=adapter_names if part in once else repeated) for part in layers}
-        return [part.register_forward_pre_hook(hook, with_kwargs=True) for part, hook in hooks.items()]
+        return name_rows(layers, self.model, adapter_names, num_beams)
 
 
 METHOD: Any = DeepLoraType.DEEP_LORA

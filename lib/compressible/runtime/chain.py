@@ -42,6 +42,14 @@ def updated(result: Tensor, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
             torch.set_autocast_enabled(device, True)
 
 
+def looked_up(result: Tensor, ids: Tensor, factors: Sequence[Tensor], table: Any, scale: Tensor | None) -> Tensor:
+    """Return result (..., m) + (W_L ... W_1)[:, ids] for ids (...), scaled where the embedding `table` is so."""
+    with torch.autocast(result.device.type, enabled=False):
+        rows = functional.embedding(ids, factors[0].mT, table.padding_idx, scale_grad_by_freq=table.scale_grad_by_freq)
+        update = rows @ product(factors[1:]).mT
+    return result + (update if scale is None else update * scale.to(update.dtype)).to(result.dtype)
+
+
 class _InnerProducts(torch.autograd.Function):
     """Products W_{L-1} ... W_2 of many layers at once: a few batched launches in the place of some for every layer."""
 

@@ -21,3 +21,19 @@ def replace_module(model: nn.Module, old: Any, new: nn.Module) -> None:
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = new
+
+
+def excluding(given: Any, names: list[str]) -> str:
+    """Return exclude_modules as a regular expression that matches what is given, and the names and no other.
+
+    In a list "0" would mean "1.0", too.
+    """
+    ends = [] if given is None or isinstance(given, str) else [rf"(.*\.)?{re.escape(end)}" for end in sorted(given)]
+    return "|".join([*([given] if isinstance(given, str) and given else []), *ends, *map(re.escape, names)])
+
+
+def still_matching(ends: Any, names: list[str]) -> Any:
+    """Return target_modules without the ends of names that match none of `names`; a pattern as it is."""
+    if isinstance(ends, str):
+        return ends
+    return {end for end in ends if any(f".{name}".endswith(f".{end}") for name in names)}

@@ -9,7 +9,7 @@ G and two random frames replace all d x d factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,26 @@ def framed_chain(shapes: Shapes, eps: float, drawn: bool, generator: torch.Gener
     if not drawn:
         return [torch.zeros(*first), *between, torch.zeros(*last)]
     return [orthogonal(*first, generator), *between, orthogonal(*last, generator)]
+
+
+@torch.no_grad()
+def fill(held: Iterable[Tensor], chain: Sequence[Tensor]) -> None:
+    """Copy the factors of a chain into parameters; ValueError unless the shapes are theirs."""
+    parameters, given = list(held), [tuple(factor.shape) for factor in chain]
+    if given != [tuple(parameter.shape) for parameter in parameters]:
+        raise ValueError(f"factors of {given}, expected {[tuple(parameter.shape) for parameter in parameters]}")
+    for parameter, factor in zip(parameters, chain, strict=True):
+        parameter.copy_(factor)
+
+
+def check_whole(name: str, chain: Iterable[Tensor]) -> None:
+    """Raise ValueError, by the layer's name, where a factor is no matrix in memory."""
+    for factor in chain:
+        whole = factor.dim() == 2 and factor.numel() and not factor.is_meta
+        given = f"a factor of {name!r} is {tuple(factor.shape)} on {factor.device}"
+        if not whole:
+            todo = "start before FSDP1 or DeepSpeed splits the model, and offload no adapted layer"
+            raise ValueError(f"{given}, expected a matrix in memory: {todo}")
 
 
 def orthogonal(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from compressible.runtime.ranks import Ranks
 
@@ -83,11 +84,21 @@ class GradientSink:
         return stacked if len(self.which) == self.runs else stacked[self.which]
 
 
-def finish(sinks: Mapping[str, GradientSink]) -> None:
-    """Decompose what is left; RuntimeError, with the first layer's name, where a layer saw no gradient."""
-    missing = [name for name, sink in sinks.items() if not sink.finish()]
-    if missing:
-        raise RuntimeError(f"no gradient reached {missing[0]!r} and {len(missing) - 1} more; does the loss need them?")
+def first_gradients(
+    loss_step: Callable[[], Tensor],
+    modules: Mapping[str, nn.Module],
+    sinks: Mapping[str, GradientSink],
+    batches: int,
+    blank: Callable[[str], Tensor],
+    ranks: Ranks,
+) -> None:
+    """Let the sinks see, and decompose, the summed gradients of modules of the same names over `batches` calls.
+
+    blank gives the gradient (1, m, n) of a module that this process did not meet, as the others have it.
+    """
+    with watched(modules, sinks) as calls:
+        collect(loss_step, sinks, batches, calls, ranks)
+    ranks.together(lambda: decompose(sinks, blank, ranks))
 
 
 def collect(
@@ -168,6 +179,19 @@ def silent(sinks: Mapping[str, GradientSink]) -> list[str]:
         raise RuntimeError(
             f"no gradient, or zero alone, reached {found[0]!r} or any other layer: is the loss constant?"
         )
+    return found
+
+
+def unreached(model: nn.Module, sinks: Mapping[str, GradientSink], leave_out: bool) -> list[str]:
+    """Return the layers without a gradient, if they may be left out; RuntimeError if not."""
+    found = silent(sinks)
+    if found and not leave_out:
+        todo = f'unreached="leave_out", exclude_modules={found} in the config, or more batches (batches=2)'
+        raise RuntimeError(f"no gradient, or zero alone, reached {found[0]!r} and {len(found) - 1} more layers: {todo}")
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if found and (wrapped or any(hasattr(p, "device_mesh") for p in model.parameters())):
+        when = "only before DistributedDataParallel or fully_shard wrap the model"
+        raise RuntimeError(f"{found} can be left out {when}")
     return found
 
 

@@ -1,14 +1,14 @@
-# Copyright 2026 The Compressible Dynamics authors.
-# SPDX-License-Identifier: Apache-2.0
-"""Which layers can be adapted: all that is refused is refused before anything is changed, by the layer's name."""
+"""Which layers a method of peft can adapt: all that is refused is refused before a change, by the layer's name."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook as _name_rows
 from peft.tuners.tuners_utils import BaseTunerLayer, _check_lora_target_modules_mamba, _get_in_out_features
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.quantization_utils import (
@@ -18,13 +18,13 @@ from peft.utils.quantization_utils import (
 )
 from torch import nn
 
-from compressible.adapters.config import DeepLoraConfig
+from compressible.runtime.checks import expect, names
 from compressible.runtime.plain_layers import LEAVE, check_plain
 from compressible.runtime.shared_weights import sharers, stacked_weights
 
 
-def check_target(model: nn.Module, name: str, base: nn.Module, config: DeepLoraConfig, r: int) -> None:
-    """Raise ValueError for what is no layer x W^T + b, whose update would not be seen, or that is too small for r."""
+def check_target(model: nn.Module, name: str, base: nn.Module) -> tuple[int, int]:
+    """Return a layer's (inputs, outputs); ValueError for what is no x W^T + b, whose update would not be seen."""
     quantised = quantization(base)
     check_plain(model, name, base, None if quantised is None else quantised.layer_type)
     try:
@@ -32,9 +32,25 @@ def check_target(model: nn.Module, name: str, base: nn.Module, config: DeepLoraC
     except ValueError:  # its fused kernels read the weight
         raise ValueError(f"target {name!r}: peft adapts no such layer of Mamba; {LEAVE}") from None
     sizes: Any = _get_in_out_features(base)
-    if config.awaits_gradient and (2 * min(sizes) < r or max(sizes) < r):
-        size = f"{name!r} is {sizes[::-1]}, too small for r / 2 = {r // 2} directions a side"
-        raise ValueError(f"{size}: lower r, also by rank_pattern, or {LEAVE} or modules_to_save")
+    return sizes
+
+
+def check_names(config: Any) -> None:
+    """Raise ValueError where the names, patterns and indices of a config of peft make no sense together.
+
+    Names become sets, those of modules_to_save a sorted list.
+    """
+    for name in ("target_modules", "exclude_modules"):
+        setattr(config, name, names(name, getattr(config, name), "names or a regular expression"))
+    saved = config.modules_to_save
+    expect("modules_to_save", saved, not isinstance(saved, str), f"a list of names, such as [{saved!r}]")
+    if saved is not None:
+        config.modules_to_save = sorted(names("modules_to_save", saved, "names of modules"))
+    for name in ("layers_to_transform", "layers_pattern"):
+        value, listed = getattr(config, name), not isinstance(config.target_modules, str)
+        expect(name, value, value is None or listed, "None where target_modules is a string")
+    alone = config.layers_pattern is None or config.layers_to_transform is not None
+    expect("layers_pattern", config.layers_pattern, alone, "None without layers_to_transform")
 
 
 def base_of(layer: Any) -> Any:
@@ -50,9 +66,26 @@ def quantization(base: nn.Module, get_apply_tensor_subclass: object = None) -> Q
         return ForwardOnlyQuantizationBackend("torchao, by other means than transformers' TorchAoConfig")
 
 
-def warn_of_what_is_left_out(
-    model: nn.Module, config: DeepLoraConfig, found: Mapping[str, nn.Module], everything: bool
-) -> None:
+def name_rows(parts: Iterable[nn.Module], model: Any, adapter_names: list[str], num_beams: int | None) -> list[Any]:
+    """Hook parts of a model to hear the names of their rows' adapters; beams repeat rows, but for an encoder's."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    once = set() if encoder is None or encoder is model else set(encoder.modules())
+    repeated = [name for name in adapter_names for _ in range(num_beams or 1)]
+    hooks = {part: partial(_name_rows, adapter_names=adapter_names if part in once else repeated) for part in parts}
+    return [part.register_forward_pre_hook(hook, with_kwargs=True) for part, hook in hooks.items()]
+
+
+def check_rows(adapter_names: list[str], rows: int, merged: list[str]) -> None:
+    """Raise ValueError, as peft does, unless each row has a name and no adapter is merged."""
+    if merged:
+        todo = "please call `unmerge_adapter` first."
+        raise ValueError(f"Cannot pass `adapter_names` when there are merged adapters, {todo}")
+    if rows != len(adapter_names):
+        told = f"number of inputs, but got {len(adapter_names)} and {rows} respectively."
+        raise ValueError(f"Length of `adapter_names` should be the same as the {told}")
+
+
+def warn_of_what_is_left_out(model: nn.Module, config: Any, found: Mapping[str, nn.Module], everything: bool) -> None:
     """Warn of names that match nothing, of weights that others share, and of experts that "all-linear" leaves out."""
     named = () if everything or isinstance(config.target_modules, str) else config.target_modules or ()
     saved = set(config.modules_to_save or ()) - {*SEQ_CLS_HEAD_NAMES, "qa_outputs"}  # which peft adds by the task
