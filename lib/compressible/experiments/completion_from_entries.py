@@ -21,7 +21,7 @@ GOAL_DEVICE = "H200"  # the card that goals in seconds and bytes are set for
 ACCURATE = 1e-2  # of the entries' root mean square
 # Errors of drawn entries fall by decades, with two factors the more, the smaller their scale: coarser grids, and what
 # changes an error by a tenth is level.
-COARSE = {"factors": (10**0.5, recommend.STEP_FACTOR), "gain": 0.2}
+COARSE: dict[str, Any] = {"factors": (10**0.5, recommend.STEP_FACTOR), "gain": 0.2}
 NO_NOISE = 1e-12  # ridge to begin with where entries have no noise: any that matters only biases the solution
 
 
