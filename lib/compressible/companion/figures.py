@@ -66,6 +66,7 @@ STYLE: Any = {
     "lines.markersize": 4,
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.title_fontsize": 8,
     "xtick.bottom": True,
     "xtick.labelsize": 7.5,
     "ytick.left": True,
