@@ -28,7 +28,7 @@ from compressible.recovery.theory.invariants import stability_limit
 from compressible.runtime.devices import clock
 
 SCALE_FACTOR, STEP_FACTOR, RIDGE_FACTOR = 10**0.25, 2.0, 1.5  # between neighbours of a grid
-CHUNKS = 8  # parts of a trial; after each one that overfits is given up
+CHUNKS = 3  # parts of a trial, each with a set-up of its own; after each one that overfits is given up
 OVERFIT = 1.1  # its held-out error over the least so far: 5 % in root mean square
 
 
