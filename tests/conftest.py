@@ -101,8 +101,10 @@ def add_notebook(checkout: Path) -> Callable[..., str]:
         id = f"kwon2024/{name}"
         code = cells or (SAVE.format(id=id),)
         write_notebook(checkout / "notebooks" / f"{id}.ipynb", *code, **settings)
-        with (checkout / "notebooks" / "kwon2024" / "presets.yaml").open("a") as presets:
-            presets.write(ENTRY.format(name=name))
+        presets, entry = checkout / "notebooks" / "kwon2024" / "presets.yaml", ENTRY.format(name=name)
+        before = presets.read_text() if presets.exists() else ""
+        if entry not in before:
+            presets.write_text(before + entry)
         return id
 
     return add

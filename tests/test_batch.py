@@ -22,6 +22,7 @@ from compressible.__main__ import main
 from compressible.companion import batch, library, notebooks
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
+from compressible.runtime import paths
 
 ID = "kwon2024/01_good"
 SAVE_THEN_FAIL = SAVE.format(id="kwon2024/01_good") + "raise RuntimeError(f'rank {rank} is too much')"
@@ -71,6 +72,16 @@ def test_command_line_values_are_typed(text, default, value):
         (["-p", "preset", "mine"], "--label"),
         (["--preset", "papers"], "the closest is 'paper'"),
         (["-f", "absent.yaml"], "absent.yaml"),
+        (["-p", "rank", "1" * 400], "rank: got 1111"),
+        (["-p", "rank", "1" * 5000], "rank: got '1111"),
+        (["-p", "step_size", "1" * 400], "step_size: got 1111"),
+        (["-p", "rank", "[" * 3000], "rank: got '[[["),
+        (["-p", "ranks", "[" * 90 + "]" * 90], "ranks[0]: got [[[["),
+        (["-p", "rank", "1", "-p", "step_size", "1", "-p", "rank", "2"], "-p rank comes 2 times"),
+        (["--kernel", "nope"], "no Jupyter kernel 'nope'; known are"),
+        (["--kernel", "nope", "--check"], "no Jupyter kernel 'nope'; known are"),
+        (["--label", "a b"], "label: got 'a b', expected text matching"),
+        (["--label", "../up"], "label: got '../up', expected text matching"),
     ],
 )
 def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_notebook, capsys, monkeypatch):
@@ -79,6 +90,39 @@ def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_no
     assert main(["run", ID, *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not Path("figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"1: 2", "has the key 1; expected the name of a parameter"),
+        (b"[1, 2]: 3", "own.yaml"),
+        (b"null: 3", "has the key None"),
+        (b"rank: \xe9", "UnicodeDecodeError"),
+        (b"rank: 1\nrank: 2\n", "rank stands twice"),
+        (b"rank: {a: 1, a: 2}", "a stands twice"),
+        (b"rank: " + b"[" * 5000, "RecursionError"),
+        (b"rank: " + b"1" * 5000, "cannot read own.yaml: ValueError"),
+        (b"rank: 0x" + b"f" * 9000, "rank: got an int too large to show"),
+        (b"rank: 2001-99-99", "cannot read own.yaml: ValueError: month must be in 1..12"),
+        (b"rank: &a [*a]", "rank: got [[[[[...]]]]] (list)"),
+        (b"rank: \x00", "special characters are not allowed"),
+        (b"3", "own.yaml holds 3; expected a mapping"),
+    ],
+)
+def test_a_file_of_values_that_is_none_is_refused_in_one_line(content, told, add_notebook, capsys):
+    add_notebook("01_good")
+    Path("own.yaml").write_bytes(content)
+    assert main(["run", ID, "--check", "-f", "own.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and len(said) < 600
+
+
+def test_outside_of_a_checkout_a_command_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "paths.py"))
+    assert main(["list"]) == 2
+    assert "no pyproject.toml of 'compressible-dynamics'" in capsys.readouterr().err
 
 
 def test_unknown_notebook_is_refused_with_the_closest(add_notebook):

@@ -10,6 +10,7 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from compressible.companion.parameters import ParameterError, collect, validate
+from compressible.runtime import checks
 
 GOOD = {
     "preset": "quick", "dimension": 100, "rank": 5, "depth": 3, "width": 10, "widths": [10, 20],
@@ -32,10 +33,12 @@ def test_valid_values_pass_unchanged() -> None:
         ("observed", 0.0), ("observed", 1.0001), ("observed", -0.3), ("observed", math.nan),
         ("observed", "0.3"), ("init_scale", 0.0), ("step_size", 0.0), ("step_size", math.inf),
         ("step_size", False), ("trials", 0),
-        ("step_size", 10**400), ("outer_ratio", -0.1), ("ridge", -1e-9), ("tolerance", -math.inf),
+        ("step_size", 10**40), ("outer_ratio", -0.1), ("ridge", -1e-9), ("tolerance", -math.inf),
         ("ridge", np.float64("nan")), ("validation_fraction", 1.0), ("validation_fraction", 0.0),
         ("device", "gpu"), ("device", "cuda:x"), ("device", "cuda:0\n"), ("precision", "fp8"), ("splits", ["u1", "u6"]),
-        ("preset", ""), ("preset", "../up"), ("preset", 3),
+        ("seed", 2**62), ("seeds", 1_000_000), ("width", 1_000_000), ("measurements", 2**53 + 1),
+        ("widths", [1, 10**9]),
+        ("dimension", 10**400), ("depth", 10**6), ("preset", ""), ("preset", "../up"), ("preset", 3),
         ("widths", []), ("widths", 10), ("widths", "10"), ("widths", [10, 0]), ("widths", [10, [20]]),
         ("step_sizes", [1.0, math.nan]), ("ridges", {0.1}),
     ],
@@ -45,8 +48,8 @@ def test_bad_values_are_refused_with_name_and_value(name: str, value: Any) -> No
         validate({name: value})
     assert name in str(caught.value)
     assert "expected" in str(caught.value)
-    shown = value[1] if isinstance(value, list) and len(value) > 1 else value
-    assert repr(shown.item() if isinstance(shown, np.generic) else shown) in str(caught.value)
+    told = value[1] if isinstance(value, list) and len(value) > 1 else value
+    assert checks.shown(told.item() if isinstance(told, np.generic) else told) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +61,23 @@ def test_bad_values_are_refused_with_name_and_value(name: str, value: Any) -> No
         ({"rank": 5, "widths": [10, 4]}, r"rank: got 5, expected at most widths = \[10, 4\]"),
         ({"rank_guesses": [5, 30], "dimension": 20}, "rank_guesses: got .* at most dimension = 20"),
         ({"ranks": [5, 30], "users": 20}, "ranks: got .* at most users = 20"),
+        (
+            {"observed": 0.001, "dimension": 20},
+            "observed: got 0.001, expected at least one entry of dimension = 20",
+        ),
+        ({"outer_ratios": [1.0, 5.0, 1.0]}, "outer_ratios: got .* expected each value once"),
+        ({"widths": [10, 10]}, "widths: got .* expected each value once"),
         ({"adapter_rank": 7}, "adapter_rank: got 7, expected an even integer"),
     ],
 )
 def test_impossible_combinations(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         validate(values)
+
+
+def test_lists_that_go_along_with_others_may_repeat_a_value() -> None:
+    values = {"dimensions": [200, 200, 60], "seed": 2**62 - 1, "seeds": 10_000, "observed": 0.01, "dimension": 10}
+    assert validate(values) == values
 
 
 def test_conversions_are_few() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from compressible.companion import batch, notebooks
 from compressible.companion.parameters import ParameterError
-from compressible.runtime import paths
+from compressible.runtime import checks, paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments)
     except (notebooks.BatchError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:  # outside of a checkout, say, or a data manifest that is none
+        print(f"error: {checks.one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -67,7 +70,9 @@ def _add_claims(claims: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    values = notebooks.plan(arguments.id, arguments.preset, arguments.files, dict(arguments.values), arguments.label)
+    given = _each_once(arguments.values)
+    values = notebooks.plan(arguments.id, arguments.preset, arguments.files, given, arguments.label)
+    batch.check_kernel(arguments.kernel)
     if arguments.check:
         return 0
     slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
@@ -80,8 +85,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
+def _each_once(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The values of -p by name; BatchError where a name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise notebooks.BatchError(f"-p {twice[0]} comes {names.count(twice[0])} times: which value is meant?")
+    return {name: value for name, value in pairs}
+
+
 def _redraw(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
+    batch.check_kernel(arguments.kernel)
     batch.redraw(arguments.id, arguments.preset, arguments.kernel)
     print(f"{arguments.id}: drawn from its record in {time.perf_counter() - started:.0f} s")
     return 0

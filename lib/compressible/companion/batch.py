@@ -19,11 +19,21 @@ from compressible.companion import records
 from compressible.companion.library import NOTEBOOK, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.companion.provenance import LIBRARY
-from compressible.runtime import paths
+from compressible.runtime import checks, paths
 
 START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
 SUFFIXES = (".pdf", ".png", ".npz", ".json")  # the record comes last: its presence says that the others are whole
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def check_kernel(name: str) -> None:
+    """Raise BatchError, with the known ones, where Jupyter has no kernel of that name."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    known = KernelSpecManager().find_kernel_specs()
+    if name not in known:
+        way = "; `python -m ipykernel install --sys-prefix` adds python3" if "python3" not in known else ""
+        raise BatchError(f"no Jupyter kernel {checks.shown(name)}{checks.closest(name, known)}{way}")
 
 
 def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:

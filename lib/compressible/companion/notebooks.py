@@ -39,7 +39,14 @@ class Preset:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; here it is a number, as everywhere else."""
+    """YAML 1.1 reads 1e-3 as a string; here it is a number, as everywhere else, and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; ConstructorError where a key stands twice: which value is meant?"""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -48,13 +55,15 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Mapping in a YAML file, {} for an empty one. Raises BatchError when it is absent or no mapping."""
+    """Mapping in a YAML file, {} for an empty one. Raises BatchError when it is absent or no mapping of names."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, yaml.YAMLError) as error:
-        raise BatchError(f"cannot read {path}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no such date, ...
+        raise BatchError(f"cannot read {path}: {checks.one_line(error)}") from error
     if content is not None and not isinstance(content, dict):
-        raise BatchError(f"{path} holds {content!r}; expected a mapping of names to values")
+        raise BatchError(f"{path} holds {checks.shown(content)}; expected a mapping of names to values")
+    if other := [key for key in content or {} if not isinstance(key, str)]:
+        raise BatchError(f"{path} has the key {checks.shown(other[0])}; expected the name of a parameter")
     return content or {}
 
 
@@ -111,7 +120,7 @@ def parse(text: str, default: Any) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     return text
 
@@ -136,7 +145,7 @@ def plan(
         values |= read_yaml(Path(file))
     values |= {name: parse(text, known.get(name)) for name, text in (overrides or {}).items()}
     _check_names(id, values, known)
-    values["preset"] = label or preset
+    values["preset"] = _checked_label(label or preset)
     checked = vocabulary.validate(known | values, allowed=known)
     return {name: checked[name] for name in values}
 
@@ -148,10 +157,17 @@ def _chosen(id: str, preset: str) -> Preset:
     return available[preset]
 
 
+def _checked_label(label: str) -> str:
+    form = vocabulary.VOCABULARY["preset"].allowed
+    if not re.fullmatch(form, label):
+        raise BatchError(f"label: got {checks.shown(label)}, expected text matching {form}: it names a folder")
+    return label
+
+
 def _check_names(id: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     if "preset" in values:
-        raise BatchError(f"preset = {values['preset']!r} is not a value to pass: use --preset, or --label")
-    unknown = [f"{name!r}{checks.closest(name, known)}" for name in values if name not in known]
+        raise BatchError(f"preset = {checks.shown(values['preset'])} is not a value to pass: use --preset, or --label")
+    unknown = [f"{checks.shown(name)}{checks.closest(name, known)}" for name in values if name not in known]
     if unknown:
         raise BatchError(f"{id} has no parameter " + ", nor ".join(unknown))
 

@@ -2,13 +2,12 @@
 
 What a name means, its unit and usual range are said by the comment in the parameters cell of each notebook; here is
 only what is checked. To add one, put it into a line of `_NAMES`; to relate two (the first never above the second), add
-a line to `AT_MOST`.
+a line to `AT_MOST`. What a single notebook expects of its values together stands in its paper's rules.yaml.
 """
 
 from __future__ import annotations
 
 import ast
-import math
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compressible.runtime.checks import closest
+from compressible.runtime.checks import closest, shown
 
 
 class ParameterError(ValueError):
@@ -42,31 +41,37 @@ class Parameter:
         return f"{each}{words}{where}{self.allowed}"
 
 
-_COUNT, _NOT_NEGATIVE, _POSITIVE = "[1, inf)", "[0, inf)", "(0, inf)"
+# The upper ends are generous: what is beyond them is beyond any machine, or a slip of the finger.
+_SIZE, _WIDTH, _REPEATS, _COUNT = "[1, 1_000_000]", "[1, 65_536]", "[1, 10_000]", "[1, 1_000_000_000]"
+_COUNT_OR_NONE, _SEED = "[0, 1_000_000_000]", "[0, 4_611_686_018_427_387_904)"  # those that follow stay below 2^63
+_NOT_NEGATIVE, _POSITIVE = "[0, inf)", "(0, inf)"
 _PRECISIONS = "float32|tf32|bfloat16"
 _NAMES: tuple[tuple[Parameter, str], ...] = (
+    (Parameter(int, _SIZE), "dimension large_dimension sparse_dimension users items"),
+    (Parameter(int, _WIDTH), "rank guess width inner_width patch layers heads adapter_rank pooling"),
+    (
+        Parameter(int, _REPEATS),
+        "seeds trials tuning_seeds sweeps max_stack full_runs records most_settings",
+    ),
     (
         Parameter(int, _COUNT),
-        "dimension large_dimension sparse_dimension entries rank guess measurements width users"
-        " inner_width tuning_seeds tuning_steps patch layers heads"
-        " items record_every frames seeds trials sweeps batch_size adapter_rank max_stack full_runs few_rows"
-        " tuning_rows noisy_rows noisy_steps records"
-        " period draws pooling most_settings",
+        "entries measurements tuning_steps record_every frames batch_size few_rows tuning_rows noisy_rows noisy_steps"
+        " period draws",
     ),
+    (Parameter(int, _SIZE, many=True), "dimensions"),
+    (Parameter(int, _WIDTH, many=True), "ranks rank_guesses widths inner_widths"),
+    (Parameter(int, _REPEATS, many=True), "run_counts seed_counts tuning_counts width_multiples"),
+    (Parameter(int, _COUNT, many=True), "entry_counts sample_sizes batch_sizes periods step_counts"),
+    (Parameter(int, _SEED), "seed"),
     (
-        Parameter(int, _COUNT, many=True),
-        "dimensions ranks rank_guesses widths inner_widths entry_counts sample_sizes"
-        " batch_sizes run_counts periods"
-        " step_counts seed_counts tuning_counts width_multiples",
+        Parameter(int, _COUNT_OR_NONE),
+        "steps validation_rows filter_step train_rows test_rows warmup long_steps descent_steps",
     ),
-    (
-        Parameter(int, _NOT_NEGATIVE),
-        "steps seed validation_rows filter_step train_rows test_rows warmup long_steps descent_steps",
-    ),
-    (Parameter(int, _NOT_NEGATIVE, many=True), "snapshots evaluate_at"),
-    (Parameter(int, "[2, inf)"), "depth"),
-    (Parameter(int, "[2, inf)", many=True), "depths stacks"),
-    (Parameter(int, "[3, inf)"), "length max_length"),
+    (Parameter(int, _COUNT_OR_NONE, many=True), "snapshots evaluate_at"),
+    (Parameter(int, "[2, 1_000]"), "depth"),
+    (Parameter(int, "[2, 1_000]", many=True), "depths"),
+    (Parameter(int, "[2, 100_000]", many=True), "stacks"),
+    (Parameter(int, "[3, 1_000_000]"), "length max_length"),
     (
         Parameter(float, _POSITIVE),
         "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
@@ -121,6 +126,9 @@ AT_MOST = (
     ("rank_guesses", ("dimension", "dimensions", "users", "items")),
     ("batch_size", ("few_rows",)),
 )
+SHARES = (("observed", "dimension"), ("large_observed", "large_dimension"))  # of d x d entries, one at least
+# Each value of a list is a curve or a column of its own, but in these, which go along with another list.
+ALONGSIDE = {"dimensions", "step_sizes", "step_counts", "seed_counts", "tuning_counts", "init_scales", "layer_scales"}
 EVEN = ("adapter_rank",)  # a compressed adapter holds r / 2 directions a side
 
 
@@ -178,9 +186,9 @@ def _assigned(cells: list[str]) -> set[str]:
 
 def _checked(name: str, value: Any, known: Iterable[str]) -> Any:
     if name not in known:
-        raise ParameterError(f"{name}: got {value!r}, expected a known name{closest(name, known)}")
+        raise ParameterError(f"{name}: got {shown(value)}, expected a known name{closest(name, known)}")
     if name not in VOCABULARY:
-        raise ParameterError(f"{name}: got {value!r}, expected a name of the vocabulary in parameters.py")
+        raise ParameterError(f"{name}: got {shown(value)}, expected a name of the vocabulary in parameters.py")
     entry = VOCABULARY[name]
     if not entry.many:
         return _element(name, value, entry)
@@ -202,7 +210,7 @@ def _element(name: str, value: Any, entry: Parameter) -> Any:
 def _admissible(value: Any, entry: Parameter) -> bool:
     if entry.kind is str:
         return re.fullmatch(entry.allowed, value) is not None
-    return entry.kind is bool or (math.isfinite(value) and _inside(value, entry.allowed))
+    return entry.kind is bool or _inside(value, entry.allowed)  # which no NaN and no infinity is
 
 
 def _inside(value: float, interval: str) -> bool:
@@ -212,18 +220,25 @@ def _inside(value: float, interval: str) -> bool:
 
 
 def _refusal(name: str, value: Any, entry: Parameter) -> ParameterError:
-    return ParameterError(f"{name}: got {value!r} ({type(value).__name__}), expected {entry.expected()}")
+    return ParameterError(f"{name}: got {shown(value)} ({type(value).__name__}), expected {entry.expected()}")
 
 
 def _impossible(values: Mapping[str, Any]) -> list[str]:
-    """Pairs of valid values that exclude each other, such as a rank above the dimension, and odd values of EVEN."""
+    """What is valid alone and not together: a rank above the dimension, no entry observed, a value twice in a list."""
     odd = [name for name in EVEN if values.get(name, 0) % 2]
     problems = [f"{name}: got {values[name]!r}, expected an even integer" for name in odd]
+    for name, value in values.items():
+        if isinstance(value, list) and name not in ALONGSIDE and len(set(value)) < len(value):
+            problems.append(f"{name}: got {shown(value)}, expected each value once")
+    for share, side in SHARES:
+        if share in values and side in values and values[share] * values[side] ** 2 + 1e-9 < 1:
+            entries = f"{side} = {values[side]}, {values[side] ** 2} entries"
+            problems.append(f"{share}: got {values[share]!r}, expected at least one entry of {entries}")
     for small, larger in AT_MOST:
         for large in larger:
             if small in values and large in values and _top(values[small]) > _bottom(values[large]):
-                limit = f"{large} = {values[large]!r}"
-                problems.append(f"{small}: got {values[small]!r}, expected at most {limit}")
+                limit = f"{large} = {shown(values[large])}"
+                problems.append(f"{small}: got {shown(values[small])}, expected at most {limit}")
     return problems
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxset = 4, 40, 40, 40, 40
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 
 
 def expect(name: str, value: object, holds: bool, expected: str) -> None:
@@ -65,6 +70,14 @@ def mistake(found: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}"
     told = told.replace("Input should be", "expected").replace("String should", "expected to")
     return f"{where}: got {found['input']!r}, {told}" if where else told
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: on one line, shortened, whatever its size and depth."""
+    try:
+        return _SHORT.repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of more than some 4000 digits
+        return f"{'an' if isinstance(value, int) else 'a'} {type(value).__name__} too large to show"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
