@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from compressible.companion import claims
-from compressible.companion.claims import PASS, status
+from compressible.companion.claims import PASS, status, writing
 
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("notebooks/*/*.md")])
 NOTEBOOKS = sorted(REPOSITORY.glob("notebooks/*/*.ipynb"))
@@ -28,9 +28,15 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_pages_and_notebooks_show_the_verdicts_of_the_committed_records(checkout: Path) -> None:
-    texts = {path: text for path, text in claims.written(checkout).items() if path.suffix == ".md"}
-    stale = [path.name for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    texts = claims.written(checkout).items()
+    stale = [path.name for path, text in texts if not path.exists() or path.read_text() != text]
     assert stale == [], "python -m compressible claims --write"
+
+
+def test_every_notebook_shows_its_record_in_its_first_cell(checkout: Path) -> None:
+    firsts = {path: "".join(json.loads(path.read_text())["cells"][0]["source"]) for path in NOTEBOOKS}
+    assert [path.name for path, text in firsts.items() if not text.startswith("# ")] == []
+    assert [path.name for path, text in firsts.items() if text.count(writing.START) != 1] == []
 
 
 def test_every_item_of_the_papers_names_what_exists(checkout: Path) -> None:
