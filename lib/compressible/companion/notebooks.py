@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from compressible.companion import parameters as vocabulary
+from compressible.companion import rules
 from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import LIBRARY
 from compressible.runtime import checks, paths
@@ -147,7 +148,16 @@ def plan(
     _check_names(id, values, known)
     values["preset"] = _checked_label(label or preset)
     checked = vocabulary.validate(known | values, allowed=known)
+    if lines := rules.broken(conditions(id), checked):
+        raise BatchError(f"{id}: {'; '.join(lines)}")
     return {name: checked[name] for name in values}
+
+
+def conditions(id: str) -> list[str]:
+    """What a notebook expects of its values together, as its paper's rules.yaml says it; see rules.py."""
+    paper, name = id.split("/")
+    file = paths.repository() / "notebooks" / paper / "rules.yaml"
+    return list(read_yaml(file).get(name) or []) if file.exists() else []
 
 
 def _chosen(id: str, preset: str) -> Preset:
