@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from compressible.companion.claims.standing import Standing
-from compressible.companion.claims.statement import Claim
+from compressible.companion.claims.statement import NOT_TESTED, Claim
 
 _MATH = re.compile(r"(\$[^$]+\$|`[^`]+`)")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
@@ -25,7 +25,7 @@ def ours(standing: Standing) -> str:
     Three digits, and up to nine where fewer would not tell value and ends apart.
     """
     judged = standing.judged
-    if judged is None:
+    if judged is None or standing.verdict == NOT_TESTED:
         return ""
     if judged["value"] is None:
         return "not finite"
@@ -39,7 +39,7 @@ def ours(standing: Standing) -> str:
 
 def sample(standing: Standing) -> str:
     """How many values were judged, and of what: 10 seeds."""
-    if standing.judged is None:
+    if standing.judged is None or standing.verdict == NOT_TESTED:
         return ""
     unit, n = standing.claim.unit, standing.judged["seeds"]
     return f"{n} {unit}{'' if n == 1 else 's'}"
