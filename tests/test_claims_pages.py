@@ -11,28 +11,15 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from test_claims import ENTRY, FIGURE
 
 from compressible.__main__ import main
 from compressible.companion import claims, records
 from compressible.companion.claims import Claim, ClaimError, Standing, pages, status, wording, writing
 from compressible.companion.library import notebook_digest
 
-FIGURE = "kwon2024/05_completion"
 OTHER = "yaras2024/03_svd_evolution"
 GOOD, WIDE, BAD = np.array([0.5, 0.51, 0.49]), np.array([0.1, 0.9, 1.8]), np.array([2.0, 2.1, 1.9])
-ENTRY = f"""
-[[claim]]
-id = "{FIGURE}.x"
-paper = "P2"
-statement = "a statement"
-metric = "m"
-judge = "at_most"
-bound = 1.0
-unit = "seed"
-group = "published"
-bound_from = "a margin"
-source = "a source"
-"""
 ITEM = f'[[item]]\npaper = "P2"\nname = "deep completion"\nnotebooks = ["{FIGURE}"]\nclaims = ["{FIGURE}.*"]\n'
 
 
