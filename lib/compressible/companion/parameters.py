@@ -99,6 +99,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(bool), "compiled"),
     (Parameter(str, r"[a-z][a-z0-9_-]*"), "preset"),
     (Parameter(str, r"auto|cpu|cuda(:\d+)?"), "device"),
+    (Parameter(str, "one|all"), "devices"),
     (Parameter(str, "float64|float32", many=True), "precisions"),
     (Parameter(str, _PRECISIONS), "precision"),
     (Parameter(str, _PRECISIONS, many=True), "tuning_precisions"),
