@@ -1,4 +1,4 @@
-"""Command line: python -m compressible list | run | redraw | claims | data | notebooks."""
+"""Command line: python -m compressible list | run | redraw | claims | index | data | notebooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, notebooks
+from compressible.companion import batch, index, notebooks
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     redraw.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
     redraw.set_defaults(command=_redraw)
     _add_claims(commands.add_parser("claims", help="table of the papers' claims over all figures"))
+    _add_index(commands.add_parser("index", help="page and last lines of a batch: what was built, where, what failed"))
     commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
     refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
     refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
@@ -67,6 +68,13 @@ def _add_claims(claims: argparse.ArgumentParser) -> None:
     claims.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
                         "what notebooks show of their records")  # fmt: skip
     claims.set_defaults(command=_claims)
+
+
+def _add_index(page: argparse.ArgumentParser) -> None:
+    page.add_argument("label", metavar="LABEL", help="folder below figures/, such as quick")
+    page.add_argument("ids", nargs="*", metavar="ID", help="what the batch was to build (default: whatever is there)")
+    page.add_argument("--since", type=float, default=0.0, metavar="SECONDS", help="Unix time at which the batch began")
+    page.set_defaults(command=_index)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -121,6 +129,15 @@ def _claims(arguments: argparse.Namespace) -> int:
             print(f"written: {path.relative_to(paths.repository())}")
         return 0
     print(claims.table(format=arguments.format, preset=arguments.preset), end="")
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    root, label = paths.figures_dir(), arguments.label
+    if not (root / label).is_dir():
+        raise notebooks.BatchError(f"no figures under the label {checks.shown(label)}: {root / label} is no folder")
+    index.write_index(root, label, arguments.since)
+    print(*index.summary(root, label, arguments.since, arguments.ids), sep="\n")
     return 0
 
 
