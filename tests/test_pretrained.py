@@ -13,6 +13,7 @@ from text_helpers import hub_cache, save_bert, save_t5, tiny_tokenizer
 import compressible as cd
 from compressible import data
 from compressible.data import hub, pretrained, sources, tasks, text
+from compressible.experiments import few_shot
 from compressible.finetuning.stackable import structure
 
 MINILM = [name.partition("/")[2] for name in data.load_manifest() if name.startswith("minilm/")]
@@ -259,16 +260,38 @@ def test_minilm_in_two_places_is_refused(monkeypatch, tmp_path):
         hub.find_model("minilm")
 
 
+def likeness(encoder, tokenizer) -> tuple[list[int], float, float]:
+    """The ids of a sentence, and its cosines to one of the same meaning and to one of another."""
+    texts = ["A man is eating food.", "A man eats something.", "Interest rates fell."]
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = encoder(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    return encoded["input_ids"][0].tolist(), (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
+
+
 @needs_minilm
 def test_minilm_is_the_real_one():
     model, tokenizer = pretrained.load_encoder("minilm", 1)
     assert sum(value.numel() for value in model.bert.parameters()) == 22_713_216
-    texts = ["A man is eating food.", "A man eats something.", "Interest rates fell."]
-    encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    assert encoded["input_ids"][0].tolist()[:6] == [101, 1037, 2158, 2003, 5983, 2833]
-    with torch.no_grad():
-        hidden = model.bert(**encoded).last_hidden_state
-    mask = encoded["attention_mask"][..., None]
-    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
-    near, far = (vectors[0] @ vectors[1]).item(), (vectors[0] @ vectors[2]).item()
-    assert near > 0.6 and abs(far) < 0.2
+    ids, near, far = likeness(model.bert, tokenizer)
+    assert ids[:6] == [101, 1037, 2158, 2003, 5983, 2833] and near > 0.6 and abs(far) < 0.2
+
+
+@pytest.mark.skipif(
+    data.find("mpnet/config.json") is None and os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1",
+    reason="needs mpnet (440 MB) in the cache, or COMPRESSIBLE_NETWORK_TESTS=1",
+)
+def test_mpnet_is_the_real_one_and_has_the_papers_sets_of_matrices():
+    model, tokenizer = pretrained.load_encoder("mpnet", 1)
+    assert sum(value.numel() for value in model.mpnet.parameters()) == 108_895_872
+    ids, near, far = likeness(model.mpnet, tokenizer)
+    assert ids[:6] == [0, 1041, 2162, 2007, 5987, 2837] and near > 0.6 and abs(far) < 0.2
+    rates = few_shot.Rates(1e-4, 1e-4, 1e-2, 1e-3)
+    found = {}
+    for matrices in (["all-dense"], "all-linear"):
+        config = few_shot.methods(model, matrices, "authors", 4, 1e-3, rates)["thin"].config
+        found[str(matrices)] = structure(model, config).layers
+    words = "mpnet.embeddings.word_embeddings"
+    assert len(found["all-linear"]) == 72 and set(found["['all-dense']"]) == {*found["all-linear"], words}

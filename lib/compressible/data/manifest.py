@@ -3,6 +3,7 @@
 Every file that leaves this module has the sha256 of its entry in manifest.toml, which lies beside it, wherever it came
 from (sources.py has the kinds of source). COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache,
 COMPRESSIBLE_MANIFEST a manifest in the place of the package's own, and COMPRESSIBLE_OFFLINE=1 forbids the network.
+Files with terms that one has to agree to are downloaded only where COMPRESSIBLE_ACCEPT holds the terms' word.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import filelock
-from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
-from compressible.data.sources import SOURCE, read, shared_archives
+from compressible.data.joined import PREFIX, Digest, Joined, Source, joined_name, read_joined
+from compressible.data.sources import read, shared_archives
 from compressible.runtime.checks import mistake, one_line, unknown
 from compressible.runtime.paths import atomic_path, cache_dir
 
@@ -26,8 +28,6 @@ LOCK_SECONDS = 900
 
 # Every part of a name begins with a letter, a digit or a dash: so none is "..", and the whole is a relative path.
 Name = Annotated[str, Field(pattern=r"^[\w-][\w .-]*(/[\w-][\w .-]*)*$")]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Source = Annotated[str, Field(pattern=SOURCE)]
 
 
 class DataError(RuntimeError):
@@ -35,10 +35,15 @@ class DataError(RuntimeError):
 
 
 class Terms(BaseModel, strict=True, extra="forbid", frozen=True):
-    """On what terms files may be used, and what to cite."""
+    """On what terms files may be used, and what to cite.
+
+    accept: the word by which COMPRESSIBLE_ACCEPT says that a user agrees to the terms at `address`, where they ask it.
+    """
 
     licence: str
     citation: str
+    accept: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
+    address: str = ""
 
 
 class Entry(Terms, frozen=True):
@@ -64,7 +69,16 @@ class DataSet(Terms, frozen=True):
 class _Manifest(BaseModel, extra="forbid"):
     sets: dict[str, DataSet]
     terms: dict[str, Terms]
+    joined: dict[str, Joined]
     files: dict[str, Entry]
+
+    @model_validator(mode="after")
+    def _joined_known(self) -> _Manifest:
+        for entry in self.files.values():
+            for source in entry.sources:
+                if source.startswith(PREFIX) and joined_name(source) not in self.joined:
+                    raise ValueError(f"{entry.name}: {unknown('joined file', joined_name(source), self.joined)}")
+        return self
 
 
 class _Written(BaseModel, extra="forbid"):
@@ -72,6 +86,7 @@ class _Written(BaseModel, extra="forbid"):
 
     sets: dict[str, dict[str, Any]] = {}
     terms: dict[str, dict[str, Any]] = {}
+    joined: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
 
     def complete(self) -> _Manifest:
@@ -82,7 +97,8 @@ class _Written(BaseModel, extra="forbid"):
         files = {
             name: {"name": name} | owners.get(name.partition("/")[0], {}) | table for name, table in self.files.items()
         }
-        return _Manifest.model_validate({"sets": sets, "terms": self.terms, "files": files})
+        tables = {"sets": sets, "terms": self.terms, "joined": self.joined, "files": files}
+        return _Manifest.model_validate(tables)
 
 
 def load_manifest() -> dict[str, Entry]:
@@ -204,6 +220,11 @@ def _from_sources(entry: Entry, tried: list[str]) -> Path | None:
         tried.append("sources: none, this file is only read from a local folder")
     elif os.environ.get("COMPRESSIBLE_OFFLINE") == "1":
         tried.append("sources: not tried, COMPRESSIBLE_OFFLINE is 1")
+    elif entry.accept and entry.accept not in _accepted():
+        tried.append(
+            f"sources: not tried, since nobody has agreed to its terms ({entry.licence}): read {entry.address}, and "
+            f"set COMPRESSIBLE_ACCEPT={entry.accept} if you agree"
+        )
     else:
         path = cached_path(entry.name)
         try:
@@ -214,6 +235,11 @@ def _from_sources(entry: Entry, tried: list[str]) -> Path | None:
         except OSError as error:
             tried.append(f"cache: {one_line(error)}")
     return None
+
+
+def _accepted() -> list[str]:
+    """The words of the terms that the user has agreed to, which commas part."""
+    return [word.strip() for word in os.environ.get("COMPRESSIBLE_ACCEPT", "").split(",")]
 
 
 def _locked(path: Path) -> filelock.BaseFileLock:
@@ -229,7 +255,10 @@ def _fill_cache(entry: Entry, path: Path, tried: list[str]) -> Path | None:
     for source in entry.sources:
         try:
             with atomic_path(path) as temporary:
-                read(source, temporary)
+                if source.startswith(PREFIX):
+                    read_joined(source, _read().joined[joined_name(source)], temporary, entry.size)
+                else:
+                    read(source, temporary)
                 _verify(temporary, entry)
             return path
         except Exception as error:  # one source failing, however it fails, must not stop the next

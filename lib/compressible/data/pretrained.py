@@ -1,8 +1,8 @@
 """Pretrained models and their tokenizers by name, with a new head as a protocol wants it.
 
-A name is "minilm" (all-MiniLM-L6-v2, checked against manifest.toml), a folder, or a name on the hub; a folder of
-that name below COMPRESSIBLE_MODELS goes first. Weights are read from safetensors files only and are float32 in memory,
-whatever the file holds. Protocols (papers' trap T3):
+A name is "minilm" (all-MiniLM-L6-v2) or "mpnet" (all-mpnet-base-v2, of BERT-base's shape), both checked against
+manifest.toml, a folder, or a name on the hub; a folder of that name below COMPRESSIBLE_MODELS goes first. Weights are
+read from safetensors files only and are float32 in memory, whatever the file holds. Protocols (trap T3):
   clean    new head N(0, 0.02) with zero bias, to be trained; the pretrained pooler is kept
   authors  new head of truncated LeCun normal with zero bias, to stay frozen; the pooler starts anew, N(0, 0.02), its
            bias stays 0
@@ -24,7 +24,7 @@ from compressible.data.manifest import DataError
 from compressible.data.tasks import PROTOCOLS, Task, load_task
 from compressible.runtime import checks, devices
 
-KNOWN = ("minilm", "bert-base-cased", "google-t5/t5-base")
+KNOWN = ("minilm", "mpnet", "bert-base-cased", "google-t5/t5-base")
 DEVIATION = 0.02
 TRUNCATED = 0.87962566103423978  # standard deviation of a unit normal cut at 2, by which JAX divides
 
@@ -33,7 +33,7 @@ def load_encoder(name: str, outputs: int, protocol: str = "clean", seed: int = 0
     """An encoder with a new head, and its tokenizer.
 
     Args:
-        name: "minilm", a folder, or a name on the hub, as explained above.
+        name: "minilm", "mpnet", a folder, or a name on the hub, as explained above.
         outputs: outputs of the head: 1 for a regression, else the number of classes.
         protocol: "clean" or "authors": how head and pooler start, and what stays frozen.
         seed: all that head and pooler depend on; drawing them leaves torch's own generator alone.
@@ -136,7 +136,7 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, which pads at the end, with the mark of the end if it has no padding of its own.
 
     Args:
-        name: "minilm", a folder, or a name on the hub, as explained above.
+        name: "minilm", "mpnet", a folder, or a name on the hub, as explained above.
 
     Returns:
         A tokenizer of transformers.

