@@ -270,7 +270,7 @@ def test_make_lists_every_target_it_declares():
 def committed_labels(id: str) -> list[str]:
     """Presets whose figures are committed: paper, or where that needs models from a hub, those with a smaller one."""
     known = notebooks.presets(id)
-    smaller = [label for label in known if label.startswith("minilm")]
+    smaller = [label for label in known if label.startswith(("minilm", "mpnet"))]
     return smaller if known["paper"].needs and smaller else ["paper"]
 
 
