@@ -24,7 +24,7 @@ from compressible.data.text import SETS, SPLITS, Rows, read_rows
 from compressible.runtime import checks
 
 PROTOCOLS = ("clean", "authors")
-IGNORED = -100  # label beyond the end of a text to write, as PyTorch's cross entropy has it
+IGNORED = -100  # label where no word is asked for, as PyTorch's cross entropy has it
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class Examples:
 
     Args:
         tokens: (N, T) int64 by name, "attention_mask" among them, padded at the end to the longest row.
-        labels: (N,) float32 of a regression, (N,) int64 classes, or (N, T') int64 of texts to write, -100 beyond
-            their end.
+        labels: (N,) float32 of a regression, (N,) int64 classes, (N, T') int64 of texts to write, -100 beyond their
+            end, or of a causal language model (N, T) int64, the row's own tokens where they are asked for, else -100.
         texts: N tuples, the texts of each row.
         references: for each row every text that would be right; generation only.
         padding: what fills a row, by name of the tokens; 0 if not named.
@@ -63,6 +63,14 @@ class Examples:
         """(N,) int64 on the CPU: tokens in each row."""
         return self.tokens["attention_mask"].sum(1).cpu()
 
+    @cached_property
+    def continued(self) -> bool:
+        """Whether the labels are the rows' own tokens, where they are asked for, as of a causal language model."""
+        ids = self.tokens.get("input_ids")
+        if ids is None or ids.shape != self.labels.shape:
+            return False
+        return bool(((self.labels == ids) | (self.labels == IGNORED)).all())
+
     def take(self, indices: Tensor | Sequence[int]) -> Examples:
         """The rows at `indices` (P,), in that order."""
         chosen = torch.as_tensor(indices, dtype=torch.int64).flatten()
@@ -89,8 +97,8 @@ class Examples:
         tokens = {name: _fit(value[here], width, self.padding.get(name, 0)) for name, value in self.tokens.items()}
         labels = self.labels[here]
         if labels.ndim == 2:
-            longest = int((labels != IGNORED).sum(1).max())
-            labels = _fit(labels, _round_up(longest, multiple), IGNORED)
+            longest = int((labels != IGNORED).any(0).nonzero().max()) + 1
+            labels = _fit(labels, width if self.continued else _round_up(longest, multiple), IGNORED)
         return tokens, labels
 
     def to(self, device: str | torch.device) -> Examples:
@@ -105,7 +113,7 @@ class Task:
 
     Args:
         name: what it is called.
-        kind: "regression", "classification" or "generation".
+        kind: "regression", "classification", "generation" of a text from another, or "causal", where the text goes on.
         outputs: number of a head's outputs; 0 for no head.
         metric: "pearson", "matthews", "accuracy" or "bleu".
         train, validation: the rows.

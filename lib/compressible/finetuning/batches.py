@@ -22,9 +22,9 @@ class ExamplesLike(Protocol):
 
 
 class TaskLike(Protocol):
-    """What a task needs here; `data.tasks.Task` is one. kind: "regression", "classification" or "generation".
+    """What a task needs here; `data.tasks.Task` is one. kind: "regression", "classification", "generation" or "causal".
 
-    score is the metric of outputs (N, outputs) and labels (N,), both numpy's; for generation it is not asked.
+    score is the metric of outputs (N, outputs) and labels (N,), both numpy's; for texts it is not asked.
     """
 
     @property
@@ -69,17 +69,25 @@ class PassRows:
 class DeviceRows:
     """Examples on the device, cut to the longest of the rows that are asked for; lengths stay on the CPU.
 
-    Raises ValueError where padding is not at the end.
+    labels and counts, of causal language models: the words asked for, see `asked_words`, in the place of the labels,
+    and their numbers (N,) on the CPU; batches have as many as the row that asks for most. Raises ValueError where
+    padding is not at the end.
     """
 
-    def __init__(self, rows: ExamplesLike, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: ExamplesLike,
+        device: torch.device,
+        labels: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
         mask = rows.tokens.get("attention_mask")
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])
             raise ValueError(f"attention_mask has tokens after padding in row {row}, expected padding at the end")
         self.lengths = None if mask is None else mask.sum(1).cpu()
         self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
-        self.labels = rows.labels.to(device)
+        self.labels, self.counts = (rows.labels if labels is None else labels).to(device), counts
 
     def batch(self, rows: Tensor, multiple: int, least: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T >= least a multiple, at most the examples' own."""
@@ -87,4 +95,7 @@ class DeviceRows:
         longest = None
         if self.lengths is not None:
             longest = -(-max(least, int(self.lengths[rows].max())) // multiple) * multiple
-        return {name: value[on, :longest] for name, value in self.tokens.items()}, self.labels[on]
+        labels = self.labels[on]
+        if self.counts is not None:
+            labels = labels[:, : -(-int(self.counts[rows].max()) // multiple) * multiple]
+        return {name: value[on, :longest] for name, value in self.tokens.items()}, labels

@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.finetuning.batches import TaskLike
+from compressible.data.tasks import IGNORED
+from compressible.finetuning.batches import ExamplesLike, TaskLike
 from compressible.finetuning.losses import KINDS
 from compressible.finetuning.peft_models import starts_compressed
 from compressible.finetuning.run import FineTuningRun
@@ -56,9 +57,27 @@ def check_task(task: TaskLike, scored: bool) -> None:
         else:
             whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool)
             expect(f"task.{name}.labels", labels.dtype, whole, "integers")
+        if task.kind == "causal":
+            _check_words(name, part)
         if task.kind == "classification":
             found = tuple(labels.shape), int(labels.min())
             expect(f"task.{name}.labels", found, labels.dim() == 1 and found[1] >= 0, "shape (N,), classes from 0")
+
+
+def _check_words(name: str, part: ExamplesLike) -> None:
+    """Raise ValueError for labels (N, T) of a causal language model that ask for no word, or for one of the padding."""
+    labels, tokens = part.labels, part.tokens
+    ids = tokens.get("input_ids")
+    shape = None if ids is None else tuple(ids.shape)
+    expect(f"task.{name}.labels", tuple(labels.shape), tuple(labels.shape) == shape, f"the input_ids' shape, {shape}")
+    asked = labels != IGNORED
+    fits = bool((labels[asked] >= 0).all())
+    expect(f"task.{name}.labels", int(labels.min()), fits, f"words from 0, or {IGNORED} where none is asked for")
+    mask = tokens.get("attention_mask")
+    padded = [] if mask is None else (asked & (mask == 0)).any(1).nonzero().flatten().tolist()
+    expect(f"task.{name}.labels", f"words in the padding of rows {padded[:5]}", not padded, f"{IGNORED} there")
+    empty = (~asked[:, 1:].any(1)).nonzero().flatten().tolist()
+    expect(f"task.{name}.labels", f"none in rows {empty[:5]}", not empty, "a word after the first token in every row")
 
 
 def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compressible.finetuning.batches import LENGTHS
-from compressible.finetuning.losses import run_losses
+from compressible.finetuning.causal import writer
 from compressible.finetuning.mixing import Trial
 from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.layers import stacked_adapters
@@ -29,10 +29,13 @@ def try_out(stacked: StackedPass) -> None:
     passes; RuntimeError where they depend on random numbers that the model draws itself.
     """
     with _forgetting(stacked):
+        if stacked.words is not None:
+            _check_words(stacked)
+            Trial(stacked).settle()
         logits, labels = _tried(stacked)
         if stacked.task.kind == "classification":
             _check_classes(stacked, logits)
-        run_losses(stacked.task.kind, logits, labels, len(stacked.runs))
+        stacked.run_losses(logits, labels)
         if len(stacked.runs) > 1:
             Trial(stacked).check()
 
@@ -121,6 +124,14 @@ def _check_classes(stacked: StackedPass, logits: Tensor) -> None:
         if logits.dim() == 2 and largest >= logits.shape[1]:
             outputs = f"{logits.shape[1]} outputs"
             raise ValueError(f"task.{name}.labels go up to {largest}, expected classes below the model's {outputs}")
+
+
+def _check_words(stacked: StackedPass) -> None:
+    weight = getattr(writer(stacked.source), "weight", None)
+    for name, part in (("train", stacked.task.train), ("validation", stacked.task.validation)):
+        largest = int(part.labels.max()) if len(part.labels) else -1
+        if weight is not None and largest >= len(weight):
+            raise ValueError(f"task.{name}.labels go up to {largest}, expected words below the model's {len(weight)}")
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class StepGraphs:
 
     def step(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
         """Take one step with these rows; an exception where it cannot be captured, and nothing was done."""
-        key = tuple(value.shape for value in tokens.values())
+        key = tuple(value.shape for value in (*tokens.values(), labels))
         with torch.cuda.device(self.device):
             if key not in self.graphs:
                 self.graphs[key] = _Graph(self, tokens, labels)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KINDS = ("regression", "classification", "generation")
+KINDS = ("regression", "classification", "generation", "causal")
+WRITTEN = ("generation", "causal")  # kinds whose losses are means over words
 
 
 def first_output(output: Any) -> Tensor:
@@ -28,7 +29,7 @@ def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
     if kind == "generation":
         total, count = token_losses(logits, labels, runs)
         return total / count
-    logits = _widened(logits)
+    logits = widened(logits)
     if kind == "regression":
         if logits.shape not in (labels.shape, (*labels.shape, 1)):
             asked = f"{(*labels.shape, 1)}: one output a label of a regression"
@@ -41,11 +42,11 @@ def run_losses(kind: str, logits: Tensor, labels: Tensor, runs: int) -> Tensor:
 
 def token_losses(logits: Tensor, labels: Tensor, runs: int) -> tuple[Tensor, Tensor]:
     """Return the sum (S,) of every run's cross-entropies over its tokens whose label is not -100, and their number."""
-    logits = _widened(logits)
+    logits = widened(logits)
     each = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
     return each.view(runs, -1).sum(1), (labels != -100).view(runs, -1).sum(1)
 
 
-def _widened(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
     """Half precision has too few digits for a loss."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressible.data.tasks import IGNORED
 from compressible.finetuning.batches import LENGTHS, DeviceRows, RunsMixError
+from compressible.finetuning.causal import Words, goes_on
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import first_output
 from compressible.finetuning.peft_models import sharing
@@ -29,7 +31,37 @@ class Trial:
         self.stacked, self.rows = stacked, stacked.train_rows
         self.model = sharing(stacked.source).train(stacked.dropout)
         self.count, self.multiple = len(self.rows.labels), LENGTHS[stacked.device.type]
+        self.words = None if stacked.words is None else Words()
+        if self.words is not None and stacked.words is not None and stacked.words.layer is not None:
+            self.words.pass_over(self.model)  # as the pass does
         self.noise = NOISE.get(next(stacked.source.parameters()).dtype, HALF)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Find how the pass is to read a causal language model, and let it."""
+        words, passed = self.words, self.stacked.words
+        assert words is not None and passed is not None
+        self.model.eval()
+        words.pass_over(self.model)
+        tokens, _ = self.rows.batch(torch.zeros(EACH, dtype=torch.int64), self.multiple)
+        if words.layer is not None and goes_on(self.model, words, words.inputs(self.model, tokens)):
+            words.put_back()
+        elif words.layer is not None:
+            passed.pass_over(self.stacked.model)
+        parts = self.rows, self.stacked.validation_rows
+        passed.masked = any(self._mask_matters(part, words) for part in parts)
+
+    def _mask_matters(self, rows: DeviceRows, words: Words) -> bool:
+        """Whether outputs change without the mask, by a pair of rows of which one is padded most."""
+        if rows.lengths is None or not len(rows.lengths):
+            return False
+        tokens, labels = rows.batch(torch.stack((rows.lengths.argmin(), rows.lengths.argmax())), self.multiple)
+        found = []
+        for words.masked in (True, False):
+            with matmul_precision("float32"):
+                states = words.read(self.model, words.inputs(self.model, tokens), labels)
+            found.append(states.double() * (labels[..., 1:] != IGNORED))
+        return self.differ(*found)
 
     def check(self) -> None:
         """Raise RunsMixError where the outputs of a row are not its own alone."""
@@ -70,10 +102,13 @@ class Trial:
         """What the model makes of these of the rows, which are those of two runs, in full precision."""
         chosen = {name: value[rows] for name, value in tokens.items()}
         with matmul_precision("float32"), PerRunDropout([0, 1], self.stacked.step):
-            return first_output(self.model(**self.stacked.inputs(chosen, labels[rows]))).double()
+            given = self.stacked.inputs(chosen, labels[rows])
+            if self.words is not None:
+                return self.words.read(self.model, given, labels[rows]).double()
+            return first_output(self.model(**given)).double()
 
     def differ(self, one: Tensor, other: Tensor) -> bool:
         """Whether outputs (P, ...) differ by more than rounding makes; their shapes, where tokens have outputs."""
         if one.shape != other.shape:
             return True
-        return bool((one - other).abs().max() > self.noise * one.abs().max())
+        return one.numel() > 0 and bool((one - other).abs().max() > self.noise * one.abs().max())

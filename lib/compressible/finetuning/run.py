@@ -84,8 +84,8 @@ class RunHistory:
     Args:
         run: its settings.
         losses: (steps,) before each update.
-        scores: by step, the task's metric, higher is better; for generation the mean cross-entropy of the validation
-            set's tokens in nats, lower is better (no text is written while runs train, so BLEU is not taken).
+        scores: by step, the task's metric, higher is better; for texts the mean cross-entropy of the validation
+            set's words in nats, lower is better (no text is written while runs train, so BLEU is not taken).
         watched: by step, what `watch` gave.
         divergence: None or the first step whose loss was not finite, `steps` where the last update did it and its
             score or factors show it; scores are NaN from there on.

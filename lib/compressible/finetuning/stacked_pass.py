@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressible.finetuning.batches import LENGTHS, DeviceRows, PassRows, TaskLike, validation_score
+from compressible.finetuning.batches import LENGTHS, DeviceRows, ExamplesLike, PassRows, TaskLike, validation_score
+from compressible.finetuning.causal import Words, asked_words
 from compressible.finetuning.dropout.per_run import PerRunDropout
-from compressible.finetuning.losses import first_output, run_losses, token_losses
+from compressible.finetuning.losses import WRITTEN, first_output, run_losses, token_losses
 from compressible.finetuning.run import FineTuningRun, data_order
+from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.model import stacked_model
 from compressible.runtime.devices import matmul_precision
 
 EVALUATION_ROWS = 4096  # sequences of all runs together in one pass of an evaluation
+EVALUATION_TOKENS = 2**16  # of them, where a model writes after every token
 RECOMPILATIONS = 64
 
 
@@ -60,16 +63,21 @@ class StackedPass:
         self.rows = PassRows(len(runs))
         self.per_run = PerRunDropout([run.seed for run in runs], self.step, self.rows)
         self.order = torch.stack([data_order(run, len(task.train.labels), steps, batch_size) for run in runs], 1)
-        self.train_rows = DeviceRows(task.train, self.device)
-        self.validation_rows = DeviceRows(task.validation, self.device)
+        self.words = Words() if task.kind == "causal" else None
+        self.train_rows, self.validation_rows = (self._rows(part) for part in (task.train, task.validation))
         self.call, self.chains = self._losses, ChainGroups()
         self.model = stacked_model(model, runs, self.rows, precision == "bfloat16")
 
     def start(self) -> None:
         """Give the adapters the factors that their runs start from."""
         batches = (self.inputs(*self.batch(step)) for step in range(len(self.order)))
+        passed_over = self.words is not None and self.words.layer is not None
+        if self.words is not None and isinstance(self.model, AloneModel):
+            self.words.put_back()  # peft may adapt or copy that layer
         self.model.begin(lambda: self.losses(*self.batch(0)).sum(), batches)
         self.chains = self.model.chains
+        if self.words is not None and passed_over:
+            self.words.pass_over(self.model)
 
     def compile(self, compiled: bool) -> None:
         """Take losses from a compiled pass over the model, or from the plain one."""
@@ -84,12 +92,27 @@ class StackedPass:
         return self.train_rows.batch(self.order[step].reshape(-1), LENGTHS[self.device.type])
 
     def forward(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
-        """Return what the model makes of rows of all runs; for generation it gets the labels, too."""
-        return first_output(self.model(**self.inputs(tokens, labels)))
+        """Return what the model makes of rows of all runs; for generation it gets the labels, too.
+
+        For a causal language model these are states, or logits, before the words that are asked for.
+        """
+        given = self.inputs(tokens, labels)
+        if self.words is not None:
+            return self.words.read(self.model, given, labels)
+        return first_output(self.model(**given))
 
     def inputs(self, tokens: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Return what the model is called with."""
+        if self.words is not None:
+            return self.words.inputs(self.source, tokens)
         return tokens | {"labels": labels} if self.task.kind == "generation" else tokens
+
+    def run_losses(self, found: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss (S,) of every run from what `forward` gave."""
+        if self.words is None:
+            return run_losses(self.task.kind, found, labels, len(self.runs))
+        total, count = self.words.losses(found, labels, len(self.runs))
+        return total / count
 
     def losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the losses (S,) of one training batch."""
@@ -107,7 +130,7 @@ class StackedPass:
         with self.per_run:
             logits = self.forward(tokens, labels)
         self.chains.release()
-        return run_losses(self.task.kind, logits, labels, len(self.runs))
+        return self.run_losses(logits, labels)
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[float], list[int]]:
@@ -120,30 +143,42 @@ class StackedPass:
             self.chains.release()
         finite = [bool(np.isfinite(run).all()) for run in logits]
         lost = [at for at, good in enumerate(finite) if not good]
-        if self.task.kind == "generation":
+        if self.task.kind in WRITTEN:
             return [float(value) for value in logits], lost
         pairs = zip(logits, finite, strict=True)
         return [validation_score(self.task, run) if good else float("nan") for run, good in pairs], lost
 
     def validation_logits(self) -> np.ndarray:
-        """Return logits (S, N, outputs), in the order of the rows; for generation the mean losses (S,)."""
+        """Return logits (S, N, outputs), in the order of the rows; of texts the mean losses (S,)."""
         runs, count = len(self.runs), len(self.task.validation.labels)
         lengths = self.validation_rows.lengths
         by_length = torch.arange(count) if lengths is None else lengths.argsort()
         parts = []
-        for rows in by_length.split(max(1, EVALUATION_ROWS // runs)):
+        for rows in by_length.split(max(1, self._rows_at_once() // runs)):
             tokens, labels = self.validation_rows.batch(rows.repeat(runs), LENGTHS["cpu"])
             self.rows.rows = len(labels)
             logits = self.forward(tokens, labels)
-            if self.task.kind == "generation":
+            if self.words is not None:
+                parts.append(torch.stack(self.words.losses(logits, labels, runs)))
+            elif self.task.kind == "generation":
                 parts.append(torch.stack(token_losses(logits, labels, runs)))
             else:
                 parts.append(logits.float().view(runs, len(rows), -1).cpu())
-        if self.task.kind == "generation":
+        if self.task.kind in WRITTEN:
             total, number = torch.stack(parts).sum(0).cpu()  # not a mean of means: passes differ in their parts
             return (total / number).numpy()
         stacked = torch.cat(parts, 1)
         return stacked[:, by_length.argsort()].numpy()
+
+    def _rows(self, part: ExamplesLike) -> DeviceRows:
+        given = () if self.words is None else asked_words(part.labels)
+        return DeviceRows(part, self.device, *given)
+
+    def _rows_at_once(self) -> int:
+        """Rows of all runs in one pass of an evaluation."""
+        if self.words is None:
+            return EVALUATION_ROWS
+        return min(EVALUATION_ROWS, EVALUATION_TOKENS // self.task.validation.labels.shape[1])
 
     def release(self) -> None:
         """Let go of model and factors: bound methods make cycles, which wait for the collector otherwise."""
