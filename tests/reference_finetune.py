@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -49,9 +50,12 @@ class PlainRun:
         self.per_run = PerRunDropout([run.seed], self.counter)
         self.rows = DeviceRows(task.train, self.device)
         self.order = data_order(run, len(task.train.labels), steps, batch_size)
+        base, config = copy.deepcopy(source), copy.deepcopy(run.config)
+        if getattr(config, "init_lora_weights", None) == "lora_ga":
+            self.approximate(base, config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self.model = peft.get_peft_model(copy.deepcopy(source), copy.deepcopy(run.config))
+            self.model = peft.get_peft_model(base, config)
         generator = torch.Generator().manual_seed(int(run.seed))
         if run.start is not None:
             run.start(self.model, generator)
@@ -63,6 +67,18 @@ class PlainRun:
         self.model.train(dropout)
         if getattr(run.config, "variant", None) == "compressed" and run.config.init_weights:
             cd.compress_adapters(self.model, lambda: self.loss(0), generator=generator)
+
+    def approximate(self, base: Any, config: Any) -> None:
+        """Give LoRA-GA the gradient of the first batch, which the run's fresh head sees."""
+        self.model = base
+        for name, module in base.named_modules():
+            if name.endswith(("classifier", "score")):
+                weight, bias = fresh_head(module, self.run, name)
+                module.weight.data = weight
+                if module.bias is not None:
+                    module.bias.data = bias
+        base.train(self.dropout)
+        preprocess_loraga(base, config, lambda: self.loss(0).backward())
 
     def heads(self) -> dict[str, Any]:
         """The linear layers that peft trains whole, by their names in the plain model."""

@@ -792,18 +792,19 @@ def test_what_cannot_be_stacked_goes_alone_as_the_plain_run_and_says_so(name):
     assert task().score(logits.detach(), task().validation.labels) == pytest.approx(found[0].scores[4], abs=1e-5)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora", "eva", "lora_ga"])
+@pytest.mark.parametrize("start", ["pissa", "eva", "lora_ga"])
 def test_starts_that_read_weights_or_data_go_alone_and_leave_the_model_as_it_was(start):
     more = {"lora_ga": {"lora_ga_config": LoraGAConfig()}, "eva": {"eva_config": peft.EvaConfig(rho=1.0)}}
-    chosen = lora(init_lora_weights=start, target_modules=["query", "value"], **more.get(start, {}))
+    more = more.get(start, {}) | ({} if start == "eva" else {"lora_dropout": 0.1})
+    chosen = lora(init_lora_weights=start, target_modules=["query", "value"], **more)
     model = bert().float()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     runs = [cd.FineTuningRun(chosen, 1e-2, seed) for seed in (0, 0, 1)]
-    with pytest.warns(UserWarning, match=f"init_lora_weights='{start}' cannot be stacked"):
+    with pytest.warns(UserWarning, match=f"init_lora_weights='{start}'.* cannot be stacked"):
         first, again, other = cd.fine_tune(model, runs, task(), 4, 4, evaluate_at=(4,))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert first.losses.tolist() == again.losses.tolist() != other.losses.tolist()
-    if start in ("pissa", "olora"):  # which peft makes without data
+    if start != "eva":  # which draws from torch's generator as it looks at the data
         (expected,) = reference_fine_tune(model, runs[:1], task(), 4, 4, evaluate_at=(4,))
         assert first.losses == pytest.approx(expected.losses, rel=1e-4)
     logits = first.model().eval()(**task().validation.tokens).logits

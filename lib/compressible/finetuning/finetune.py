@@ -59,7 +59,7 @@ def fine_tune(
     Args:
         model: on its device, never changed.
         runs: S settings, see `FineTuningRun`; LoRA and Deep LoRA share passes, other methods of peft, and kinds of LoRA
-            such as DoRA and PiSSA, go one at a time, of which a warning tells.
+            such as DoRA, go one at a time, of which a warning tells.
         task: rows, kind and metric, such as `load_task` gives; S batches share the device.
         steps: updates that each run makes.
         batch_size: rows of one run in a step, usually 16 to 32.

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import peft
@@ -22,8 +23,20 @@ from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.layer import DeepLoraLayer
 
 DRAWN = (True, False, "gaussian", "orthogonal")  # LoRA's starts that read neither weights nor data
+TAKEN_OFF = ("pissa", "olora", "lora_ga")  # its starts B0 A0 that peft takes off the frozen weight
 Start = Callable[[Any, torch.Generator], None]  # gives a PeftModel's factors other values, as paper_lora_start does
 ADAPTER = "default"  # peft's own name of a model's first adapter
+
+
+@dataclass(frozen=True)
+class GradientStart:
+    """Another start of compressed Deep LoRA from the run's first gradient than P1's.
+
+    chain: takes the gradient (m, n) of a layer's weight, the run's config, the width k of the factors and a generator
+        of its seed, and returns [W_1 (k, n), ..., W_L (m, k)].
+    """
+
+    chain: Callable[[Tensor, DeepLoraConfig, int, torch.Generator], list[Tensor]]
 
 
 def adapted_by_peft(
@@ -123,12 +136,34 @@ def set_chain(layer: Any, chain: list[Tensor]) -> None:
         layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight = own
 
 
+@torch.no_grad()
+def take_off(layer: Any, pair: list[Tensor]) -> None:
+    """Take s B A off a LoRA layer's frozen weight, which gets a tensor of its own; pair = [A (k, n), B (m, k)]."""
+    base = layer.get_base_layer()
+    a, b = (half.to(base.weight.device) for half in pair)
+    change = scaling_of(layer) * (b @ a)
+    turned = type(base).__name__ == "Conv1D"
+    weight = base.weight.to(change.dtype) - (change.mT if turned else change)
+    base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+
+
 def drawn_start(config: peft.PeftConfig) -> peft.PeftConfig:
     """Return a config that adapts the same without the weights, gradients or data that its start may read."""
     changed = copy.deepcopy(config)
     if getattr(changed, "init_lora_weights", True) not in DRAWN:
         changed.init_lora_weights = True  # type: ignore[attr-defined]  # it is a LoraConfig
     return changed
+
+
+def is_taken_off(config: peft.PeftConfig) -> bool:
+    """Return whether LoRA's start is taken off the frozen weight, as PiSSA, OLoRA and LoRA-GA have it."""
+    start = getattr(config, "init_lora_weights", True)
+    return isinstance(start, str) and (start in TAKEN_OFF or start.startswith("pissa_niter_"))
+
+
+def starts_from_gradient(config: peft.PeftConfig) -> bool:
+    """Return whether LoRA starts from a first gradient, as LoRA-GA has it."""
+    return getattr(config, "init_lora_weights", None) == "lora_ga"
 
 
 def starts_compressed(config: peft.PeftConfig) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressible.finetuning.peft_models import (
+    GradientStart,
     Start,
     adapted_by_peft,
     base_of,
@@ -19,6 +20,7 @@ from compressible.finetuning.peft_models import (
     set_chain,
     set_heads,
     sharing,
+    take_off,
     tuner_layers,
 )
 
@@ -40,7 +42,7 @@ class FineTuningRun:
         lr_ratio: step size of the outer factors over that of the inner ones, by default the config's; for a LoraConfig
             that of B over A in linear layers, LoRA+'s ratio, by default 1.
         start: a function of a PeftModel and a generator that gives the factors other values than the config's start,
-            such as `paper_lora_start`.
+            such as `paper_lora_start`; for compressed Deep LoRA a `GradientStart`.
 
     Raises:
         ValueError: by `fine_tune`, which checks all runs before it begins.
@@ -65,7 +67,7 @@ class FineTuningRun:
     head_lr: float | None = None
     label: str = ""
     lr_ratio: float | None = None
-    start: Start | None = None
+    start: Start | GradientStart | None = None
 
     def factor_lr(self, at: int, length: int, embedding: bool = False) -> float:
         """Return the peak step size of the factor `at` (0: W_1) of a chain of `length`, 2 for LoRA."""
@@ -96,6 +98,7 @@ class RunHistory:
         heads: "weight" (m, n) and "bias" (m,) by head, or None.
         base: the model that was given.
         others: of a run that went alone, what else of peft's model was trained or changed, by name, or None.
+        taken_off: [A, B] by layer of the start that was taken off the frozen weight (PiSSA, OLoRA, LoRA-GA), or None.
 
     Raises:
         FineTuningDivergenceError: by `model` and `check`, for a run that diverged.
@@ -131,6 +134,7 @@ class RunHistory:
     heads: dict[str, dict[str, Tensor]] | None = field(repr=False)
     base: nn.Module = field(repr=False)
     others: dict[str, Tensor] | None = field(default=None, repr=False)
+    taken_off: dict[str, list[Tensor]] | None = field(default=None, repr=False)
 
     def model(self) -> nn.Module:
         """Return the PeftModel with this run's factors and head, as `get_peft_model` makes it; to merge or to save.
@@ -147,6 +151,8 @@ class RunHistory:
         layers = tuner_layers(base_of(model))
         for name, chain in self.chains.items():
             set_chain(layers[name], chain)
+        for name, pair in (self.taken_off or {}).items():
+            take_off(layers[name], pair)
         for name, value in (self.others or {}).items():
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, nn.Parameter(value.clone()))

@@ -175,7 +175,7 @@ def _running(folder: Path, number: int) -> Path:
 
 
 def _at_home(history: RunHistory, run: FineTuningRun, model: nn.Module, home: torch.device) -> RunHistory:
-    parts = {name: _moved(getattr(history, name), home) for name in ("chains", "heads", "others")}
+    parts = {name: _moved(getattr(history, name), home) for name in ("chains", "heads", "others", "taken_off")}
     return replace(history, run=run, base=model, **parts)
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from compressible.adapters.config import DeepLoraConfig
 from compressible.finetuning.peft_models import (
     DRAWN,
+    GradientStart,
     Start,
     adapted_by_peft,
     base_of,
     chain_of,
     drawn_start,
+    is_taken_off,
     on_meta,
     saved_wholes,
     sharing,
@@ -31,7 +33,8 @@ _ALL = {  # fields of a PeftConfig that a stack honours or that say nothing of t
     "base_model_name_or_path", "revision",
 }  # fmt: skip
 HONOURED: dict[type, set[str]] = {
-    peft.LoraConfig: _ALL | {"lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "loftq_config"},
+    peft.LoraConfig: _ALL
+    | {"lora_alpha", "alpha_pattern", "use_rslora", "init_lora_weights", "loftq_config", "lora_ga_config"},
     DeepLoraConfig: _ALL | {"depth", "init_scale", "variant", "lr_ratio", "init_weights"},
 }
 NEVER = {"ADALORA": "reallocates ranks between steps", "XLORA": "mixes trained adapters"}
@@ -57,18 +60,26 @@ class Structure:
         return self.layers, self.heads, self.dense, self.dropout
 
 
-def structure(model: nn.Module, config: peft.PeftConfig, start: Start | None = None) -> Structure:
+def structure(model: nn.Module, config: peft.PeftConfig, start: Start | GradientStart | None = None) -> Structure:
     """Return what peft makes of a config on a model, which is not changed; raises what peft and `start` raise.
 
-    Raises ValueError for a method that changes between steps, or where a name of modules_to_save is none.
+    Raises ValueError for a method that changes between steps, where a name of modules_to_save is none, and for a
+    `GradientStart` of what goes alone.
     """
+    found = _structure(model, config, None if isinstance(start, GradientStart) else start)
+    if isinstance(start, GradientStart) and found.alone:
+        raise ValueError(f"start is a GradientStart of a run with {found.alone}, expected one that can be stacked")
+    return found
+
+
+def _structure(model: nn.Module, config: peft.PeftConfig, start: Start | None) -> Structure:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind in NEVER:
         raise ValueError(f"peft_type is {kind}, which {NEVER[kind]}: expected a method whose parts stay as they are")
     field = unhonoured(config)
     if field is None:
         copied = on_meta(model) if start is None else sharing(model)
-        adapted = base_of(adapted_by_peft(copied, config, start=start, empty=start is None))
+        adapted = base_of(adapted_by_peft(copied, drawn_start(config), start=start, empty=start is None))
     else:
         adapted = base_of(adapted_by_peft(copy.deepcopy(model), drawn_start(config), start=start))
     _check_saved(adapted, config)
@@ -85,8 +96,10 @@ def unhonoured(config: peft.PeftConfig) -> str | None:
     if honoured is None:
         return f"peft_type={getattr(config.peft_type, 'value', config.peft_type)}"
     start = getattr(config, "init_lora_weights", True)
-    if start not in DRAWN:
+    if start not in DRAWN and not is_taken_off(config):
         return f"init_lora_weights={start!r}"
+    if is_taken_off(config) and getattr(config, "lora_dropout", 0) > 0:
+        return f"init_lora_weights={start!r} with lora_dropout"  # what is taken off sees the inputs whole
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), _default(field)
         if field.name not in honoured and value != default and (value or default):

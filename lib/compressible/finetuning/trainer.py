@@ -80,7 +80,7 @@ class Trainer:
         return (
             histories
             if looks.keep_factors
-            else [replace(each, chains=None, heads=None, others=None) for each in histories]
+            else [replace(each, chains=None, heads=None, others=None, taken_off=None) for each in histories]
         )
 
     def _train(self, begin: int, looks: Looks, kept: Kept, saved: Checkpoint | None) -> None:

@@ -35,7 +35,7 @@ class GradientSink:
     def __init__(self, layer: nn.Module, rank: int, runs: int = 1, which: Sequence[int] = (0,)) -> None:
         self.ids = layer if isinstance(layer, nn.Embedding) else None
         self.rank, self.runs, self.which = rank, runs, list(which)
-        self.pending, self.counting, self.hidden, self.last = 0, True, False, True
+        self.pending, self.counting, self.hidden, self.last, self.uses = 0, True, False, True, 0
         self.reduce: Callable[[Tensor], Tensor] = lambda total: total
         self.total: Tensor | None = None
         self.token = torch.zeros((), requires_grad=True)  # makes frozen layers recorded
@@ -51,7 +51,7 @@ class GradientSink:
 
     def add(self, x: Tensor, grad: Tensor) -> None:
         """Add one use of the layer; after the last of the last batch decompose and let the gradients go."""
-        if self.frames is not None:
+        if self.largest is not None:
             raise RuntimeError("a layer's gradient came after its last use: expected all uses before the backward pass")
         # float32 at least: a bfloat16 gradient has too few digits for its singular vectors
         kind = torch.promote_types(grad.dtype, torch.float32)
@@ -60,7 +60,7 @@ class GradientSink:
         with torch.autocast(grad.device.type, enabled=False):  # which is on again in a GPU's backward pass
             gradient = grad.mT @ x.to(kind) if self.ids is None else torch.stack([*map(self._by_id, x, grad)]).mT
         self.total = gradient if self.total is None else self.total + gradient
-        self.pending -= 1
+        self.pending, self.uses = self.pending - 1, self.uses + 1
         if self.last and not self.pending:
             self.finish()
 
@@ -68,9 +68,13 @@ class GradientSink:
         """Decompose what uses without gradient, a checkpointed forward pass or a batch without the layer held up."""
         if self.total is not None:
             total = self.reduce(self.total)
-            self.largest = total.abs().amax((-2, -1))
-            self.frames, self.total = top_frames(total, self.rank), None
-        return self.frames is not None
+            self.largest, self.total = total.abs().amax((-2, -1)), None
+            self.keep(total)
+        return self.largest is not None
+
+    def keep(self, total: Tensor) -> None:
+        """Take what is left of the gradients (R, m, n)."""
+        self.frames = top_frames(total, self.rank)
 
     def _by_id(self, ids: Tensor, grad: Tensor) -> Tensor:
         """Sum the gradients of the same ids, (vocabulary, m); the padding's is none, as in the layer's own backward."""
@@ -82,6 +86,18 @@ class GradientSink:
 
     def _chosen(self, stacked: Tensor) -> Tensor:
         return stacked if len(self.which) == self.runs else stacked[self.which]
+
+
+class WholeGradients(GradientSink):
+    """Keeps the gradients as they are, `whole` (R, m, n), for starts that ask for more than leading directions."""
+
+    def __init__(self, layer: nn.Module, runs: int = 1, which: Sequence[int] = (0,)) -> None:
+        super().__init__(layer, 0, runs, which)
+        self.whole: Tensor | None = None
+
+    def keep(self, total: Tensor) -> None:
+        """Take the gradients whole."""
+        self.whole = total
 
 
 def first_gradients(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressible.adapters.compressed_init import compress_adapters
 from compressible.finetuning.batches import PassRows
 from compressible.finetuning.peft_models import (
+    GradientStart,
     adapted_by_peft,
     base_of,
     chain_of,
@@ -56,6 +57,7 @@ class AloneModel(nn.Module):
             with self._fresh_heads():
                 prepare: Any = preprocess_loraga if start == "lora_ga" else preprocess_corda
                 prepare(self.inner, config, lambda: losses().backward() if start == "lora_ga" else losses())
+        assert not isinstance(run.start, GradientStart)  # which `structure` refuses for what goes alone
         model = adapted_by_peft(self.inner, config, run.seed, run.start)
         if start == "eva":
             initialize_lora_eva_weights(model.eval(), list(batches), show_progress_bar=False)

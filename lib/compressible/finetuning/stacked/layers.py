@@ -29,11 +29,13 @@ class StackedAdapter(nn.Module):
     """A frozen layer with the updates of S runs; takes (S * B, ..., n) run by run, ValueError where not `rows` of them.
 
     scalings (S,) multiply the updates; dropout is the share of inputs that is dropped. Its factors lie in a
-    `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .).
+    `ChainGroups`, which sets `source`, a function that gives them by span of runs (S', ., .), and `taken_off`, one that
+    gives the frozen pairs A_0, B_0 of starts that come off the weight, or None.
     """
 
     base: Layer
     source: Callable[[], list[Chain]]
+    taken_off: Callable[[], list[Chain | None]]
 
     def __init__(self, base: Layer, scalings: Sequence[float], rows: PassRows, dropout: float = 0.0) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class StackedAdapter(nn.Module):
         kind, device = starts[0][0].dtype, starts[0][0].device
         scalings = torch.tensor(self.multiples, dtype=kind, device=device)
         self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
-        widened = [_widened(start, self.inner) for start in starts]
+        widened = [widened_chain(start, self.inner) for start in starts]
         return [[torch.stack(part) for part in zip(*widened[begin:end], strict=True)] for begin, end in self.spans]
 
     @property
@@ -86,7 +88,7 @@ class StackedAdapter(nn.Module):
         """Return W_{L-1} ... W_1 (S, k, n), scaled, and W_L (S, m, k); embeddings: W_1 and W_L ... W_2, scaled."""
         if self.held is not None:
             return self.held
-        return halves(self.source(), self.scalings, self.embedding)
+        return halves(self.source(), self.scalings, self.embedding, self.taken_off())
 
     def updates(self) -> Tensor:
         """Return the updates (S, m, n) of all runs."""
@@ -102,6 +104,14 @@ class StackedAdapter(nn.Module):
                 inner = [factor[:own, :own] for factor in factors[1:-1]]
                 return [part.clone() for part in (factors[0][:own], *inner, factors[-1][:, :own])]
         raise IndexError(f"run is {run}, expected below {self.runs}")
+
+    def pair(self, run: int) -> Chain | None:
+        """Return copies of what was taken off the weight for one run, at its own width, or None."""
+        for (begin, end), pair in zip(self.spans, self.taken_off(), strict=True):
+            if begin <= run < end and pair is not None:
+                own, (a, b) = self.widths[run], (factor[run - begin] for factor in pair)
+                return [a[:own].clone(), b[:, :own].clone()] if bool(a.any() and b.any()) else None
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return base(x) plus every run's share of the update."""
@@ -144,20 +154,36 @@ class StackedAdapter(nn.Module):
         return self.base.weight.mT if self.turned else self.base.weight
 
 
-def halves(chains: Sequence[Sequence[Tensor]], scalings: Sequence[Tensor], embedding: bool) -> tuple[Tensor, Tensor]:
+def halves(
+    chains: Sequence[Sequence[Tensor]],
+    scalings: Sequence[Tensor],
+    embedding: bool,
+    taken_off: Sequence[Chain | None] = (),
+) -> tuple[Tensor, Tensor]:
     """Return W_{L-1} ... W_1 (..., S, k, n), scaled, and W_L (..., S, m, k) of chains (..., S', ., .) by span of runs.
 
-    For embeddings W_1 and W_L ... W_2, scaled.
+    For embeddings W_1 and W_L ... W_2, scaled. A span with a pair A_0, B_0 gives B A - B_0 A_0 and twice the width.
     """
-    ends = [_halves(chain, scale, embedding) for chain, scale in zip(chains, scalings, strict=True)]
+    pairs = taken_off or [None] * len(chains)
+    ends = [_halves(*each, embedding) for each in zip(chains, scalings, pairs, strict=True)]
     lower, upper = zip(*ends, strict=True)
-    return (lower[0], upper[0]) if len(ends) == 1 else (torch.cat(lower, -3), torch.cat(upper, -3))
+    if len(ends) == 1:
+        return lower[0], upper[0]
+    width = max(half.shape[-2] for half in lower)
+    lower = tuple(functional.pad(half, (0, 0, 0, width - half.shape[-2])) for half in lower)
+    upper = tuple(functional.pad(half, (0, width - half.shape[-1])) for half in upper)
+    return torch.cat(lower, -3), torch.cat(upper, -3)
 
 
-def _halves(chain: Sequence[Tensor], scale: Tensor, embedding: bool) -> tuple[Tensor, Tensor]:
+def _halves(chain: Sequence[Tensor], scale: Tensor, pair: Chain | None, embedding: bool) -> tuple[Tensor, Tensor]:
     with torch.autocast(chain[0].device.type, enabled=False):
         if embedding:
             return chain[0], product(chain[1:]) * scale
+        if pair is not None:
+            # B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0): zero at the start in any precision, and small afterwards,
+            # where the difference of two large products would lose its digits.
+            (a, b), (first_a, first_b) = chain, pair
+            return torch.cat([a, a - first_a], -2) * scale, torch.cat([b - first_b, first_b], -1)
         # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
         inner = [product(chain[1:-1])] if len(chain) > 2 else []
         return product([chain[0], *inner]) * scale, chain[-1]
@@ -204,8 +230,8 @@ def stacked_adapters(model: nn.Module) -> dict[str, StackedAdapter]:
     return {name: module for name, module in model.named_modules() if isinstance(module, StackedAdapter)}
 
 
-def _widened(chain: Chain, width: int) -> Chain:
-    """Zero rows and columns up to the inner width."""
+def widened_chain(chain: Chain, width: int) -> Chain:
+    """Return factors with zero rows and columns up to the inner width."""
     own = chain[0].shape[0]
     grow = width - own
     inner = [functional.pad(factor, (0, grow, 0, grow)) for factor in chain[1:-1]]

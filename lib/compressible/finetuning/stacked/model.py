@@ -15,16 +15,18 @@ from compressible.finetuning.peft_models import (
     ADAPTER,
     adapted_by_peft,
     base_of,
+    drawn_start,
     sharing,
     tuner_layers,
 )
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stackable import structure
 from compressible.finetuning.stacked.alone import AloneModel
+from compressible.finetuning.stacked.gradient_starts import finished_starts
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.heads import Rated, stack_heads, stacked_heads
 from compressible.finetuning.stacked.layers import StackedAdapter, stacked_adapters
-from compressible.finetuning.stacked.starts import Start, drawn_starts, starting_chains
+from compressible.finetuning.stacked.starts import Start, drawn_starts
 from compressible.runtime.module_names import replace_module
 
 
@@ -43,9 +45,10 @@ class StackedModel(nn.Module):
     def __init__(self, source: nn.Module, runs: Sequence[FineTuningRun], rows: PassRows, half: bool) -> None:
         super().__init__()
         self.runs = list(runs)
+        vars(self)["source"] = source  # no part of this model
         self.starts: list[Start] = drawn_starts(source, runs)
         model = copy.deepcopy(source).to(torch.bfloat16) if half else sharing(source)
-        model = base_of(adapted_by_peft(model, runs[0].config, empty=True))
+        model = base_of(adapted_by_peft(model, drawn_start(runs[0].config), empty=True))
         rate = getattr(runs[0].config, "lora_dropout", 0.0)
         for name, layer in tuner_layers(model).items():
             scalings = [start.scalings[name] for start in self.starts]
@@ -64,9 +67,12 @@ class StackedModel(nn.Module):
     def begin(self, losses: Callable[[], Tensor], batches: Iterable[dict[str, Tensor]]) -> None:
         """Give the adapters the factors that their runs start from; losses is the sum of the runs' first."""
         adapters = stacked_adapters(self.inner)
-        chains = starting_chains(adapters, self.starts, self.runs, losses)
+        source: Any = vars(self)["source"]
+        starts = finished_starts(source, adapters, self.starts, self.runs, losses)
         self.starts = []
-        self.chains = ChainGroups(list(adapters.values()), [[chain[name] for chain in chains] for name in adapters])
+        chains = [[start.chains[name] for start in starts] for name in adapters]
+        pairs = [[start.taken_off.get(name) for start in starts] for name in adapters]
+        self.chains = ChainGroups(list(adapters.values()), chains, pairs)
 
     def rated(self) -> Rated:
         """Return every factor and the rates of its runs."""
@@ -93,7 +99,11 @@ class StackedModel(nn.Module):
 
     def left(self, run: int) -> dict[str, Any]:
         """Return what a history keeps of a run beside its heads."""
-        return {"chains": {name: adapter.chain(run) for name, adapter in stacked_adapters(self.inner).items()}}
+        adapters = stacked_adapters(self.inner)
+        pairs = {name: adapter.pair(run) for name, adapter in adapters.items()}
+        taken_off = {name: pair for name, pair in pairs.items() if pair is not None}
+        chains = {name: adapter.chain(run) for name, adapter in adapters.items()}
+        return {"chains": chains, "taken_off": taken_off or None}
 
 
 def rated(model: StackedModel | AloneModel) -> Rated:
