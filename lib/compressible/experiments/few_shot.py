@@ -88,7 +88,7 @@ def standard_start(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def planned_runs(
-    chosen: Mapping[str, Method], task: Task, sizes: Sequence[int], seeds: Iterable[int]
+    chosen: Mapping[Any, Method], task: Task, sizes: Sequence[int], seeds: Iterable[int]
 ) -> list[FineTuningRun]:
     """Return the runs by method, size and seed, the last one fastest; a head that trains takes the outer rate.
 
