@@ -8,8 +8,9 @@ import json
 import os
 import tarfile
 import threading
+import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class Server:
         self.url, self.files, self.requests = url, {}, []
         self.cut = 0  # this many requests get half of the file and then a closed connection
         self.half_sent, self.hang = threading.Event(), None  # hang: an event to wait for after the first half
+        self.pause = 0.0  # seconds between two bytes of a file
+        self.told = True  # whether the length is said before the content
 
     def respond(self, handler: BaseHTTPRequestHandler) -> None:
         name = handler.path.lstrip("/")
@@ -56,8 +59,12 @@ class Server:
             return
         content = self.files[name]
         handler.send_response(200)
-        handler.send_header("Content-Length", str(len(content)))
+        if self.told:
+            handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
+        for place in range(len(content) if self.pause else 0):
+            handler.wfile.write(content[place : place + 1])
+            time.sleep(self.pause)
         half, self.cut = self.cut > 0 or self.hang is not None, max(self.cut - 1, 0)
         handler.wfile.write(content[: len(content) // 2] if half else content)
         handler.wfile.flush()
@@ -72,7 +79,8 @@ def serving():
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            server.respond(self)
+            with suppress(ConnectionError):  # whoever asked has heard enough
+                server.respond(self)
 
         def log_message(self, *args: object) -> None:
             pass

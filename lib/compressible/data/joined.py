@@ -65,9 +65,7 @@ def _join(joined: Joined, path: Path) -> None:
             if time.monotonic() - began > JOINED_SECONDS:
                 raise SourceError(f"{part} was not begun after {JOINED_SECONDS} s for the parts before it")
             with shared_archives():  # so that this part's archive goes before the next one comes
-                read(part, piece)
-            if out.tell() + piece.stat().st_size > joined.size:
-                raise SourceError(f"the parts up to {part} have more than the {joined.size} bytes of the whole")
+                read(part, piece, joined.size - out.tell())
             with piece.open("rb") as stream:
                 shutil.copyfileobj(stream, out)
             piece.unlink()

@@ -258,7 +258,7 @@ def _fill_cache(entry: Entry, path: Path, tried: list[str]) -> Path | None:
                 if source.startswith(PREFIX):
                     read_joined(source, _read().joined[joined_name(source)], temporary, entry.size)
                 else:
-                    read(source, temporary)
+                    read(source, temporary, entry.size)
                 _verify(temporary, entry)
             return path
         except Exception as error:  # one source failing, however it fails, must not stop the next

@@ -115,7 +115,7 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         if not fine.all():
             row = int(np.argmin(fine))
             expected = f"an integer of size below 2^{EXACT.bit_length() - 1}" if whole else "a finite number"
-            told = f"column {column} holds {frame[column].iloc[row]!r} in row {row + 1} below the head"
+            told = f"column {column} holds {frame[column].tolist()[row]!r} in row {row + 1} below the head"
             raise DataError(f"{path}: {told}, expected {expected}")
     return frame.astype(TYPES)
 
