@@ -6,7 +6,7 @@ The variants are those of network_variants.py. Seconds are of one network alone:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,14 @@ STATE_BYTES = 16  # of a parameter under Adam: its float32 value, its gradient a
 def places(device: str) -> list[str]:
     """Return where steps are timed: on the CPU, and on the device where that is another."""
     return list(dict.fromkeys(["cpu", resolve_device(device)]))
+
+
+def timed_places(arrays: Iterable[str]) -> list[str]:
+    """Return where the steps of a result were timed, by its arrays' names, which begin with the place.
+
+    A result may come from another machine: its record is drawn where there is no GPU, too.
+    """
+    return [place for place in ("cpu", "cuda") if any(name.startswith(f"{place}/") for name in arrays)]
 
 
 def time_alone(comparison: Comparison, repeats: int, seconds: float, **changes: Any) -> Found:
