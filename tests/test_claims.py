@@ -229,6 +229,9 @@ def test_files_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
 DESCRIBED = {
     "yaras2024/01_finetuning_subspaces": "matrices depth init_scale learning_rate decay_ratio batch_size steps",
     "yaras2024/08_few_shot": "matrices sample_sizes adapter_rank init_scale learning_rate batch_size steps",
+    "yaras2024/table1_glue": (
+        "tasks step_counts matrices few_rows adapter_rank init_scale learning_rate batch_size max_length"
+    ),
     "beyond/08_tutorial": "few_rows learning_rates tuning_rows tuning_seeds tuning_steps batch_size steps length",
 }
 

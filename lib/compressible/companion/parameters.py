@@ -65,7 +65,8 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, _SEED), "seed"),
     (
         Parameter(int, _COUNT_OR_NONE),
-        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps",
+        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps"
+        " peft_steps",
     ),
     (Parameter(int, _COUNT_OR_NONE, many=True), "snapshots evaluate_at"),
     (Parameter(int, "[2, 1_000]"), "depth"),
@@ -107,6 +108,8 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True), "encoders"),
     (Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True), "networks"),
     (Parameter(str, r"[a-z0-9-]+"), "task"),
+    (Parameter(str, r"[a-z0-9-]+", many=True), "tasks"),
+    (Parameter(str, r"paper|standard|full|thin|compressed|slower", many=True), "methods"),
     (Parameter(str, r"mlp|digits-resnet|resnet|vgg|gcn|gcn-16", many=True), "architectures"),
     (Parameter(str, "authors|clean"), "protocol"),
     (Parameter(str, r"[\w.-]+", many=True), "matrices"),

@@ -1,0 +1,145 @@
+"""P1's Table 1: LoRA and Deep LoRA on several tasks with few rows each, compared seed by seed and task by task.
+
+The methods are those of few_shot.py. A seed draws the same rows, order and dropout for every method of a task, so that
+scores are compared in pairs. Arrays are by task (T), method (M) and seed (S).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from compressible.companion.claims.intervals import holm, interval, mean
+from compressible.data.tasks import Task
+from compressible.experiments.few_shot import Method
+from compressible.finetuning.devices import device_names
+from compressible.finetuning.finetune import fine_tune
+from compressible.finetuning.run import FineTuningRun, RunHistory
+from compressible.runtime.checks import expect
+
+METHODS = ("paper", "standard", "full", "thin", "compressed", "slower")  # of few_shot's
+BASELINES = ("paper", "standard", "full")  # what others are compared with, where they are not the same
+LAST = 50  # steps whose mean loss is kept, as in the authors' files
+
+
+def chosen(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:
+    """Return the methods of these names, in their order; ValueError unless they are some of METHODS, once each."""
+    good = len(set(names)) == len(names) and {"paper", "full"} <= set(names) <= set(METHODS)
+    expect("methods", list(names), good, f"paper, full and others of {', '.join(METHODS)}")
+    return {name: methods[name] for name in names}
+
+
+def trained(
+    model: nn.Module,
+    runs: Sequence[FineTuningRun],
+    task: Task,
+    steps: int,
+    methods: int,
+    devices: str = "one",
+    **options: Any,
+) -> dict[str, Any]:
+    """Train the runs of one task, by method and seed, score them at the end and return what `outcome` gives.
+
+    Also "validation rows" and "training rows", their numbers, and "wall seconds", set-up and scores included, and
+    "device seconds", those times the devices; after a kill no less than the passes took.
+
+    Args:
+        model, runs, task, steps: as for `fine_tune`.
+        methods: M, into whose equal parts the runs fall.
+        devices: "one", which is the model's, "all" CUDA devices of the host, or a number of them.
+        options: others of `fine_tune`.
+    """
+    places = None if devices == "one" else device_names(devices if devices == "all" else int(devices))
+    began = time.perf_counter()
+    histories = fine_tune(model, runs, task, steps, evaluate_at=[steps], keep_factors=False, devices=places, **options)
+    wall = time.perf_counter() - began
+    found = outcome(histories, methods, steps)
+    own = max(wall * len(places or [None]), float(found["seconds"].sum()))
+    rows = {"validation rows": len(task.validation), "training rows": len(task.train)}
+    return found | rows | {"wall seconds": wall, "device seconds": own}
+
+
+def outcome(histories: Sequence[RunHistory], methods: int, step: int) -> dict[str, np.ndarray]:
+    """Return what one task's runs, by method and seed, came to after `step` updates.
+
+    "scores", "last loss" (mean of the last 50) and "seconds" of a device that a run took of its pass, each (M, S), and
+    "peak bytes" (M,) of a method's passes. A run that diverged has the score NaN.
+    """
+    shape = methods, -1
+    peaks = np.array([run.peak_bytes for run in histories]).reshape(shape)
+    return {
+        "scores": np.array([run.scores[step] for run in histories]).reshape(shape),
+        "last loss": np.array([run.losses[-LAST:].mean() for run in histories]).reshape(shape),
+        "seconds": np.array([run.seconds / run.shared for run in histories]).reshape(shape),
+        "peak bytes": peaks.max(1),
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
+    """Return the whole table from {task: what `trained` gave, with further numbers and texts}.
+
+    Numbers are stacked over the tasks, and `gains` are added; "device seconds in all" are those of all tasks, and
+    "times peft" is by how much "peft seconds", of speed.one_by_one, exceed them, where there are some.
+    """
+    names = next(iter(found.values()))
+    out: dict[str, Any] = {name: np.stack([np.asarray(each[name]) for each in found.values()]) for name in names}
+    out |= gains(out["scores"], list(found), methods)
+    out["device seconds in all"] = float(out["device seconds"].sum())
+    if "peft seconds" in out:
+        out["times peft"] = float(out["peft seconds"].sum()) / out["device seconds in all"]
+    return out
+
+
+def gains(scores: np.ndarray, tasks: Sequence[str], methods: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return by seed (S,) what each method gains over BASELINES, from scores (T, M, S).
+
+    "<method> - <other>, <task>", and "..., overall", the mean over the tasks, which stay the same from seed to seed.
+    """
+    out: dict[str, np.ndarray] = {}
+    for method, other in pairs(methods):
+        gain = scores[:, methods.index(method)] - scores[:, methods.index(other)]
+        out |= {f"{method} - {other}, {task}": row for task, row in zip(tasks, gain, strict=True)}
+        out[f"{method} - {other}, overall"] = gain.mean(0)
+    return out
+
+
+def pairs(methods: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs that are compared: each method with each of the baselines that stands before it."""
+    for other in BASELINES:
+        if other in methods:
+            later = METHODS[METHODS.index(other) + 1 :]
+            yield from ((method, other) for method in later if method in methods)
+
+
+def compared(found: Mapping[str, Any] | Any, tasks: Sequence[str], method: str, other: str) -> dict[str, np.ndarray]:
+    """Return how a method compares with another, task by task: each (T,).
+
+    "gain" with its 95 % interval "low" and "high" by Student's t, the standard deviation "deviation" of the seeds'
+    differences, the two-sided "p" that the gain is none, and "holm", these p corrected over the tasks. NaN where a run
+    diverged; such a task still counts in the correction.
+    """
+    each = np.stack([found[f"{method} - {other}, {task}"] for task in tasks])
+    middle, low, high = interval(each, axis=1)
+    p = np.array([_two_sided(row) for row in each])
+    corrected = np.array(holm(np.nan_to_num(p, nan=1.0)))
+    deviation = each.std(1, ddof=1)
+    return {
+        "gain": middle,
+        "low": low,
+        "high": high,
+        "deviation": deviation,
+        "p": p,
+        "holm": np.where(np.isnan(p), np.nan, corrected),
+    }
+
+
+def _two_sided(values: np.ndarray) -> float:
+    """The p value of Student's paired test of no difference."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return float("nan")
+    found = mean(values)
+    return min(1.0, 2 * min(found.below(0.0), found.above(0.0)))
