@@ -222,3 +222,31 @@ def test_full_width_is_timed_as_a_method_of_peft(glue: Path, bert: str) -> None:
     assert found["peft/full"] > 0 and found["peft/narrow"] > 0
     with pytest.raises(ValueError, match="steps is 0"):
         one_by_one.step_seconds(model, task, planned(model, task, seeds=1)[0], 0)
+
+
+def test_tables_show_means_gains_and_the_authors_beside() -> None:
+    draw, names = np.random.default_rng(1), ["paper", "standard", "full", "thin"]
+    scores = draw.random((8, 4, 3))
+    one = {"last loss": np.ones((4, 3)), "seconds": np.full((4, 3), 2.0), "validation rows": 10, "device seconds": 9.0}
+    found = glue_table.table({task: one | {"scores": scores[at]} for at, task in enumerate(GLUE)}, names)
+    pair = glue_table.published_pair(found, GLUE, names)
+    np.testing.assert_allclose(pair["Deep LoRA"], scores[:, 2].mean(1), atol=5e-5)
+    whole = glue_table.beside(pair, cd.claims.published("yaras2024/table1_glue"))
+    assert whole.loc["cola", "difference, BERT"] == "0.090 [0.056, 0.124]"
+    assert whole.loc["stsb", "deviation, BERT"] == pytest.approx(0.008, abs=1e-4)
+    assert glue_table.beside(pair.iloc[:2], cd.claims.published("yaras2024/table1_glue")).shape == (2, 6)
+    rows = glue_table.all_methods(found, GLUE, names)
+    assert list(rows.index) == names and rows.loc["paper", "over paper"] == "" != rows.loc["thin", "over standard"]
+    middle = np.mean(scores[:, 3] - scores[:, 1])
+    assert rows.loc["thin", "over standard"].startswith(f"{middle:.3f} [")
+    assert (rows["diverged"] == 0).all() and (rows["seconds a run"] == 2).all()
+    assert list(glue_table.costs(found, GLUE).columns) == ["device seconds"]
+
+
+def test_the_long_form_has_a_row_a_seed_of_the_methods_that_are_shown() -> None:
+    scores = np.arange(12.0).reshape(2, 3, 2)
+    found = glue_table.long_form(scores, ["paper", "standard", "full"], {"paper": "LoRA", "full": "Deep"})
+    assert found.values.tolist() == [
+        [0, 0.0, "LoRA"], [0, 1.0, "LoRA"], [1, 6.0, "LoRA"], [1, 7.0, "LoRA"],
+        [0, 4.0, "Deep"], [0, 5.0, "Deep"], [1, 10.0, "Deep"], [1, 11.0, "Deep"],
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from torch import nn
 
 from compressible.companion.claims.intervals import holm, interval, mean
@@ -135,6 +136,61 @@ def compared(found: Mapping[str, Any] | Any, tasks: Sequence[str], method: str, 
         "p": p,
         "holm": np.where(np.isnan(p), np.nan, corrected),
     }
+
+
+def long_form(scores: np.ndarray, methods: Sequence[str], titles: Mapping[str, str]) -> pd.DataFrame:
+    """Return scores (T, M, S) of the methods in `titles` as rows of "task" (its place), "score" and "method" (title)."""
+    rows = [
+        (place, float(score), title)
+        for name, title in titles.items()
+        for place, of in enumerate(scores[:, methods.index(name)])
+        for score in of
+    ]
+    return pd.DataFrame(rows, columns=["task", "score", "method"])
+
+
+def published_pair(found: Mapping[str, Any] | Any, tasks: Sequence[str], methods: Sequence[str]) -> pd.DataFrame:
+    """Return the table as the paper has it, a row a task: mean scores of its two methods and what `compared` gives."""
+    versus = compared(found, tasks, "full", "paper")
+    out = pd.DataFrame({"rows": found["validation rows"]}, index=pd.Index(tasks))
+    for name, title in (("paper", "LoRA"), ("full", "Deep LoRA")):
+        out[title] = found["scores"][:, methods.index(name)].mean(1).round(4)
+    out["difference"] = bracketed(versus["gain"], versus["low"], versus["high"])
+    return out.assign(**{"deviation": versus["deviation"].round(4), "p, Holm": versus["holm"].round(4)})
+
+
+def beside(table: pd.DataFrame, authors: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the table with the authors' columns; as it is where its tasks are others than theirs."""
+    if list(table.index) != list(authors["tasks"]):
+        return table
+    ends = [authors[name][: len(table)] for name in ("gain", "gain_low", "gain_high")]
+    theirs = {"LoRA": authors["paper"], "Deep LoRA": authors["full"], "difference": bracketed(*ends)}
+    theirs |= {"deviation": np.sqrt(authors["variance"]).round(4), "p, Holm": authors["holm"]}
+    return table.assign(**{f"{name}, BERT": column for name, column in theirs.items()})
+
+
+def all_methods(found: Mapping[str, Any] | Any, tasks: Sequence[str], methods: Sequence[str]) -> pd.DataFrame:
+    """Return a row a method: mean scores by task, their mean, what is gained over LoRA's two starts, and the cost."""
+    scores = found["scores"].mean(2).T
+    out = pd.DataFrame(scores, [*methods], [*tasks]).assign(mean=scores.mean(1)).round(4)
+    for other in ("paper", "standard"):
+        over = [name for name, of in pairs(methods) if of == other]
+        ends = [interval(found[f"{name} - {other}, overall"]) for name in over]
+        out[f"over {other}"] = pd.Series(bracketed(*np.transpose(ends)) if over else [], over, dtype=str)
+    out["last loss"] = found["last loss"].mean((0, 2)).round(3)
+    out["diverged"] = np.isnan(found["scores"]).sum((0, 2))
+    return out.assign(**{"seconds a run": found["seconds"].mean((0, 2)).round(2)}).fillna("")
+
+
+def costs(found: Any, tasks: Sequence[str]) -> pd.DataFrame:
+    """Return by task the seconds of all devices and, where peft was timed, its extrapolated ones and those of a step."""
+    known = ("device seconds", "peft seconds", "peft/narrow", "peft/full")
+    return pd.DataFrame({name: found[name] for name in known if name in found}, [*tasks]).round(4)
+
+
+def bracketed(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[str]:
+    """Return "middle [low, high]" of each, to three digits."""
+    return [f"{m:.3f} [{a:.3f}, {b:.3f}]" for m, a, b in zip(middle, low, high, strict=True)]
 
 
 def _two_sided(values: np.ndarray) -> float:
