@@ -7,7 +7,7 @@ scores are compared in pairs. Arrays are by task (T), method (M) and seed (S).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,7 +139,7 @@ def compared(found: Mapping[str, Any] | Any, tasks: Sequence[str], method: str, 
 
 
 def long_form(scores: np.ndarray, methods: Sequence[str], titles: Mapping[str, str]) -> pd.DataFrame:
-    """Return scores (T, M, S) of the methods in `titles` as rows of "task" (its place), "score" and "method" (title)."""
+    """Return scores (T, M, S) of methods in `titles` as rows of "task", its place, "score" and "method", its title."""
     rows = [
         (place, float(score), title)
         for name, title in titles.items()
@@ -183,12 +183,12 @@ def all_methods(found: Mapping[str, Any] | Any, tasks: Sequence[str], methods: S
 
 
 def costs(found: Any, tasks: Sequence[str]) -> pd.DataFrame:
-    """Return by task the seconds of all devices and, where peft was timed, its extrapolated ones and those of a step."""
+    """Return by task the seconds of all devices and, where peft was timed, those of all its steps and of one."""
     known = ("device seconds", "peft seconds", "peft/narrow", "peft/full")
     return pd.DataFrame({name: found[name] for name in known if name in found}, [*tasks]).round(4)
 
 
-def bracketed(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[str]:
+def bracketed(middle: Iterable[float], low: Iterable[float], high: Iterable[float]) -> list[str]:
     """Return "middle [low, high]" of each, to three digits."""
     return [f"{m:.3f} [{a:.3f}, {b:.3f}]" for m, a, b in zip(middle, low, high, strict=True)]
 
