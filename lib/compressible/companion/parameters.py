@@ -65,8 +65,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, _SEED), "seed"),
     (
         Parameter(int, _COUNT_OR_NONE),
-        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps"
-        " peft_steps",
+        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps peft_steps",
     ),
     (Parameter(int, _COUNT_OR_NONE, many=True), "snapshots evaluate_at"),
     (Parameter(int, "[2, 1_000]"), "depth"),

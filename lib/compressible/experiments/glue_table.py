@@ -51,10 +51,10 @@ def trained(
     Args:
         model, runs, task, steps: as for `fine_tune`.
         methods: M, into whose equal parts the runs fall.
-        devices: "one", which is the model's, "all" CUDA devices of the host, or a number of them.
+        devices: "one", which is the model's, or "all" CUDA devices of the host.
         options: others of `fine_tune`.
     """
-    places = None if devices == "one" else device_names(devices if devices == "all" else int(devices))
+    places = None if devices == "one" else device_names(devices)
     began = time.perf_counter()
     histories = fine_tune(model, runs, task, steps, evaluate_at=[steps], keep_factors=False, devices=places, **options)
     wall = time.perf_counter() - began
