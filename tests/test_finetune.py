@@ -279,9 +279,9 @@ def test_precision_is_put_back_whichever_way_it_was_set(before):
     settings = torch.backends.cuda.matmul
     settings.fp32_precision = before
     try:
-        for name in ("tf32", "bfloat16"):
+        for name in ("tf32", "bfloat16", "float32"):
             with matmul_precision(name):
-                assert tensor_float_32() == (name == "tf32") == settings.allow_tf32
+                assert tensor_float_32() == (name != "float32") == settings.allow_tf32
             assert settings.fp32_precision == before
         cd.fine_tune(bert(), mixed()[:1], task(), 1, 4, precision="tf32")
     finally:

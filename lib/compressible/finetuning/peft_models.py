@@ -74,6 +74,15 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def attending(model: nn.Module) -> nn.Module:
+    """Return the model, a copy of the caller's, whose attention goes through kernels where transformers has none."""
+    if any(type(module).__name__ == "MPNetEncoder" for module in model.modules()):
+        from compressible.finetuning.mpnet_attention import give_kernels  # slow to import for all others
+
+        give_kernels(model)
+    return model
+
+
 def base_of(adapted: Any) -> nn.Module:
     """Return the model that was adapted, with the adapters in it: names are those of the plain model."""
     return adapted.get_base_model()

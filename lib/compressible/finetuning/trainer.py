@@ -120,7 +120,7 @@ class Trainer:
 
     def update(self, tokens: dict[str, Tensor], labels: Tensor) -> None:
         """Take one step of all runs with these rows; everything that it needs is on the device."""
-        self.adam.gradient.zero_()
+        self.adam.forget_gradients()
         losses, step = self.gradients(tokens, labels), self.stacked.step
         with torch.no_grad():
             self.losses.index_copy_(0, step[None], losses.detach().double()[None])

@@ -79,10 +79,13 @@ def tensor_float_32() -> bool:
 
 @contextmanager
 def matmul_precision(name: str) -> Iterator[None]:
-    """Let CUDA's float32 products use TensorFloat-32 inside for the name "tf32", and not for any other."""
+    """Let CUDA's float32 products use TensorFloat-32 inside for "tf32" and "bfloat16", and for no other name.
+
+    What stays in float32 beside bfloat16, such as adapters' factors, would else be the slowest by far.
+    """
     settings, before = torch.backends.cuda.matmul, tensor_float_32()
     named = getattr(settings, "fp32_precision", None)  # PyTorch 2.9's way to say it
-    settings.allow_tf32 = name == "tf32"  # sets both
+    settings.allow_tf32 = name in ("tf32", "bfloat16")  # sets both
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from compressible.finetuning.batches import PassRows
 from compressible.finetuning.peft_models import (
     GradientStart,
     adapted_by_peft,
+    attending,
     base_of,
     chain_of,
     drawn_start,
@@ -40,7 +41,7 @@ class AloneModel(nn.Module):
         super().__init__()
         self.runs, self.rows, self.chains = [run], rows, ChainGroups()
         vars(self)["source"] = source  # no part of this model
-        model = copy.deepcopy(source)  # some starts change the weights in place
+        model = attending(copy.deepcopy(source))  # some starts change the weights in place
         self.inner: Any = (model.to(torch.bfloat16) if half else model).requires_grad_(False)
 
     def forward(self, **tokens: Tensor) -> Any:

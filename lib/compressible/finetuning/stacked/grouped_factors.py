@@ -52,7 +52,10 @@ class ChainGroups:
                     yield factor, range(*span), (at, len(chain), group.members[0].embedding)
 
     def contract(self) -> None:
-        """Give every adapter, until `release`, the two factors that its tokens meet, in its weight's precision."""
+        """Give every adapter, until `release`, what its tokens meet, in its weight's precision.
+
+        These are two factors, or the updates where these have to be formed.
+        """
         for group in self.groups:
             group.contract()
 
@@ -60,7 +63,7 @@ class ChainGroups:
         """Take the contracted factors back: the next step's are others."""
         for group in self.groups:
             for adapter in group.members:
-                adapter.held = None
+                adapter.held = adapter.formed = None
 
 
 class _Group:
@@ -111,7 +114,11 @@ class _Group:
     def contract(self) -> None:
         first = self.members[0]
         lower, upper = halves(self.chains, first.scalings, first.embedding, self.pairs)
-        if not (first.embedding or first.dense):  # there the update is added up in the factors' own precision
+        if first.dense and not first.rate:  # else dropout stands between the layer's tokens and its factors
+            for adapter, update in zip(self.members, (upper @ lower).to(first.weight.dtype).unbind(), strict=True):
+                adapter.formed = update
+            return
+        if not (first.embedding or first.dense):
             lower, upper = lower.to(first.weight.dtype), upper.to(first.weight.dtype)
         for adapter, below, above in zip(self.members, lower.unbind(), upper.unbind(), strict=True):
             adapter.held = below, above

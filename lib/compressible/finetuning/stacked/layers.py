@@ -48,9 +48,10 @@ class StackedAdapter(nn.Module):
         self.spans: list[tuple[int, int]] = []
         self.widths: list[int] = []
         self.multiples = list(scalings)
-        self.scalings: list[Tensor] = []
+        self.scalings: list[Tensor | None] = []
         self.sink: Callable[[Tensor, Tensor], Tensor] | None = None
         self.held: tuple[Tensor, Tensor] | None = None
+        self.formed: Tensor | None = None  # the updates (S, m, n), where `dense`
 
     def stacked(self, starts: Sequence[Chain]) -> list[Chain]:
         """Take the spans and the width of the S runs' starting factors and return them as stacks (S', ., .) by span.
@@ -64,7 +65,10 @@ class StackedAdapter(nn.Module):
         self.widths = [start[0].shape[0] for start in starts]
         kind, device = starts[0][0].dtype, starts[0][0].device
         scalings = torch.tensor(self.multiples, dtype=kind, device=device)
-        self.scalings = [scalings[begin:end, None, None] for begin, end in self.spans]
+        self.scalings = [
+            None if set(self.multiples[begin:end]) == {1} else scalings[begin:end, None, None]
+            for begin, end in self.spans
+        ]
         widened = [widened_chain(start, self.inner) for start in starts]
         return [[torch.stack(part) for part in zip(*widened[begin:end], strict=True)] for begin, end in self.spans]
 
@@ -118,6 +122,8 @@ class StackedAdapter(nn.Module):
         self.rows.check(f"an adapted layer of shape {self.shape}", x.shape)
         if self.sink is not None:
             return self.sink(x, self.base(x))
+        if self.formed is not None:
+            return self._dense(x, self.formed)
         lower, upper = self.contracted()
         if self.embedding:
             out = self.base(x)
@@ -143,8 +149,11 @@ class StackedAdapter(nn.Module):
         return columns if padding is None else torch.where(ids == padding, columns.detach(), columns)
 
     def _dense(self, x: Tensor, update: Tensor) -> Tensor:
-        weight = (self._frozen + update).mT.to(x.dtype)
         flat = x.reshape(self.runs, -1, self.shape[1])
+        if x.dtype == self.weight.dtype == torch.bfloat16:  # a sum of both would round small updates away
+            out = _FullLinear.apply(flat, self._frozen, self.base.bias, update.to(x.dtype))
+            return out.view(*x.shape[:-1], self.shape[0])
+        weight = (self._frozen + update).mT.to(x.dtype)
         out = flat @ weight if self.base.bias is None else torch.baddbmm(self.base.bias, flat, weight)
         return out.view(*x.shape[:-1], self.shape[0])
 
@@ -156,13 +165,14 @@ class StackedAdapter(nn.Module):
 
 def halves(
     chains: Sequence[Sequence[Tensor]],
-    scalings: Sequence[Tensor],
+    scalings: Sequence[Tensor | None],
     embedding: bool,
     taken_off: Sequence[Chain | None] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return W_{L-1} ... W_1 (..., S, k, n), scaled, and W_L (..., S, m, k) of chains (..., S', ., .) by span of runs.
 
-    For embeddings W_1 and W_L ... W_2, scaled. A span with a pair A_0, B_0 gives B A - B_0 A_0 and twice the width.
+    For embeddings W_1 and W_L ... W_2, scaled. A span with a pair A_0, B_0 gives B A - B_0 A_0 and twice the width. A
+    scaling of None is 1.
     """
     pairs = taken_off or [None] * len(chains)
     ends = [_halves(*each, embedding) for each in zip(chains, scalings, pairs, strict=True)]
@@ -175,18 +185,24 @@ def halves(
     return torch.cat(lower, -3), torch.cat(upper, -3)
 
 
-def _halves(chain: Sequence[Tensor], scale: Tensor, pair: Chain | None, embedding: bool) -> tuple[Tensor, Tensor]:
+def _halves(
+    chain: Sequence[Tensor], scale: Tensor | None, pair: Chain | None, embedding: bool
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(chain[0].device.type, enabled=False):
         if embedding:
-            return chain[0], product(chain[1:]) * scale
+            return chain[0], _scaled(product(chain[1:]), scale)
         if pair is not None:
             # B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0): zero at the start in any precision, and small afterwards,
             # where the difference of two large products would lose its digits.
             (a, b), (first_a, first_b) = chain, pair
-            return torch.cat([a, a - first_a], -2) * scale, torch.cat([b - first_b, first_b], -1)
+            return _scaled(torch.cat([a, a - first_a], -2), scale), torch.cat([b - first_b, first_b], -1)
         # The narrow ones first: their products with W_1 (k, n), and the way back, are what takes time.
         inner = [product(chain[1:-1])] if len(chain) > 2 else []
-        return product([chain[0], *inner]) * scale, chain[-1]
+        return _scaled(product([chain[0], *inner]), scale), chain[-1]
+
+
+def _scaled(factor: Tensor, scale: Tensor | None) -> Tensor:
+    return factor if scale is None else factor * scale
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -206,6 +222,23 @@ class _LowRankLinear(torch.autograd.Function):
         narrow = grad @ upper
         back = _linear_plus(grad, weight.mT, None, narrow, lower) if ctx.needs_input_grad[0] else None
         return back, None, None, narrow.mT @ x, grad.mT @ inner
+
+
+class _FullLinear(torch.autograd.Function):
+    """x W^T + b + x U^T, run by run, with the second product's sum inside it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, update: Tensor) -> Tensor:
+        """x (S, P, n), weight (m, n) frozen, U = update (S, m, n); returns (S, P, m)."""
+        ctx.save_for_backward(x, weight, update)
+        return _linear_plus(x, weight, bias, x, update.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor]:
+        """Gradients of x and U."""
+        x, weight, update = ctx.saved_tensors
+        back = _linear_plus(grad, weight.mT, None, grad, update) if ctx.needs_input_grad[0] else None
+        return back, None, None, grad.mT @ x
 
 
 @torch.library.custom_op("compressible::linear_plus", mutates_args=())

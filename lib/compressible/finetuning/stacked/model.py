@@ -14,6 +14,7 @@ from compressible.finetuning.batches import PassRows
 from compressible.finetuning.peft_models import (
     ADAPTER,
     adapted_by_peft,
+    attending,
     base_of,
     drawn_start,
     sharing,
@@ -48,7 +49,7 @@ class StackedModel(nn.Module):
         vars(self)["source"] = source  # no part of this model
         self.starts: list[Start] = drawn_starts(source, runs)
         model = copy.deepcopy(source).to(torch.bfloat16) if half else sharing(source)
-        model = base_of(adapted_by_peft(model, drawn_start(runs[0].config), empty=True))
+        model = base_of(adapted_by_peft(attending(model), drawn_start(runs[0].config), empty=True))
         rate = getattr(runs[0].config, "lora_dropout", 0.0)
         for name, layer in tuner_layers(model).items():
             scalings = [start.scalings[name] for start in self.starts]
