@@ -27,7 +27,6 @@ import torch
 
 from compressible.data.tasks import Task, load_task
 from compressible.experiments.speed.finetuning import Endless, _gemm, config_of, count_step, load_shape, random_task
-from compressible.experiments.speed.roofline import time_calls
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.trainer import Trainer
@@ -51,7 +50,7 @@ def runs_of(method: str, count: int, rows: int, subset: int) -> list[FineTuningR
     return [FineTuningRun(config, 1e-5, seed, chosen[seed]) for seed in range(count)]
 
 
-def passed(trainer: Trainer, precision: str, device: str, seconds: float) -> dict[str, Any]:
+def passed(trainer: Trainer, precision: str, device: str) -> dict[str, Any]:
     """Milliseconds of a step, memory, and whether it was a graph."""
     step, wait = Endless(trainer), lambda: devices.synchronize(device)
     with warnings.catch_warnings(record=True) as said, matmul_precision(precision), devices.peak_inside(device) as peak:
@@ -61,7 +60,14 @@ def passed(trainer: Trainer, precision: str, device: str, seconds: float) -> dic
             step()
         wait()
         first = time.perf_counter() - began
-        took = np.median(time_calls(lambda: [step() for _ in range(trainer.steps)], wait, seconds, 3)) / trainer.steps
+        loops = []
+        for _ in range(2):
+            began = time.perf_counter()
+            for _ in range(trainer.steps):
+                step()
+            wait()
+            loops.append((time.perf_counter() - began) / trainer.steps)
+        took = min(loops)
         found = {"ms": round(1e3 * took, 2), "run-steps/s": round(len(trainer.stacked.runs) / took, 1)}
         found |= {"captured": trainer.graphs is not None, "first s": round(first, 1), "GB": round(peak() / 1e9, 1)}
     told = [str(each.message)[:300] for each in said if "graph" in str(each.message)]
@@ -156,7 +162,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             trainer = Trainer(StackedPass(model, runs, task, args.steps, 16, precision))
             trainer.accelerate(False, device != "cpu")
             own: dict[str, Any] = {"setup s": round(time.perf_counter() - start, 1)}
-            own |= passed(trainer, precision, device, args.seconds) | padding(trainer)
+            own |= passed(trainer, precision, device) | padding(trainer)
             if method == "full" and name == "16 x 128":
                 own |= floor_seconds(trainer, model, precision, device, operations)
                 own["times floor"] = round(own["ms"] / (own["bytes ms"] + own["products ms"]), 2)
@@ -196,8 +202,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--precisions", nargs="+", default=["bfloat16", "tf32"])
     parser.add_argument("--runs", type=int, default=0, help="runs of a pass in the place of 20, and 5 of full width")
-    parser.add_argument("--steps", type=int, default=64, help="of a trainer, which then start again")
-    parser.add_argument("--seconds", type=float, default=2.0, help="that a case is timed")
+    parser.add_argument("--steps", type=int, default=24, help="of a trainer, which start again twice")
     parser.add_argument("--budget", type=float, default=95.0, help="seconds after which no case begins")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="a JSON file")
