@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-EXTRAS ?= lab,batch,adapters,test
+EXTRAS ?= lab,batch,adapters,test,site
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 GPU_PYTHON ?= python3
@@ -30,7 +30,7 @@ SNAKEMAKE = $(RUN) snakemake --cores $(JOBS) --resources gpu=$(GPUS) --keep-goin
 # By the environment, since a shell would take off the quotes inside of it.
 export COMPRESSIBLE_ARGS = $(ARGS)
 
-.PHONY: help setup figures figure paper lint test tests test-gpu lab list claims notebooks clean distclean
+.PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -105,6 +105,9 @@ test-gpu:  ## the tests of a GPU, a minute or two: GPU_PYTHON, SLOW=1 (all of th
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	$(RUN) jupyter lab --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+
+site: $(STAMP)  ## static, offline site in build/site/html: gallery, notebooks, claims, reference; executes nothing
+	@$(RUN) python -m compressible site
 
 list: $(STAMP)  ## ids, presets, expected minutes, state
 	@$(BIN)/python -m compressible list

@@ -1,4 +1,4 @@
-"""Command line: python -m compressible list | run | redraw | claims | index | data | notebooks."""
+"""Command line: python -m compressible list | run | redraw | claims | index | site | data | notebooks."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     redraw.set_defaults(command=_redraw)
     _add_claims(commands.add_parser("claims", help="table of the papers' claims over all figures"))
     _add_index(commands.add_parser("index", help="page and last lines of a batch: what was built, where, what failed"))
+    site = commands.add_parser("site", help="static, offline site of records, claims and notebooks; executes nothing")
+    site.add_argument("--out", type=Path, metavar="FOLDER", help="where to build it (default: build/site)")
+    site.set_defaults(command=_site)
     commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
     refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
     refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
@@ -138,6 +141,15 @@ def _index(arguments: argparse.Namespace) -> int:
         raise notebooks.BatchError(f"no figures under the label {checks.shown(label)}: {root / label} is no folder")
     index.write_index(root, label, arguments.since)
     print(*index.summary(root, label, arguments.since, arguments.ids), sep="\n")
+    return 0
+
+
+def _site(arguments: argparse.Namespace) -> int:
+    from compressible.companion import site
+
+    started = time.perf_counter()
+    front = site.build(arguments.out and arguments.out.absolute())
+    print(f"site: {front}, built in {time.perf_counter() - started:.0f} s")
     return 0
 
 

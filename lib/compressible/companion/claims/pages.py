@@ -44,7 +44,7 @@ def claims_page(standing: Sequence[Standing], items: Sequence[Item]) -> str:
 def counts_table(standing: Sequence[Standing], page: str = "") -> str:
     """How many claims of each group have each verdict, linked to the groups of `page`."""
     groups = _groups(standing).items()
-    rows = [[f"[{GROUPS[g]}]({page}#{_slug(GROUPS[g])})", *_counted(found)] for g, found in groups]
+    rows = [[f"[{GROUPS[g]}]({page}#{slug(GROUPS[g])})", *_counted(found)] for g, found in groups]
     return wording.table(COUNTS, rows)
 
 
@@ -133,5 +133,6 @@ def _entry(id: str, title: str, standing: Sequence[Standing], records: Sequence[
     return "\n\n".join([*lines, *([f"{len(untested)} NOT TESTED."] if untested else [])])
 
 
-def _slug(heading: str) -> str:
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
     return heading.lower().replace(",", "").replace(" ", "-")

@@ -28,7 +28,7 @@ def written(root: Path | None = None) -> dict[Path, str]:
     """
     root = paths.repository() if root is None else root
     records, standing, items = read_records(root / "figures"), standings(root / "figures", OWN), status.load_items()
-    titles = {id: _title(root / "notebooks" / f"{id}.ipynb") for id in notebooks.ids()}
+    titles = {id: title(root / "notebooks" / f"{id}.ipynb") for id in notebooks.ids()}
     texts = {root / "CLAIMS.md": pages.claims_page(standing, items)}
     texts[root / "GALLERY.md"] = pages.gallery_page(standing, records, titles, status.questions())
     counts = pages.counts_table(standing, "CLAIMS.md")
@@ -101,7 +101,8 @@ def _linked(each: Standing) -> str:
     return f"[{each.claim.id.split('.', 1)[1]}](../../CLAIMS.md#{each.claim.id})"
 
 
-def _title(path: Path) -> str:
+def title(path: Path) -> str:
+    """The title of a notebook, which is what its figure shows, without a full stop."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     first = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "markdown"))
     return first.partition("\n")[0].lstrip("# ").rstrip(" .")
