@@ -59,6 +59,11 @@ def read(file: Path) -> Page:
     return Page(file)
 
 
+@cache
+def records() -> tuple[list[cards.Card], list[claims.Standing]]:
+    return cards.read(REPOSITORY)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The site of this repository, built once."""
@@ -87,13 +92,15 @@ def test_every_link_and_picture_leads_to_what_is_there(built: Path) -> None:
 def test_nothing_is_loaded_from_elsewhere(built: Path) -> None:
     outside = [place for file in built.rglob("*.html") for place in read(file).loaded
                if re.match(r"([a-z]+:)?//", place)]  # fmt: skip
-    styles = [file for file in built.rglob("*.css") if re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", file.read_text())]
+    styles = [
+        file for file in built.rglob("*.css") if re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", file.read_text())
+    ]
     assert outside == [] and styles == []
 
 
 def test_there_is_a_card_for_each_figure_with_what_it_must_tell(built: Path) -> None:
     front = read(built / "index.html")
-    shown, _ = cards.read(REPOSITORY)
+    shown, _ = records()
     found = front.of_class("card")
     assert len(found) == len(shown) >= len(notebooks.ids())
     assert {card.id for card in shown} == set(notebooks.ids())
@@ -109,7 +116,11 @@ def test_each_notebook_has_a_page_with_its_parameters_provenance_and_downloads(b
     for id in notebooks.ids():
         page = read(built / "notebooks" / f"{id}.html")
         assert f"../../notebooks/{id}.ipynb" in page.linked
-        assert all(f">{name}</code>" in page.text for name in notebooks.defaults(notebooks.notebook_path(id)) if name != "preset")
+        assert all(
+            f">{name}</code>" in page.text
+            for name in notebooks.defaults(notebooks.notebook_path(id))
+            if name != "preset"
+        )
         for record in (REPOSITORY / "figures").glob(f"*/{id}.json"):
             preset = record.parent.parent.name
             assert preset == "quick" or f"../../figures/{preset}/{id}.pdf" in page.linked, (id, preset)
@@ -117,7 +128,7 @@ def test_each_notebook_has_a_page_with_its_parameters_provenance_and_downloads(b
 
 def test_the_table_of_claims_holds_every_claim_with_its_verdict(built: Path) -> None:
     page = read(built / "CLAIMS.html")
-    for each in claims.standings(REPOSITORY / "figures", claims.OWN):
+    for each in records()[1]:
         row = page.text.partition(f'<tr id="{each.claim.id}"')[2].partition("</tr>")[0]
         assert f">{each.verdict}</strong>" in row, each.claim.id
 
@@ -153,7 +164,9 @@ def test_no_docstring_is_misread(built: Path) -> None:
 def test_links_are_those_of_the_site(written: str, shown: str) -> None:
     carried: set[Path] = set()
     assert links.for_site(written, "README.md", ["docs/usage.md"], REPOSITORY, carried) == shown
-    assert carried == ({Path("LICENSE")} if "LICENSE" in shown and "`[" not in written and "\n" not in written else set())
+    assert carried == (
+        {Path("LICENSE")} if "LICENSE" in shown and "`[" not in written and "\n" not in written else set()
+    )
 
 
 def test_a_build_executes_nothing_and_does_without_mathjax(add_notebook, checkout, monkeypatch, capsys) -> None:
@@ -223,7 +236,7 @@ def test_formulas_are_set_without_an_error(built: Path, chromium) -> None:
 def test_cards_are_filtered_and_reached_by_the_keyboard(built: Path, chromium) -> None:
     page = chromium.new_page()
     page.goto((built / "index.html").as_uri())
-    shown, _ = cards.read(REPOSITORY)
+    shown, _ = records()
     page.select_option("select[name=paper]", "kwon2024")
     page.select_option("select[name=verdict]", "fail")
     expected = [card.id for card in shown if card.paper == "kwon2024" and "FAIL" in card.verdicts]

@@ -23,8 +23,8 @@ exclude_patterns = ["extra", "static"]
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 default_role = "code"
 
-# Notebooks are shown as they were executed. Widgets are shown by the picture that stands beside them in the same output:
-# live they need a kernel, and their scripts come from elsewhere.
+# Notebooks are shown as they were executed. Widgets are shown by the picture that stands beside them in the same
+# output: live they need a kernel, and their scripts come from elsewhere.
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js = {}
@@ -54,7 +54,9 @@ mathjax3_config = {
 }
 html_math_renderer = "tex" if _TOLD["no_mathjax"] else "mathjax"
 if _TOLD["no_mathjax"]:
-    html_theme_options["announcement"] = "Formulas are shown as TeX, since MathJax could not be had when this was built."
+    html_theme_options["announcement"] = (
+        "Formulas are shown as TeX, since MathJax could not be had when this was built."
+    )
 
 
 def _tex_inline(translator, node: nodes.math) -> None:

@@ -61,8 +61,8 @@ def write_index(root: Path, preset: str, since: float = 0.0) -> Path:
     cards = [_card(root / preset, entry, since) for entry in (*failed, *built, *kept)]
     text = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Figures, {escape(preset)}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n<body><main>'
-        f"<h1>Figures of preset {escape(preset)}</h1>\n<p>{', '.join(counts)}; written "
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><main><h1>Figures of preset {escape(preset)}</h1>\n<p>{', '.join(counts)}; written "
         f'{datetime.now():%Y-%m-%d %H:%M}.</p>\n<div class="cards">\n{"".join(cards)}</div></main></body></html>\n'
     )
     return paths.write_atomic(root / preset / NAME, text)

@@ -33,7 +33,9 @@ def _index(rooms: dict[str, dict[str, Any]]) -> str:
     for room, members in rooms.items():
         names = "\n".join(f"   {_address(name, each)}" for name, each in members.items())
         parts += [f"## [{ROOMS[room]}]({room}.md)", _rst(f".. autosummary::\n\n{names}")] if members else []
-    return "\n\n".join([*parts, "```{toctree}\n:hidden:\n\n" + "\n".join(room for room in rooms if rooms[room]) + "\n```"])
+    return "\n\n".join(
+        [*parts, "```{toctree}\n:hidden:\n\n" + "\n".join(room for room in rooms if rooms[room]) + "\n```"]
+    )
 
 
 def _page(title: str, members: dict[str, Any]) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from compressible import __version__
 from compressible.companion import notebooks
-from compressible.companion.claims import status
-from compressible.companion.provenance import git_state
+from compressible.companion.claims import Standing, status
 from compressible.companion.site import api, claims_page, gallery, mathjax, notebook_page
 from compressible.companion.site.cards import PAPERS, Card, read
 from compressible.companion.site.links import for_site
@@ -35,15 +34,17 @@ def build(out: Path | None = None) -> Path:
     try:
         from sphinx.cmd.build import build_main
     except ImportError as error:
-        raise SiteError(f'{error}; `python -m pip install -c constraints.txt -e ".[site]"` brings what it needs') from error
+        raise SiteError(
+            f'{error}; `python -m pip install -c constraints.txt -e ".[site]"` brings what it needs'
+        ) from error
     root = paths.repository()
     out = root / "build" / "site" if out is None else out
     sources, html = out / "sources", out / "html"
     for folder in (sources, html):
         shutil.rmtree(folder, ignore_errors=True)
     write_sources(root, sources)
-    if status := build_main(["-q", "-j", "auto", "-b", "html", "-d", str(out / "doctrees"), str(sources), str(html)]):
-        raise SiteError(f"sphinx ended with status {status}")
+    if ended := build_main(["-q", "-j", "auto", "-b", "html", "-d", str(out / "doctrees"), str(sources), str(html)]):
+        raise SiteError(f"sphinx ended with status {ended}")
     return html / "index.html"
 
 
@@ -51,15 +52,14 @@ def write_sources(root: Path, sources: Path) -> None:
     """Write all that Sphinx reads: conf.py and its files, pages, notebooks, and under extra/ what is linked."""
     shutil.copytree(root / "docs" / "site", sources)
     lacking = mathjax.fetch(sources / "static" / "mathjax" / "tex-svg.js")
-    commit = (git_state()["commit"] or "")[:7]
-    settings = {"version": __version__, "commit": commit, "no_mathjax": lacking}
-    paths.write_atomic(sources / SETTINGS, json.dumps(settings))
+    paths.write_atomic(sources / SETTINGS, json.dumps({"version": __version__, "no_mathjax": lacking}))
     carried: set[Path] = set()
-    for place, text in (_texts(root, carried) | _notebooks(root, carried)).items():
+    cards, standing = read(root)
+    for place, text in (_texts(root, cards, standing, carried) | _notebooks(root, cards, carried)).items():
         paths.write_atomic(sources / place, text)
-    for place in carried:
-        (sources / "extra" / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / place, sources / "extra" / place)
+    for file in carried:
+        (sources / "extra" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / file, sources / "extra" / file)
 
 
 def page_files(root: Path) -> list[str]:
@@ -69,8 +69,7 @@ def page_files(root: Path) -> list[str]:
     return [*texts, *(file.relative_to(root).as_posix() for file in sorted(found)), *map(_file, notebooks.ids())]
 
 
-def _texts(root: Path, carried: set[Path]) -> dict[str, str]:
-    cards, standing = read(root)
+def _texts(root: Path, cards: Sequence[Card], standing: Sequence[Standing], carried: set[Path]) -> dict[str, str]:
     known = page_files(root)
     written = {place: (root / place).read_text(encoding="utf-8") for place in known if place.endswith(".md")}
     written["CLAIMS.md"] = claims_page.page(standing, status.load_items())
@@ -78,8 +77,7 @@ def _texts(root: Path, carried: set[Path]) -> dict[str, str]:
     return {place: for_site(text, place, known, root, carried) for place, text in written.items()} | api.pages()
 
 
-def _notebooks(root: Path, carried: set[Path]) -> dict[str, str]:
-    cards, _ = read(root)
+def _notebooks(root: Path, cards: Sequence[Card], carried: set[Path]) -> dict[str, str]:
     known = page_files(root)
     return {_file(id): _notebook(id, root, [card for card in cards if card.id == id], known, carried)
             for id in notebooks.ids()}  # fmt: skip

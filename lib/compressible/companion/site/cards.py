@@ -1,4 +1,4 @@
-"""What the site shows of each figure: question, answer, verdicts, the model, the device and the seconds of its record."""
+"""What the site shows of each figure: question, answer and verdicts; the model, device and seconds of its record."""
 
 from __future__ import annotations
 

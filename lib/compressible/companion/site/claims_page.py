@@ -31,9 +31,9 @@ def _counts(standing: Sequence[Standing]) -> str:
 
 
 def _filters(standing: Sequence[Standing]) -> str:
-    papers = dict.fromkeys(each.claim.paper for each in standing)
-    lists = {"group": dict(pages.GROUPS), "paper": {paper: paper for paper in papers},
-             "verdict": {markup.token(verdict): verdict for verdict in VERDICTS}}  # fmt: skip
+    papers: dict[str, str] = {each.claim.paper: each.claim.paper for each in standing}
+    verdicts = {markup.token(verdict): verdict for verdict in VERDICTS}
+    lists = {"group": pages.GROUPS, "paper": papers, "verdict": verdicts}
     return markup.filters(lists, f"{len(standing)} claims", search=True)
 
 

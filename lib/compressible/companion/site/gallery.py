@@ -46,8 +46,9 @@ def _card(card: Card, anchor: str, root: Path, carried: set[Path]) -> str:
     page, files = f"notebooks/{card.id}.html", downloads(card, root)
     carried.update(Path(place) for place in files.values())
     told = {"verdict": markup.tokens(list(card.verdicts)), "model": markup.tokens(card.models)}
+    data = markup.data(paper=card.paper, **told)
     return (
-        f'<article class="card" id="{escape(anchor)}"{markup.data(paper=card.paper, **told)}>{_picture(card, files, page)}'
+        f'<article class="card" id="{escape(anchor)}"{data}>{_picture(card, files, page)}'
         f'<h2><a href="{page}">{markup.words(card.question or card.answer)}</a></h2>'
         f"<p>{markup.words(card.answer) if card.question else ''}</p>{_badges(card)}"
         f'<p class="made"><code>{escape(card.id)}</code> · {_made(card)}</p>{_links(files)}</article>'
@@ -78,4 +79,3 @@ def _made(card: Card) -> str:
 def _links(files: dict[str, str]) -> str:
     links = [f'<a href="{place}">{name}</a>' for name, place in files.items() if not name.startswith("picture")]
     return f'<p class="files">{" · ".join(links)}</p>' if links else ""
-

@@ -41,9 +41,7 @@ def for_site(text: str, place: str, pages: Collection[str], root: Path, carried:
     return _FOUND.sub(site_link, text)
 
 
-def _link(
-    found: re.Match[str], inner: str, place: str, pages: Collection[str], root: Path, carried: set[Path]
-) -> str:
+def _link(found: re.Match[str], inner: str, place: str, pages: Collection[str], root: Path, carried: set[Path]) -> str:
     to, _, anchor = found["to"].partition("#")
     if not to or re.match(r"[a-z]+:", to):
         return f"{found['picture']}[{inner}]({found['to']})"

@@ -26,7 +26,9 @@ def formula(tex: str) -> str:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], label: str) -> str:
     """A table of lines of markdown, in a region that scrolls by itself and is reached by the keyboard."""
-    body = [[f'<th scope="row">{words(first)}</th>', *(f"<td>{words(cell)}</td>" for cell in rest)] for first, *rest in rows]
+    body = [
+        [f'<th scope="row">{words(first)}</th>', *(f"<td>{words(cell)}</td>" for cell in rest)] for first, *rest in rows
+    ]
     return framed([f'<th scope="col">{words(head)}</th>' for head in heads], [(row, "") for row in body], label)
 
 

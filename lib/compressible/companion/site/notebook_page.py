@@ -80,7 +80,8 @@ def _told(record: Mapping[str, Any]) -> dict[str, str]:
     memory = record.get("peak_memory_bytes")
     return {
         "made": str(record.get("started") or record.get("created") or "not recorded"),
-        "commit": wording.commit(dict(record)) + (", with changes that were not committed" if record.get("dirty") else ""),
+        "commit": wording.commit(dict(record))
+        + (", with changes that were not committed" if record.get("dirty") else ""),
         "device": str(record.get("device") or "not recorded"),
         "processor": f"{record.get('cpu') or 'not recorded'}, {record.get('threads') or '?'} thread(s)",
         "seconds": f"{record.get('wall_seconds') or 0:.1f}",
