@@ -51,7 +51,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, _WIDTH), "rank guess width inner_width patch layers heads adapter_rank pooling"),
     (
         Parameter(int, _REPEATS),
-        "seeds trials tuning_seeds sweeps max_stack full_runs records most_settings",
+        "seeds trials tuning_seeds alone_seeds sweeps max_stack full_runs records most_settings",
     ),
     (
         Parameter(int, _COUNT),
@@ -61,11 +61,12 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, _SIZE, many=True), "dimensions"),
     (Parameter(int, _WIDTH, many=True), "ranks rank_guesses widths inner_widths"),
     (Parameter(int, _REPEATS, many=True), "run_counts seed_counts tuning_counts width_multiples"),
-    (Parameter(int, _COUNT, many=True), "entry_counts sample_sizes batch_sizes periods step_counts"),
+    (Parameter(int, _COUNT, many=True), "entry_counts sample_sizes other_sizes batch_sizes periods step_counts"),
     (Parameter(int, _SEED), "seed"),
     (
         Parameter(int, _COUNT_OR_NONE),
-        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps peft_steps",
+        "steps validation_rows filter_step judged_at train_rows test_rows warmup long_steps descent_steps peft_steps"
+        " more_rates",
     ),
     (Parameter(int, _COUNT_OR_NONE, many=True), "snapshots evaluate_at"),
     (Parameter(int, "[2, 1_000]"), "depth"),
@@ -76,7 +77,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         Parameter(float, _POSITIVE),
         "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
         " learning_rate inner_learning_rate control_learning_rate inner_control_rate measure_seconds budget_seconds"
-        " small_init_scale long_step_size",
+        " small_init_scale long_step_size head_rate",
     ),
     (
         Parameter(float, _POSITIVE, many=True),
@@ -108,7 +109,14 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True), "networks"),
     (Parameter(str, r"[a-z0-9-]+"), "task"),
     (Parameter(str, r"[a-z0-9-]+", many=True), "tasks"),
-    (Parameter(str, r"paper|standard|full|thin|compressed|slower", many=True), "methods"),
+    (
+        Parameter(
+            str,
+            r"paper|standard|full|thin|compressed|slower|rslora|plus|pissa|lora_ga|dora|even|gradient|random",
+            many=True,
+        ),
+        "methods",
+    ),
     (Parameter(str, r"mlp|digits-resnet|resnet|vgg|gcn|gcn-16", many=True), "architectures"),
     (Parameter(str, "authors|clean"), "protocol"),
     (Parameter(str, r"[\w.-]+", many=True), "matrices"),

@@ -14,7 +14,7 @@ from compressible.adapters.config import DeepLoraConfig
 from compressible.data.tasks import IGNORED
 from compressible.finetuning.batches import ExamplesLike, TaskLike
 from compressible.finetuning.losses import KINDS
-from compressible.finetuning.peft_models import GradientStart, starts_compressed
+from compressible.finetuning.peft_models import DRAWN, GradientStart, starts_compressed
 from compressible.finetuning.run import FineTuningRun
 from compressible.runtime.checks import expect, is_integer, is_number
 
@@ -104,9 +104,10 @@ def _check_config(run: FineTuningRun) -> None:
     knows = ratio is None or lora or isinstance(config, DeepLoraConfig)
     expect("lr_ratio", ratio, knows, f"None for {type(config).__name__}, which has no outer factors")
     waits = starts_compressed(config)
-    fits = run.start is None or (isinstance(run.start, GradientStart) if waits else callable(run.start))
+    own, drawn = isinstance(run.start, GradientStart), lora and getattr(config, "init_lora_weights", True) in DRAWN
+    fits = run.start is None or (own and (waits or drawn)) or (callable(run.start) and not waits)
     ours = "None or a GradientStart: the factors come from the first gradient"
-    wanted = ours if waits else "None or a function, as paper_lora_start"
+    wanted = ours if waits else "None or a function, as paper_lora_start, or of LoRA drawn by peft a GradientStart"
     expect("start", run.start, fits, wanted)
 
 

@@ -30,13 +30,15 @@ ADAPTER = "default"  # peft's own name of a model's first adapter
 
 @dataclass(frozen=True)
 class GradientStart:
-    """Another start of compressed Deep LoRA from the run's first gradient than P1's.
+    """A start of LoRA from the run's first gradient, or another one of compressed Deep LoRA than P1's.
 
     chain: takes the gradient (m, n) of a layer's weight, the run's config, the width k of the factors and a generator
         of its seed, and returns [W_1 (k, n), ..., W_L (m, k)].
+    taken_off: whether LoRA's product, scaled, is taken off the frozen weight.
     """
 
-    chain: Callable[[Tensor, DeepLoraConfig, int, torch.Generator], list[Tensor]]
+    chain: Callable[[Tensor, Any, int, torch.Generator], list[Tensor]]
+    taken_off: bool = False
 
 
 def adapted_by_peft(

@@ -42,7 +42,7 @@ class FineTuningRun:
         lr_ratio: step size of the outer factors over that of the inner ones, by default the config's; for a LoraConfig
             that of B over A in linear layers, LoRA+'s ratio, by default 1.
         start: a function of a PeftModel and a generator that gives the factors other values than the config's start,
-            such as `paper_lora_start`; for compressed Deep LoRA a `GradientStart`.
+            such as `paper_lora_start`; or a `GradientStart`, of LoRA and of compressed Deep LoRA.
 
     Raises:
         ValueError: by `fine_tune`, which checks all runs before it begins.

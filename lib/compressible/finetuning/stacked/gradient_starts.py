@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressible.finetuning.peft_models import starts_compressed, starts_from_gradient
+from compressible.finetuning.peft_models import GradientStart, starts_compressed, starts_from_gradient
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked.layers import Chain, StackedAdapter
 from compressible.finetuning.stacked.starts import Start, of_peft, run_key
@@ -74,18 +74,17 @@ def _from_gradients(
     losses: Callable[[], Tensor],
 ) -> dict[int, Start]:
     """By run the starts that await a first gradient, from one backward pass of all of them."""
-    waiting = [i for i, run in enumerate(runs) if starts_compressed(run.config)]
-    framed = [i for i in waiting if runs[i].start is None]
+    framed = [i for i, run in enumerate(runs) if starts_compressed(run.config) and run.start is None]
     widths = {name: [starts[i].chains[name][0].shape[0] // 2 for i in framed] for name in adapters}
     frames = _Sinks.over(runs, framed, lambda which: {
         name: GradientSink(adapter.base, max(widths[name]), adapter.runs, which) for name, adapter in adapters.items()
     })  # fmt: skip
-    own = [i for i in waiting if i not in framed]
+    own = [i for i, run in enumerate(runs) if isinstance(run.start, GradientStart)]
     gradients = _Sinks.over(runs, own, lambda which: _whole(adapters, which))
     approximated = [i for i, run in enumerate(runs) if starts_from_gradient(run.config)]
     plain = {name: adapter for name, adapter in adapters.items() if not adapter.embedding}  # as peft's LoRA-GA has it
     estimates = _Sinks.over(runs, approximated, lambda which: _whole(plain, which))
-    if not (waiting or approximated):
+    if not (framed or own or approximated):
         return {}
     _gather(adapters, [frames.of, gradients.of, estimates.of], losses)
     _check_met(frames.of, gradients.of)
@@ -132,7 +131,8 @@ def _by_their_own(sinks: _Sinks, starts: Sequence[Start], runs: Sequence[FineTun
                 name: own.chain(sink.whole[at], given.config, starts[run].chains[name][0].shape[0], generator)
                 for name, sink in sinks.of.items()
             }
-        found[run] = replace(starts[run], chains=made[key])
+        off = made[key] if isinstance(given.start, GradientStart) and given.start.taken_off else {}
+        found[run] = replace(starts[run], chains=made[key], taken_off=off)
     return found
 
 
@@ -181,9 +181,8 @@ def _check_met(*sinks: dict[str, Any]) -> None:
     """Raise RuntimeError where no gradient reached a layer of a compressed run."""
     silent = list(dict.fromkeys(name for of in sinks for name, sink in of.items() if not _all_met(sink)))
     if silent:
-        given = (
-            f"no gradient, or zero alone, reached {silent[0]!r} and {len(silent) - 1} more layers of a compressed run"
-        )
+        reached = f"no gradient, or zero alone, reached {silent[0]!r} and {len(silent) - 1} more layers"
+        given = f"{reached} of a run that starts from it"
         raise RuntimeError(f"{given}, expected one: exclude_modules={silent} in its config, or a larger batch")
 
 

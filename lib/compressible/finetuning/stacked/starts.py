@@ -53,7 +53,7 @@ def drawn_starts(source: nn.Module, runs: Sequence[FineTuningRun]) -> list[Start
             if isinstance(run.config, DeepLoraConfig) and (run.start is None or isinstance(run.start, GradientStart)):
                 layers = tuner_layers(base_of(adapted_by_peft(on_meta(source), run.config, empty=True)))
                 found[key] = pool.submit(_deep, layers, int(run.seed))
-            elif starts_from_gradient(run.config):
+            elif starts_from_gradient(run.config) or isinstance(run.start, GradientStart):
                 found[key] = of_peft(source, replace(run, config=drawn_start(run.config), start=None))
             else:
                 found[key] = of_peft(source, run)

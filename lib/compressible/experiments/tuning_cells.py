@@ -1,0 +1,140 @@
+"""A large sweep as small files: one cell is some seeds of a method, at one rate, on one task and size.
+
+A sweep of hours goes in parts, over several calls and machines. Its cells lie in one folder a setting of the whole
+(model, steps, batch and so on), named by the digest of that setting, which `setting.json` spells out: a cell of another
+setting is never met. A cell is one JSON file, written whole or not at all, so that a killed part loses no other, and
+folders of two machines merge by copying what is lacking. Each says of which commit and library it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressible.companion.provenance import LIBRARY, git_state
+from compressible.runtime.paths import cache_dir, write_atomic
+
+STAGES = ("choose", "judge")
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """Some seeds of a method on a task: those of its stage, "choose" for tuning, "judge" for fresh ones.
+
+    size: training examples; rank: r; rate: of the inner factors, or of A.
+    """
+
+    task: str
+    size: int
+    rank: int
+    method: str
+    stage: str
+    rate: float
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.task}.n{self.size}.r{self.rank}.{self.method}.{self.stage}.{self.rate:.6g}.json"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a cell found, a value a seed: NaN where the run diverged.
+
+    scores: the task's metric after the last step; losses: mean training loss of the last tenth of the steps; norms:
+    Frobenius norm of all updates together after the last step; seconds: of the device, for all of them.
+    """
+
+    seeds: list[int]
+    scores: list[float]
+    losses: list[float]
+    norms: list[float]
+    seconds: float
+    device: str = ""
+    made: dict[str, Any] = field(default_factory=dict)
+
+
+class Cells:
+    """The cells of one setting in their folder, `root`/<digest of the setting>; root by default in the cache."""
+
+    def __init__(self, setting: Mapping[str, Any], root: str | Path | None = None) -> None:
+        self.setting = json.loads(json.dumps(dict(setting), sort_keys=True))
+        digest = hashlib.sha256(json.dumps(self.setting, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = (cache_dir() / "cells" if root is None else Path(root)) / digest
+        self.known: dict[Cell, Scored] = {}
+
+    def get(self, cell: Cell) -> Scored | None:
+        """Return what a cell found, None where it has not run; a damaged file counts as none, with a warning."""
+        if cell not in self.known:
+            file = self.folder / cell.file
+            if not file.is_file():
+                return None
+            try:
+                self.known[cell] = _read(file, cell)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                warnings.warn(f"{file.name} is no cell ({error}) and is computed again", RuntimeWarning, stacklevel=2)
+                return None
+        return self.known[cell]
+
+    def put(self, cell: Cell, found: Scored) -> None:
+        """Write a cell, with the commit and the library that made it."""
+        made = git_state() | {"library": LIBRARY} | found.made
+        whole = {"cell": asdict(cell), **asdict(found), "made": made}
+        described = self.folder / "setting.json"
+        if not described.is_file():
+            write_atomic(described, json.dumps(self.setting, indent=1, sort_keys=True) + "\n")
+        write_atomic(self.folder / cell.file, json.dumps(_strict(whole), indent=1) + "\n")
+        self.known[cell] = Scored(**{**asdict(found), "made": made})
+
+    def missing(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Return those that have not run, in their order."""
+        return [cell for cell in cells if self.get(cell) is None]
+
+    def made_by(self, cells: Sequence[Cell]) -> dict[str, Any]:
+        """Return the commits of cells, whether all were committed, and how many another library made than this one."""
+        made = [found.made for cell in cells if (found := self.get(cell)) is not None]
+        return {
+            "commits": sorted({str(each.get("commit")) for each in made}),
+            "uncommitted cells": sum(each.get("dirty") is not False for each in made),
+            "cells of another library": sum(each.get("library") != LIBRARY for each in made),
+        }
+
+
+def merge(source: str | Path, target: str | Path) -> int:
+    """Copy the cells that the folder `target` lacks from `source`, both roots of several settings; return how many."""
+    copied = 0
+    for file in sorted(Path(source).glob("*/*.json")):
+        place = Path(target) / file.parent.name / file.name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place.with_suffix(".part"))
+            place.with_suffix(".part").rename(place)
+            copied += file.name != "setting.json"
+    return copied
+
+
+def _read(file: Path, cell: Cell) -> Scored:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if Cell(**content.pop("cell")) != cell:
+        raise ValueError("it holds another one")
+    lists = {name: [math.nan if v is None else v for v in content[name]] for name in ("scores", "losses", "norms")}
+    found = Scored(**{**content, **lists})
+    if not len(found.seeds) == len(found.scores) == len(found.losses) == len(found.norms) > 0:
+        raise ValueError("its lists differ in length")
+    return found
+
+
+def _strict(value: Any) -> Any:
+    """The same for strict JSON: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {name: _strict(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
