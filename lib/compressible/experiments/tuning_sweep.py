@@ -73,7 +73,16 @@ class Sweep:
 
     def setting(self) -> dict[str, Any]:
         """What all cells share that moves their numbers: another one of these is another folder."""
-        apart = {"tasks", "sample_sizes", "other_sizes", "ranks", "methods", "learning_rates", "step_factor", "more_rates"}
+        apart = {
+            "tasks",
+            "sample_sizes",
+            "other_sizes",
+            "ranks",
+            "methods",
+            "learning_rates",
+            "step_factor",
+            "more_rates",
+        }
         apart |= {"learning_rate", "inner_learning_rate", "adapter_rank"}
         return {name: value for name, value in asdict(self).items() if name not in apart} | {"split": SPLIT_SEED}
 
