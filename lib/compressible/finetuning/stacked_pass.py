@@ -27,7 +27,7 @@ RECOMPILATIONS = 64
 
 @dataclass(frozen=True)
 class PassSnapshot:
-    """What `watch` gets: the step, and the updates of the S runs of this pass layer by layer."""
+    """What `watch` gets: the step, and the updates and factors of the S runs of this pass layer by layer."""
 
     step: int
     runs: list[FineTuningRun]
@@ -39,6 +39,10 @@ class PassSnapshot:
             with matmul_precision("float32"):
                 updates = form()
             yield name, updates
+
+    def factors(self) -> Iterator[tuple[str, list[list[Tensor]]]]:
+        """Yield the layer's name and copies of each run's factors [W_1, ..., W_L], A and B for LoRA."""
+        yield from self._model.factors()
 
 
 class StackedPass:

@@ -88,6 +88,11 @@ class AloneModel(nn.Module):
                 raise ValueError(f"{name!r} is adapted by {kind}, whose update is no matrix: expected no watch")
             yield name, partial(_update, layer)
 
+    def factors(self) -> Iterator[tuple[str, list[list[Tensor]]]]:
+        """Yield the layer's name and its run's factors; none of a method without such."""
+        for name, layer in tuner_layers(base_of(self.inner)).items():
+            yield name, [[factor.detach().clone() for factor in chain_of(layer)]]
+
     @torch.no_grad()
     def finite(self) -> Tensor:
         """Return (1,) whether all that is trained is finite."""

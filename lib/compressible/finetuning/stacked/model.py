@@ -26,7 +26,7 @@ from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.gradient_starts import finished_starts
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.heads import Rated, stack_heads, stacked_heads
-from compressible.finetuning.stacked.layers import StackedAdapter, stacked_adapters
+from compressible.finetuning.stacked.layers import Chain, StackedAdapter, stacked_adapters
 from compressible.finetuning.stacked.starts import Start, drawn_starts
 from compressible.runtime.module_names import replace_module
 
@@ -87,6 +87,11 @@ class StackedModel(nn.Module):
         """Yield the layer's name and what gives its runs' updates (S, m, n)."""
         for name, adapter in stacked_adapters(self.inner).items():
             yield name, adapter.updates
+
+    def factors(self) -> Iterator[tuple[str, list[Chain]]]:
+        """Yield the layer's name and its runs' factors."""
+        for name, adapter in stacked_adapters(self.inner).items():
+            yield name, [adapter.chain(run) for run in range(len(self.runs))]
 
     @torch.no_grad()
     def finite(self) -> Tensor:
