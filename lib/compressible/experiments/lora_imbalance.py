@@ -86,7 +86,7 @@ class Study:
         own = {method: best_of(scores) for method, scores in tuned.items()}
         plan = [("LoRA", rate), ("LoRA+", rate), ("LoRA", self.ratio * rate), *own.items()]
         runs = [run for method, each in plan for run in self.runs(method, each, seeds)]
-        looks = {"evaluate_at": evaluate_at, "watch_at": watch_at, "watch": watch_factors(self, seeds)}
+        looks: dict[str, Any] = {"evaluate_at": evaluate_at, "watch_at": watch_at, "watch": watch_factors(self, seeds)}
         histories = fine_tune(self.model, runs, self.task, keep_factors=False, **self.options, **looks)
         found = outcome(histories, len(seeds), self.level)
         for method, scores in tuned.items():
