@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -14,10 +17,9 @@ from text_helpers import PAIRS, save_bert
 
 import compressible as cd
 from compressible.data.text import SETS
-from compressible.experiments import few_shot, glue_table
+from compressible.experiments import few_shot, glue_runs, glue_table
 from compressible.experiments.speed import one_by_one
 
-RATES = few_shot.Rates(1e-3, 1e-3, 1e-2, 1e-3)
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 
 
@@ -48,9 +50,16 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_bert(tmp_path_factory.mktemp("bert")))
 
 
-def planned(model, task, names=glue_table.METHODS, seeds=2):
-    known = few_shot.methods(model, ["value"], "authors", 4, 1e-2, RATES)
-    return few_shot.planned_runs(glue_table.chosen(known, names), task, [6], range(seeds))
+GIVEN = {
+    "protocol": "authors", "matrices": ["value"], "max_length": 64, "validation_rows": 0, "few_rows": 6,
+    "adapter_rank": 4, "init_scale": 1e-2, "learning_rate": 1e-3, "inner_learning_rate": 1e-2,
+    "inner_control_rate": 1e-3, "batch_size": 3, "peft_steps": 1, "precision": "float32", "max_stack": 20,
+    "device": "cpu", "seed": 0, "seeds": 2, "methods": list(glue_runs.METHODS),
+}  # fmt: skip
+
+
+def planned(model, task, names=glue_runs.METHODS, seeds=2):
+    return glue_runs.planned(SimpleNamespace(**GIVEN | {"methods": names, "seeds": seeds}), model, task)
 
 
 @pytest.mark.parametrize("name", GLUE)
@@ -62,7 +71,7 @@ def test_every_task_trains_all_methods_and_scores_them_by_its_own_metric(name: s
         {"cola": "matthews", "stsb": "pearson"}.get(name, "accuracy"),
     )
     runs = planned(model, task)
-    found = glue_table.trained(model, runs, task, 3, 6, batch_size=3, show_progress=False)
+    found = glue_runs.trained(model, runs, task, 3, 6, batch_size=3, show_progress=False)
     assert found["scores"].shape == found["last loss"].shape == found["seconds"].shape == (6, 2)
     assert np.isfinite(found["scores"]).all() and (np.abs(found["scores"]) <= 1).all()
     assert found["device seconds"] >= found["seconds"].sum() > 0
@@ -75,7 +84,7 @@ def test_scores_are_those_of_the_last_step_and_pairs_share_their_rows(glue: Path
     assert [run.seed for run in runs] == [0, 1] * 6
     for run in runs[2:]:
         torch.testing.assert_close(run.subset, runs[run.seed].subset)
-    found = glue_table.trained(model, runs, task, 3, 6, batch_size=3, show_progress=False)
+    found = glue_runs.trained(model, runs, task, 3, 6, batch_size=3, show_progress=False)
     alone = cd.fine_tune(model, runs[4:5], task, 3, 3, evaluate_at=[3], show_progress=False)[0]
     assert found["scores"][2, 0] == pytest.approx(alone.scores[3])
     assert found["last loss"][2, 0] == pytest.approx(alone.losses.mean(), rel=1e-5)
@@ -87,21 +96,60 @@ def test_a_killed_task_goes_on_from_its_passes(
     model, task = cd.load_for_task(bert, "cola", "authors", 64)
     runs = planned(model, task)
     given = {"batch_size": 3, "show_progress": False, "checkpoint": tmp_path / "state", "checkpoint_every": 3}
-    first = glue_table.trained(model, runs, task, 3, 6, **given)
+    first = glue_runs.trained(model, runs, task, 3, 6, **given)
     taken = []
     monkeypatch.setattr("compressible.finetuning.trainer.Trainer.advance", lambda self, step: taken.append(step))
-    again = glue_table.trained(model, runs, task, 3, 6, **given)
+    again = glue_runs.trained(model, runs, task, 3, 6, **given)
     assert not taken
     np.testing.assert_array_equal(first["scores"], again["scores"])
     assert again["device seconds"] >= first["seconds"].sum()
 
 
+def test_the_whole_table_is_made_task_by_task_and_a_task_that_is_done_is_kept(
+    glue: Path, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(glue_runs, "data_digests", lambda *names: {"/".join(names): "0" * 64})
+    given = GIVEN | {"encoder": bert, "tasks": ["mnli", "rte"], "step_counts": [3, 2], "devices": "one"}
+    done, train = [], glue_runs.trained
+
+    def counted(model, runs, task, steps, *others, **options):
+        if task.name == "rte" and not done[1:]:
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append((task.name, steps))
+        return train(model, runs, task, steps, *others, show_progress=False, **options)
+
+    monkeypatch.setattr(glue_runs, "trained", counted)
+    with pytest.raises(KeyboardInterrupt):
+        glue_runs.all_tasks(**given)
+    found = glue_table.table(glue_runs.all_tasks(**given), given["methods"])
+    assert done == [("mnli", 3), "killed", ("rte", 2)]
+    assert found["scores"].shape == (2, 6, 2) and found["validation rows"].tolist() == [10, 10]
+    assert found["times peft"] > 0 and found["peft/full"].shape == (2,)
+    assert glue_table.costs(found, ["mnli", "rte"]).shape == (2, 4)
+
+
+def test_each_device_takes_one_job_at_a_time_in_a_process_of_its_own() -> None:
+    def work(job):
+        began = time.monotonic()
+        time.sleep(0.3)
+        return job, os.getpid(), began, time.monotonic()
+
+    found = glue_runs.over_devices(work, [3, 1, 2, 4], ["cpu", "cpu"])
+    assert [job for job, *_ in found] == [3, 1, 2, 4]
+    processes = {process for _, process, *_ in found}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    assert all(sum(a <= begin < b for *_, a, b in found) <= 2 for *_, begin, _ in found)
+    assert {process for _, process, *_ in glue_runs.over_devices(work, [1, 2], [])} == {os.getpid()}
+
+
 def test_methods_are_known_ones_with_the_published_pair_in_them() -> None:
     known = dict.fromkeys(few_shot.METHODS, few_shot.Method(peft.LoraConfig(), 1.0))
-    assert list(glue_table.chosen(known, ["full", "paper"])) == ["full", "paper"]
+    assert list(glue_runs.chosen(known, ["full", "paper"])) == ["full", "paper"]
     for wrong in (["paper"], ["paper", "full", "peft"], ["paper", "full", "full"]):
         with pytest.raises(ValueError, match="methods is"):
-            glue_table.chosen(known, wrong)
+            glue_runs.chosen(known, wrong)
 
 
 def test_gains_are_paired_by_seed_and_the_overall_one_is_the_mean_over_tasks() -> None:
@@ -114,7 +162,7 @@ def test_gains_are_paired_by_seed_and_the_overall_one_is_the_mean_over_tasks() -
 
 
 def test_pairs_hold_each_two_methods_once() -> None:
-    found = list(glue_table.pairs(glue_table.METHODS))
+    found = list(glue_table.pairs(glue_runs.METHODS))
     assert len(found) == len({frozenset(pair) for pair in found}) == 5 + 4 + 3
     assert ("full", "paper") in found and ("full", "standard") in found and ("slower", "full") in found
 

@@ -1,87 +1,25 @@
-"""P1's Table 1: LoRA and Deep LoRA on several tasks with few rows each, compared seed by seed and task by task.
+"""P1's Table 1: what LoRA and Deep LoRA gain over each other on several tasks, and the tables that show it.
 
-The methods are those of few_shot.py. A seed draws the same rows, order and dropout for every method of a task, so that
-scores are compared in pairs. Arrays are by task (T), method (M) and seed (S).
+Scores of glue_runs.py are paired: a seed draws the same rows, order and dropout for every method of a task. Arrays are
+by task (T), method (M) and seed (S).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from compressible.companion.claims.intervals import holm, interval, mean
-from compressible.data.tasks import Task
-from compressible.experiments.few_shot import Method
-from compressible.finetuning.devices import device_names
-from compressible.finetuning.finetune import fine_tune
-from compressible.finetuning.run import FineTuningRun, RunHistory
-from compressible.runtime.checks import expect
+from compressible.experiments.glue_runs import METHODS
 
-METHODS = ("paper", "standard", "full", "thin", "compressed", "slower")  # of few_shot's
 BASELINES = ("paper", "standard", "full")  # what others are compared with, where they are not the same
-LAST = 50  # steps whose mean loss is kept, as in the authors' files
-
-
-def chosen(methods: Mapping[str, Method], names: Sequence[str]) -> dict[str, Method]:
-    """Return the methods of these names, in their order; ValueError unless they are some of METHODS, once each."""
-    good = len(set(names)) == len(names) and {"paper", "full"} <= set(names) <= set(METHODS)
-    expect("methods", list(names), good, f"paper, full and others of {', '.join(METHODS)}")
-    return {name: methods[name] for name in names}
-
-
-def trained(
-    model: nn.Module,
-    runs: Sequence[FineTuningRun],
-    task: Task,
-    steps: int,
-    methods: int,
-    devices: str = "one",
-    **options: Any,
-) -> dict[str, Any]:
-    """Train the runs of one task, by method and seed, score them at the end and return what `outcome` gives.
-
-    Also "validation rows" and "training rows", their numbers, and "wall seconds", set-up and scores included, and
-    "device seconds", those times the devices; after a kill no less than the passes took.
-
-    Args:
-        model, runs, task, steps: as for `fine_tune`.
-        methods: M, into whose equal parts the runs fall.
-        devices: "one", which is the model's, or "all" CUDA devices of the host.
-        options: others of `fine_tune`.
-    """
-    places = None if devices == "one" else device_names(devices)
-    began = time.perf_counter()
-    histories = fine_tune(model, runs, task, steps, evaluate_at=[steps], keep_factors=False, devices=places, **options)
-    wall = time.perf_counter() - began
-    found = outcome(histories, methods, steps)
-    own = max(wall * len(places or [None]), float(found["seconds"].sum()))
-    rows = {"validation rows": len(task.validation), "training rows": len(task.train)}
-    return found | rows | {"wall seconds": wall, "device seconds": own}
-
-
-def outcome(histories: Sequence[RunHistory], methods: int, step: int) -> dict[str, np.ndarray]:
-    """Return what one task's runs, by method and seed, came to after `step` updates.
-
-    "scores", "last loss" (mean of the last 50) and "seconds" of a device that a run took of its pass, each (M, S), and
-    "peak bytes" (M,) of a method's passes. A run that diverged has the score NaN.
-    """
-    shape = methods, -1
-    peaks = np.array([run.peak_bytes for run in histories]).reshape(shape)
-    return {
-        "scores": np.array([run.scores[step] for run in histories]).reshape(shape),
-        "last loss": np.array([run.losses[-LAST:].mean() for run in histories]).reshape(shape),
-        "seconds": np.array([run.seconds / run.shared for run in histories]).reshape(shape),
-        "peak bytes": peaks.max(1),
-    }
 
 
 def table(found: Mapping[str, Mapping[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
-    """Return the whole table from {task: what `trained` gave, with further numbers and texts}.
+    """Return the whole table from {task: what `one_task` of glue_runs.py gave}.
 
     Numbers are stacked over the tasks, and `gains` are added; "device seconds in all" are those of all tasks, and
     "times peft" is by how much "peft seconds", of speed.one_by_one, exceed them, where there are some.

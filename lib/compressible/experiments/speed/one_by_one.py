@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 
 import peft
 import torch
 from torch import Tensor, nn
 
-from compressible.data import hub
 from compressible.data.tasks import Task
 from compressible.finetuning.losses import first_output, run_losses
+from compressible.finetuning.peft_models import adapted_by_peft
 from compressible.finetuning.run import FineTuningRun, data_order
 from compressible.runtime import devices
 from compressible.runtime.checks import expect
 from compressible.runtime.devices import matmul_precision
 
 WARM_UP = 3  # steps before the clock starts
+SMALL = 1e-4
 
 
 def step_seconds(
@@ -112,14 +112,17 @@ def _stock(runs: Sequence[FineTuningRun]) -> FineTuningRun:
 
 
 def _adapted(model: nn.Module, run: FineTuningRun, precision: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as peft adapts it and its optimiser; factors are small constants, since values move no clock."""
+    device = next(model.parameters()).device
     base = copy.deepcopy(model).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
-    with hub.quiet(), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
-        torch.manual_seed(run.seed)
-        adapted = peft.get_peft_model(base, copy.deepcopy(run.config)).train()  # type: ignore[arg-type]
+    adapted = adapted_by_peft(base, run.config, run.seed, empty=True).train()  # full-width draws take half a minute
+    for module in adapted.modules():
+        for name, factor in list(module.named_parameters(recurse=False)):
+            if factor.is_meta:
+                filled = torch.full(factor.shape, SMALL, device=device)
+                setattr(module, name, nn.Parameter(filled, factor.requires_grad))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    fused = next(model.parameters()).is_cuda
-    return adapted, torch.optim.AdamW(trained, run.lr, eps=1e-6, weight_decay=0.0, fused=fused)
+    return adapted, torch.optim.AdamW(trained, run.lr, eps=1e-6, weight_decay=0.0, fused=device.type == "cuda")
 
 
 def _step(
