@@ -24,8 +24,6 @@ ARGS ?=
 # One thread a process and parallel over processes: two-thread torch beside another process is 2x to 27x slower.
 export OMP_NUM_THREADS = 1
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
-SNAKEMAKE = $(RUN) snakemake --cores $(JOBS) --resources gpu=$(GPUS) --keep-going --rerun-incomplete \
-	--scheduler greedy --quiet progress rules host
 
 # By the environment, since a shell would take off the quotes inside of it.
 export COMPRESSIBLE_ARGS = $(ARGS)
@@ -67,12 +65,10 @@ torch-gpu:
 	@if $(BIN)/python -m pip freeze | grep -q '^torch==.*+cpu'; \
 	then $(BIN)/python -m pip uninstall -q -y torch; fi
 
-# Values are checked by the Snakefile before it starts anything. A batch that was killed leaves a lock behind, which guards
-# nothing here: every job publishes its files whole or not at all.
 figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
 	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$(GPUS)" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
 		echo "$$seen GPUs of this machine are hidden from the notebooks: GPUS=$$seen shows them" >&2; fi
-	@$(SNAKEMAKE) --nolock --config preset='$(PRESET)' label='$(LABEL)' gpus=$(GPUS) ids='$(ID)'
+	@$(RUN) python -m compressible build --preset '$(PRESET)' --label '$(LABEL)' --jobs $(JOBS) --gpus $(GPUS) $(ID)
 
 figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
 	@test -n "$(ID)" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -220,3 +223,71 @@ def test_roles_keep_their_colours_and_other_names_get_what_is_left() -> None:
     assert len(set(figures.colors([*figures.COLORS, *range(4)]).values())) == 12
     with pytest.raises(ValueError, match="expected each of them once"):
         figures.colors(["deep", "deep"])
+
+
+HOSTILE = """\
+backend: QtAgg
+text.usetex: True
+savefig.bbox: tight
+savefig.format: svg
+savefig.transparent: True
+savefig.dpi: 7
+savefig.facecolor: red
+font.family: No Such Font
+lines.linewidth: 20
+axes.prop_cycle: cycler('color', ['r'])
+axes.formatter.use_locale: True
+figure.autolayout: True
+path.sketch: 3, 100, 2
+image.cmap: flag
+axes.xmargin: 0.9
+axes.facecolor: black
+"""
+DRAWS = """\
+import sys
+from pathlib import Path
+import numpy as np
+from compressible.companion import figures
+figure, (left, right) = figures.panels(2)
+left.imshow(np.eye(3))
+left.plot([1, 2, 3], [1, 4, 9], label="plain")
+left.legend()
+figures.over_seeds(right, [1, 2, 3], np.array([[1.0, 2, 3], [1, 3, 5]]), "C0", "mean")
+figures.label_lines(right)
+figures._draw(figure, Path(sys.argv[1], "a.png"), Path(sys.argv[1], "a.pdf"), "kwon2024/05_completion")
+"""
+
+
+def test_no_matplotlibrc_moves_a_pixel(tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_text(HOSTILE)
+    drawn = []
+    for told in ({}, {"MATPLOTLIBRC": str(tmp_path)}, {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://absent"}):
+        folder = tmp_path / str(len(drawn))
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-c", DRAWS, str(folder)], env=os.environ | told, check=True, cwd=tmp_path / ".."
+        )
+        drawn.append([(folder / name).read_bytes() for name in ("a.png", "a.pdf")])
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_a_notebook_shows_figures_whatever_backend_the_user_s_settings_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbclient
+    import nbformat
+
+    monkeypatch.setenv("MPLBACKEND", "QtAgg")
+    cell = nbformat.v4.new_code_cell("import compressible as cd\nfigure, axes = cd.figures.panels()\nfigure")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    assert "image/png" in notebook.cells[0].outputs[-1].data
+
+
+def test_a_logarithmic_panel_without_a_value_is_an_error_that_says_which() -> None:
+    figure, (left, right) = figures.panels(2)
+    left.plot([0, 1], [1, 2])
+    right.plot([0, 1], [float("nan"), float("nan")])
+    right.set(title="Floors", yscale="log")
+    right.set_xscale("log")
+    right.set_xticks([1, 2])
+    with pytest.raises(ValueError, match=r"'Floors' has no value that is finite and above 0.*lower step_size"):
+        figures._lay_out(figure)

@@ -1,16 +1,17 @@
-"""Command line: python -m compressible list | run | redraw | claims | index | site | data | notebooks."""
+"""Command line: python -m compressible list | run | build | redraw | claims | index | site | data | notebooks."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, index, notebooks
+from compressible.companion import batch, build, index, kernels, notebooks
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
     listing.set_defaults(command=_list)
     _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
+    _add_build(commands.add_parser("build", help="execute many notebooks, side by side, and keep their figures"))
     redraw = commands.add_parser("redraw", help="draw a figure anew from its record, without computing")
     redraw.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
     redraw.add_argument("--preset", default="paper", help="folder below figures/ that has the record (default: paper)")
@@ -65,6 +67,15 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.set_defaults(command=_run)
 
 
+def _add_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all that have the preset)")
+    build.add_argument("--preset", default="quick", help="set of parameters to start from (default: quick)")
+    build.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
+    build.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
+    build.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one a job; 0 hides them (default: 0)")
+    build.set_defaults(command=_build)
+
+
 def _add_claims(claims: argparse.ArgumentParser) -> None:
     claims.add_argument("--format", choices=("text", "markdown"), default="text")
     claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
@@ -83,7 +94,7 @@ def _add_index(page: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     given = _each_once(arguments.values)
     values = notebooks.plan(arguments.id, arguments.preset, arguments.files, given, arguments.label)
-    batch.check_kernel(arguments.kernel)
+    kernels.check_kernel(arguments.kernel)
     if arguments.check:
         return 0
     slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
@@ -96,6 +107,18 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
+def _build(arguments: argparse.Namespace) -> int:
+    label, given = arguments.label or arguments.preset, os.environ.get("COMPRESSIBLE_ARGS", "").strip()
+    checks.expect_integer("--jobs", arguments.jobs, 1, 10_000)
+    checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
+    for id in build.chosen(arguments.ids, arguments.preset):
+        named = ["--preset", arguments.preset, "--label", label]
+        if status := main(["run", id, *named, "--check", *shlex.split(given)]):
+            print(f"{id} refuses these values, and nothing was started", file=sys.stderr)
+            return status
+    return build.build(arguments.ids, arguments.preset, label, arguments.jobs, arguments.gpus, given)
+
+
 def _each_once(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
     """The values of -p by name; BatchError where a name comes twice."""
     names = [name for name, _ in pairs]
@@ -106,7 +129,7 @@ def _each_once(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
 
 def _redraw(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
-    batch.check_kernel(arguments.kernel)
+    kernels.check_kernel(arguments.kernel)
     batch.redraw(arguments.id, arguments.preset, arguments.kernel)
     print(f"{arguments.id}: drawn from its record in {time.perf_counter() - started:.0f} s")
     return 0
@@ -118,6 +141,7 @@ def _list(arguments: argparse.Namespace) -> int:
         for label, preset in notebooks.presets(id).items():
             gpu = "yes" if preset.gpu else "no"
             rows.append((id, label, f"{preset.minutes:g}", gpu, notebooks.state(id, label)))
+        rows += [(id, label, "-", "-", notebooks.state(id, label)) for label in notebooks.own_labels(id)]
     _print_table(rows)
     return 0
 
@@ -174,6 +198,7 @@ def _notebooks(arguments: argparse.Namespace) -> int:
     chosen = arguments.ids or notebooks.ids()
     for id in chosen:
         notebooks.notebook_path(id)
+    kernels.check_kernel("python3")
     failed = 0
     for id in chosen:
         failed += not _refresh(id)

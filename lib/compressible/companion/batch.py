@@ -19,21 +19,15 @@ from compressible.companion import records
 from compressible.companion.library import NOTEBOOK, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.companion.provenance import LIBRARY
-from compressible.runtime import checks, paths
+from compressible.runtime import paths
 
 START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
 SUFFIXES = (".pdf", ".png", ".npz", ".json")  # the record comes last: its presence says that the others are whole
+# The kernel's own way to show pictures, since a window's shows nothing in a notebook, and nobody's settings of them.
+PICTURES = {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
+# Jupyter interrupts a kernel before it ends it, which ipykernel's log calls an error; errors of cells come by messages.
+QUIET = {"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]}}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def check_kernel(name: str) -> None:
-    """Raise BatchError, with the known ones, where Jupyter has no kernel of that name."""
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    known = KernelSpecManager().find_kernel_specs()
-    if name not in known:
-        way = "; `python -m ipykernel install --sys-prefix` adds python3" if "python3" not in known else ""
-        raise BatchError(f"no Jupyter kernel {checks.shown(name)}{checks.closest(name, known)}{way}")
 
 
 def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
@@ -134,7 +128,7 @@ def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
 def _told(staging: Path, notebook: Path) -> dict[str, str]:
     """What the kernel is told: where things are, where figures go, which notebook it is, and that it computes."""
     told = {"COMPRESSIBLE_FIGURES": str(staging), NOTEBOOK: notebook_digest(notebook) or ""}
-    return _places() | told | {records.VARIABLE: ""}
+    return _places() | told | {records.VARIABLE: "", **PICTURES}
 
 
 def _places() -> dict[str, str]:
@@ -219,20 +213,21 @@ def _environment(**values: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private_sockets() -> Iterator[Any]:
-    """Jupyter's configuration for a kernel on Unix sockets of its own: TCP ports clash in parallel runs."""
+    """Jupyter's configuration for a quiet kernel on Unix sockets of its own: TCP ports clash in parallel runs."""
     from traitlets.config import Config
 
     with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
         # A socket's path holds about 100 characters; a longer one needs the default, TCP.
         fits = os.name == "posix" and len(folder) < 80
-        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}} if fits else {})
+        sockets = {"KernelManager": {"transport": "ipc", "ip": f"{folder}/socket"}} if fits else {}
+        yield Config(sockets | QUIET)
 
 
 @contextlib.contextmanager
 def _figures_aside() -> Iterator[None]:
     """Send figures to a folder that goes away: refreshing a notebook is no run of the batch."""
     with tempfile.TemporaryDirectory() as folder:
-        aside = _places() | {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: ""}
+        aside = _places() | {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: "", **PICTURES}
         with _environment(**aside):
             yield
 

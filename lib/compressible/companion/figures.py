@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from compressible.companion import claims, parameters, records, runs
 from compressible.companion.claims import interval
 from compressible.companion.palette import COLORS, PALETTE, colors
 from compressible.runtime import paths
+from compressible.runtime.kernel_bar import kernel
 
 __all__ = [
     "COLORS",
@@ -46,8 +48,32 @@ __all__ = [
 
 WIDTH = 6.75  # inches, both columns of the papers
 _TICKS = {"major.size": 3.5, "major.width": 0.8, "minor.size": 2, "minor.width": 0.6}
-# Seaborn's theme for papers, and what this project wants otherwise.
+# What belongs to the session rather than to a picture.
+_NO_STYLE = (
+    "backend",
+    "date.epoch",
+    "docstring",
+    "interactive",
+    "keymap",
+    "macosx",
+    "timezone",
+    "tk.",
+    "toolbar",
+    "webagg",
+)
+
+
+def _defaults() -> dict[str, Any]:
+    """Matplotlib's own settings of pictures, whatever the user's matplotlibrc says."""
+    names = [name for name in mpl.rcParamsDefault if not name.startswith(_NO_STYLE)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
+        return {name: mpl.rcParamsDefault[name] for name in names}
+
+
+# Matplotlib's defaults, seaborn's theme for papers, and what this project wants otherwise.
 STYLE: Any = {
+    **_defaults(),
     **sns.axes_style("whitegrid"),
     **sns.plotting_context("paper"),
     "font.sans-serif": ["DejaVu Sans"],
@@ -90,9 +116,26 @@ def panels(ncols: int = 1, nrows: int = 1, height: float = 2.4, width: float = W
     at once. The house style stays on for the session, since matplotlib reads it again with each line and title.
     """
     mpl.rcParams.update(STYLE)
-    figure, axes = plt.subplots(nrows, ncols, figsize=(width, height * nrows), **options)
+    options["figsize"] = (width, height * nrows)
+    _show_in_notebooks()
+    try:
+        figure, axes = plt.subplots(nrows, ncols, **options)
+    except ImportError:  # settings name a backend that cannot be loaded, a window's on a server, say
+        mpl.use("agg")
+        figure, axes = plt.subplots(nrows, ncols, **options)
     plt.close(figure)
     return figure, axes
+
+
+def _show_in_notebooks() -> None:
+    """In a kernel, take its own backend where settings name one that shows nothing in a notebook."""
+    named = str(mpl.rcParams["backend"]).lower()
+    if (
+        (shell := kernel())
+        and not named.startswith("module://")
+        and named not in ("inline", "ipympl", "widget", "nbagg")
+    ):
+        shell.enable_matplotlib("inline")
 
 
 def over_seeds(ax: Axes, x: Any, values: Any, color: str, label: str, **options: Any) -> Line2D:
@@ -122,7 +165,7 @@ def label_lines(ax: Axes, gap: float = 4.0) -> list[Annotation]:
     ends = [(line, end) for line in shown if (end := _last_point(ax, line)) is not None]
     with mpl.rc_context(STYLE):
         notes = [_note(ax, line, end, gap) for line, end in ends]
-        cast(Figure, ax.figure).draw_without_rendering()
+        _lay_out(cast(Figure, ax.figure))
     boxes = [note.get_window_extent() for note in notes]
     for group in _columns(boxes):
         _spread(ax, [notes[i] for i in group], [boxes[i] for i in group])
@@ -189,10 +232,23 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
     The layout is settled once and then kept, since every draw would move it by another fraction of a pixel.
     """
     with mpl.rc_context(STYLE):
-        figure.draw_without_rendering()
+        _lay_out(figure)
         figure.set_layout_engine("none")
         figure.savefig(png, dpi=160, metadata={"Title": title, "Software": "compressible"})
         figure.savefig(pdf, dpi=300, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place everything; ValueError that names the axes where a logarithmic one has no value to show."""
+    try:
+        figure.draw_without_rendering()
+    except ValueError as error:
+        if "log-scaled" not in str(error):
+            raise
+        logarithmic = [ax for ax in figure.axes if "log" in (ax.get_xscale(), ax.get_yscale())]
+        where = f"one of the logarithmic panels {', '.join(repr(ax.get_title('left')) for ax in logarithmic)}"
+        why = "every run diverged, or the values are impossible: lower step_size or outer_ratio"
+        raise ValueError(f"{where} has no value that is finite and above 0, expected one: {why}") from error
 
 
 def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:

@@ -141,7 +141,7 @@ def plan(
     known = defaults(notebook_path(id))
     if "preset" not in known:
         raise BatchError(f"{id} has no cell tagged 'parameters' that sets preset: it cannot run in a batch")
-    values = dict(_chosen(id, preset).parameters)
+    values = dict(chosen(id, preset).parameters)
     for file in files:
         values |= read_yaml(Path(file))
     values |= {name: parse(text, known.get(name)) for name, text in (overrides or {}).items()}
@@ -160,7 +160,9 @@ def conditions(id: str) -> list[str]:
     return list(read_yaml(file).get(name) or []) if file.exists() else []
 
 
-def _chosen(id: str, preset: str) -> Preset:
+def chosen(id: str, preset: str) -> Preset:
+    """A preset of a notebook. Raises BatchError, with the closest known name, when there is none of either."""
+    notebook_path(id)
     available = presets(id)
     if preset not in available:
         raise BatchError(f"{id} has no preset {preset!r}{checks.closest(preset, available)}")
@@ -197,10 +199,17 @@ def failed_path(id: str, label: str) -> Path:
     return paths.figures_dir() / label / "failed" / f"{id}.ipynb"
 
 
+def own_labels(id: str) -> list[str]:
+    """Labels that are no preset's name and under which a figure of a notebook lies, or has failed; sorted."""
+    root = paths.figures_dir()
+    files = [*root.glob(f"*/{id}.json"), *root.glob(f"*/failed/{id}.txt")]
+    return sorted({file.relative_to(root).parts[0] for file in files} - presets(id).keys())
+
+
 def state(id: str, label: str) -> str:
     """How fresh a figure is, in one word.
 
-    done     its record was made by the code that is here, with the values that the preset sets
+    done     its record was made by the code that is here, with the values that the preset sets, if the label is one's
     stale    it was made by other code, or with other values
     unknown  its record does not say by which code: no digest of the notebook or of the library
     failed   the last run ended with an error, after whatever figure there is
@@ -226,5 +235,7 @@ def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
     code = {"notebook": notebook_digest(notebook_path(id)), "library": LIBRARY}
     if any(record.get(name) not in (None, digest) for name, digest in code.items()):
         return True
-    values = vocabulary.validate(defaults(notebook_path(id)) | _chosen(id, label).parameters)
+    if label not in presets(id):  # one's own values, which nothing sets
+        return False
+    values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
     return "parameters" in record and record["parameters"] != {n: v for n, v in values.items() if n != "preset"}

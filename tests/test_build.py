@@ -1,0 +1,163 @@
+"""Many figures by one call: progress, the last lines, failures, Ctrl-C, refusals, kernels that do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, SAVE, write_notebook
+
+from compressible.__main__ import main
+from compressible.companion import build, kernels, notebooks
+
+
+@pytest.fixture
+def batch_of(add_notebook, checkout):
+    """Two notebooks, good and bad, and what the batch needs beside them."""
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    return add_notebook("00_bad", "raise RuntimeError('as intended')"), add_notebook("01_good")
+
+
+def test_a_batch_says_in_few_lines_what_was_built_where_and_what_failed(batch_of, capfd):
+    bad, good = batch_of
+    assert main(["build", "--jobs", "2"]) == 1
+    said = capfd.readouterr()
+    told = said.out.splitlines()
+    assert told[0] == f"built: {good}" and told[-1] == "to look at: figures/quick/index.html"
+    (failed,) = [line for line in told if line.startswith("failed: ")]
+    assert failed == f"failed: {bad}: RuntimeError: as intended; log: figures/quick/failed/{bad}.txt"
+    assert Path("figures/quick/index.html").is_file()
+    lines = said.err.splitlines()  # one for each figure that ended, and nothing of snakemake's or of a kernel's log
+    assert len(lines) == 2 and lines[1].startswith("2 of 2 figures, 1 failed, "), said.err
+    assert "rule figure" in Path("figures/quick/.batch/log.txt").read_text()
+    write_notebook(Path("notebooks", f"{bad}.ipynb"), SAVE.format(id=bad))
+    assert main(["build"]) == 0
+    said = capfd.readouterr()
+    assert said.out.splitlines()[:2] == [f"built: {bad}", f"as it was, up to date: {good}"]
+    assert said.err.startswith("1 of 1 figures, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "told"),
+    [
+        (["kwon2024/99_absent"], "", "no notebook 'kwon2024/99_absent'"),
+        (["--preset", "papr"], "", "no notebook has a preset 'papr'; known are paper, quick"),
+        (["kwon2024/01_good", "--preset", "papr"], "", "no preset 'papr'; the closest is 'paper'"),
+        (["--label", "a b"], "", "label: got 'a b'"),
+        ([], "-p rank many", "rank: got 'many'"),
+        ([], "-p rank '", "No closing quotation"),
+        (["--jobs", "0"], "", "--jobs is 0, expected an integer from 1"),
+        (["--gpus", "-1"], "", "--gpus is -1, expected an integer from 0"),
+    ],
+)
+def test_a_batch_refuses_in_a_line_and_starts_nothing(arguments, given, told, batch_of, capfd, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_ARGS", given)
+    monkeypatch.setattr(build, "_follow", lambda *_: pytest.fail("something was started"))
+    assert main(["build", *arguments]) == 2
+    said = capfd.readouterr()
+    assert told in said.err and "Traceback" not in said.err and not Path("figures").exists()
+
+
+def test_a_batch_that_cannot_begin_says_why(batch_of, capfd):
+    Path("Snakefile").write_text("raise WorkflowError('of no use')\n")
+    assert main(["build", "kwon2024/01_good"]) == 1
+    said = capfd.readouterr()
+    assert "not reached: kwon2024/01_good" in said.out
+    assert "the batch ended early: " in said.err and "of no use" in said.err and "Traceback" not in said.err
+
+
+def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of, checkout, add_notebook):
+    _, good = batch_of
+    call = [sys.executable, "-m", "compressible", "build", good]
+    assert subprocess.run(call, check=False, capture_output=True).returncode == 0
+    before = Path(f"figures/quick/{good}.json").read_bytes()
+    add_notebook("01_good", "import time; time.sleep(60)")
+    batch = subprocess.Popen(call, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(Path("figures/quick").glob(".staging-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    os.killpg(batch.pid, signal.SIGINT)
+    out, err = batch.communicate(timeout=60)
+    assert batch.returncode == build.STOPPED and "Traceback" not in out + err
+    assert "to look at: figures/quick/index.html" in out
+    assert Path(f"figures/quick/{good}.json").read_bytes() == before
+
+
+def test_the_time_that_is_left_follows_what_the_figures_have_taken(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(build.time, "monotonic", lambda: now[0])
+    progress = build.Progress({"a/1": 1.0, "a/2": 1.0, "a/3": 2.0}, jobs=2, total=3, began=0.0)
+    assert progress.left() == 120
+    assert not progress.note("Job 3: a/1, preset quick\n") and not progress.note("b/9: done after 3 s\n")
+    now[0] = 30.0
+    assert progress.note("a/1: done after 30 s\n") and progress.note("a/2: FAILED after 30 s; preset x needs y\n")
+    assert progress.left() == 60 and progress.line() == "2 of 3 figures, 1 failed, 30 s, about 60 s left"
+    now[0] = 500.0
+    assert progress.left() == 0
+    assert progress.note("figure            2\n") and progress.total == 2 and "left" not in progress.line()
+
+
+def test_the_list_shows_one_s_own_labels(batch_of, capsys):
+    _, good = batch_of
+    assert main(["run", good, "--label", "mine", "-p", "rank", "4"]) == 0
+    assert main(["run", batch_of[0], "--label", "other"]) == 1
+    capsys.readouterr()
+    assert main(["list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [good, "mine", "-", "-", "unknown"] in rows and [batch_of[0], "other", "-", "-", "failed"] in rows
+    record = Path(f"figures/mine/{good}.json")
+    code = {"notebook": "f" * 64, "library": notebooks.LIBRARY, "parameters": {"rank": 4}}
+    record.write_text(json.dumps(code))
+    assert notebooks.state(good, "mine") == "stale"
+    code["notebook"] = notebooks.notebook_digest(Path(f"notebooks/{good}.ipynb"))
+    record.write_text(json.dumps(code))
+    assert notebooks.state(good, "mine") == "done"
+
+
+def write_kernel(folder: Path, name: str, content: str) -> None:
+    place = folder / "kernels" / name
+    place.mkdir(parents=True)
+    (place / "kernel.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"argv": ["R", "{connection_file}"], "language": "R"}, "is for 'R', expected python"),
+        ({"argv": ["/gone/bin/python", "-m", "x"], "language": "python"}, "'/gone/bin/python', which is not there"),
+        ({"argv": ["{other}", "-m", "x"], "language": "python"}, "which lacks ipykernel, torch, matplotlib, seaborn"),
+        ({"argv": ["{broken}", "-m", "x"], "language": "python"}, "which does not run: exit status 3"),
+        ("no json", "cannot be read"),
+    ],
+)
+def test_a_kernel_of_another_place_is_refused_with_what_to_do(
+    content, told, tmp_path, monkeypatch, add_notebook, capsys
+):
+    other, broken = tmp_path / "python3.11", tmp_path / "python3.99"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')  # a Python without any package
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    for program in (other, broken):
+        program.chmod(0o755)
+    text = content if isinstance(content, str) else json.dumps({"display_name": "x", **content})
+    write_kernel(tmp_path, "python3", text.replace("{other}", str(other)).replace("{broken}", str(broken)))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert main(["run", add_notebook("01_good"), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert told in said and f"`{sys.executable} -m ipykernel install --sys-prefix`" in said and said.count("\n") == 1
+
+
+def test_a_kernel_of_this_python_is_taken_whatever_its_name(tmp_path, monkeypatch):
+    for name, program in (("mine", sys.executable), ("plain", "python"), ("wrapper", "env")):
+        text = json.dumps({"argv": [program, "-m", "ipykernel_launcher"], "language": "python", "display_name": name})
+        write_kernel(tmp_path, name, text)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    for name in ("mine", "plain", "wrapper", "python3"):
+        kernels.check_kernel(name)
