@@ -2,7 +2,7 @@
 
 A name is "minilm" (all-MiniLM-L6-v2) or "mpnet" (all-mpnet-base-v2, of BERT-base's shape), both checked against
 manifest.toml, a folder, or a name on the hub; a folder of that name below COMPRESSIBLE_MODELS goes first. Weights are
-read from safetensors files only and are float32 in memory, whatever the file holds. Protocols (trap T3):
+read from safetensors files, or one GGUF file, and are float32 in memory, whatever the file holds. Protocols (trap T3):
   clean    new head N(0, 0.02) with zero bias, to be trained; the pretrained pooler is kept
   authors  new head of truncated LeCun normal with zero bias, to stay frozen; the pooler starts anew, N(0, 0.02), its
            bias stays 0
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressible.data import hub
+from compressible.data import gguf_files, hub
 from compressible.data.manifest import DataError
 from compressible.data.tasks import PROTOCOLS, Task, load_task
 from compressible.runtime import checks, devices
 
-KNOWN = ("minilm", "mpnet", "bert-base-cased", "google-t5/t5-base")
+KNOWN = ("minilm", "mpnet", "gemma3-270m", "bert-base-cased", "google-t5/t5-base")
 DEVIATION = 0.02
 TRUNCATED = 0.87962566103423978  # standard deviation of a unit normal cut at 2, by which JAX divides
 
@@ -108,6 +108,32 @@ def load_for_task(
     model, _ = load_encoder(encoder, loaded.outputs, protocol, seed)
     rows = range(min(validation_rows or len(loaded.validation), len(loaded.validation)))
     return model.to(place), replace(loaded, validation=loaded.validation.take(rows))
+
+
+def load_causal_lm(name: str) -> tuple[nn.Module, Any]:
+    """A language model that goes on with a text, such as Gemma, and its tokenizer.
+
+    Args:
+        name: "gemma3-270m", 268 million parameters on Gemma's own terms, to which COMPRESSIBLE_ACCEPT=gemma agrees; a
+            folder, in the hub's format or with one GGUF file; or a name on the hub.
+
+    Returns:
+        (model, tokenizer), the model in float32 and evaluation mode on the CPU. A GGUF file's numbers are widened, once:
+        that takes a minute, and its 4 bytes a parameter stay in the cache.
+
+    Raises:
+        DataError: if the model cannot be had; it says what was tried and what to do.
+
+    Example:
+        >>> import compressible as cd
+        >>> model, tokenizer = cd.load_causal_lm("gemma3-270m")  # doctest: +SKIP
+        >>> model.config.num_hidden_layers, len(tokenizer)  # doctest: +SKIP
+        (18, 262144)
+
+    Reference:
+        Gemma Team 2025, Gemma 3; it stands in for T5 in P1's Table 2.
+    """
+    return _load("AutoModelForCausalLM", name, {}).eval(), load_tokenizer(name)
 
 
 def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
@@ -214,7 +240,7 @@ def _load(kind: str, name: str, settings: dict) -> Any:
         import transformers
     except ImportError as error:
         raise DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
-    place = hub.find_model(name)
+    place = gguf_files.readable(hub.find_model(name))
     if kind != "AutoTokenizer":
         settings = settings | {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
     try:

@@ -225,17 +225,17 @@ def examples(rows: Rows, kind: str, tokenizer: Any, protocol: str, max_length: i
     if not keep:
         raise ValueError(f"no row of {rows.source} has at most {max_length} word pieces")
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-    tokens = {name: _padded([ids[row] for row in keep], padding.get(name, 0)) for name, ids in encoded.items()}
+    tokens = {name: padded([ids[row] for row in keep], padding.get(name, 0)) for name, ids in encoded.items()}
     if written:
-        labels = _padded([written[row] for row in keep], IGNORED)
+        labels = padded([written[row] for row in keep], IGNORED)
     else:
         dtype = torch.float32 if kind == "regression" else torch.int64
         labels = torch.tensor([rows.labels[row] for row in keep], dtype=dtype)
     texts = tuple(rows.texts[row] for row in keep)
-    return Examples(tokens, labels, texts, _references(rows, keep) if written else (), padding)
+    return Examples(tokens, labels, texts, references_of(rows, keep) if written else (), padding)
 
 
-def _references(rows: Rows, keep: list[int]) -> tuple[tuple[str, ...], ...]:
+def references_of(rows: Rows, keep: list[int]) -> tuple[tuple[str, ...], ...]:
     """For each kept row all texts that the split has for the same input."""
     known: dict[tuple[str, ...], list[str]] = {}
     for texts, label in zip(rows.texts, rows.labels, strict=True):
@@ -243,7 +243,8 @@ def _references(rows: Rows, keep: list[int]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(known[rows.texts[row]]) for row in keep)
 
 
-def _padded(rows: list[list[int]], value: int) -> Tensor:
+def padded(rows: list[list[int]], value: int) -> Tensor:
+    """Rows of unequal lengths as one tensor (N, T), filled at the end with `value`."""
     lengths = np.array([len(row) for row in rows])
     filled = np.full((len(rows), lengths.max()), value, dtype=np.int64)
     filled[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(rows)
