@@ -158,6 +158,11 @@ def load_seq2seq(name: str) -> tuple[nn.Module, Any]:
     return _load("AutoModelForSeq2SeqLM", name, {}).eval(), load_tokenizer(name)
 
 
+def writes_from_another(name: str) -> bool:
+    """Whether a model by name writes a text from another, as T5 does, rather than goes on with it; DataError."""
+    return bool(_load("AutoConfig", name, {}).is_encoder_decoder)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, which pads at the end, with the mark of the end if it has no padding of its own.
 
@@ -241,7 +246,7 @@ def _load(kind: str, name: str, settings: dict) -> Any:
     except ImportError as error:
         raise DataError("transformers is not installed: pip install 'compressible-dynamics[adapters]'") from error
     place = gguf_files.readable(hub.find_model(name))
-    if kind != "AutoTokenizer":
+    if kind not in ("AutoTokenizer", "AutoConfig"):
         settings = settings | {"dtype": torch.float32, "attn_implementation": "sdpa", "use_safetensors": True}
     try:
         # Layers that a checkpoint lacks are drawn from the global generator: leave it as it was.
