@@ -56,7 +56,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (
         Parameter(int, _COUNT),
         "entries measurements tuning_steps record_every frames batch_size few_rows tuning_rows noisy_rows noisy_steps"
-        " period draws",
+        " period draws written_rows written_length",
     ),
     (Parameter(int, _SIZE, many=True), "dimensions"),
     (Parameter(int, _WIDTH, many=True), "ranks rank_guesses widths inner_widths"),
@@ -69,6 +69,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         " more_rates",
     ),
     (Parameter(int, _COUNT_OR_NONE, many=True), "snapshots evaluate_at"),
+    (Parameter(int, "[1, 100]"), "beams"),
     (Parameter(int, "[2, 1_000]"), "depth"),
     (Parameter(int, "[2, 1_000]", many=True), "depths"),
     (Parameter(int, "[2, 100_000]", many=True), "stacks"),
@@ -104,7 +105,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(str, "float64|float32", many=True), "precisions"),
     (Parameter(str, _PRECISIONS), "precision"),
     (Parameter(str, _PRECISIONS, many=True), "tuning_precisions"),
-    (Parameter(str, r"[\w./-]+"), "encoder"),
+    (Parameter(str, r"[\w./-]+"), "encoder language_model"),
     (Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True), "encoders"),
     (Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True), "networks"),
     (Parameter(str, r"[a-z0-9-]+"), "task"),

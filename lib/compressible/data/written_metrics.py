@@ -4,7 +4,7 @@ All are from 0 to 1, higher is better. BLEU is sacrebleu's, of all texts togethe
 measures of rouge-score, without stemming, and METEOR is nltk's with its usual constants: means over the texts. Sentences
 end where ". ", "! " or "? " does, words are those of nltk's Treebank tokenizer: so no other data than WordNet is needed.
 METEOR wants WordNet's words of equal meaning: nltk's own copy where there is one, else the files of Debian's package
-wordnet-base, which the manifest names; where neither can be had, METEOR is left out.
+wordnet-base, which the manifest names; where neither can be had, METEOR is left out, and `without_meteor` says why.
 """
 
 from __future__ import annotations
@@ -36,22 +36,25 @@ def written_scores(written: Sequence[str], references: Sequence[str]) -> dict[st
         raise ValueError(f"{len(written)} texts and {len(references)} references, expected as many, one at least")
     found = {"BLEU": bleu(written, [[reference] for reference in references])}
     found |= _rouge(written, references)
-    words = wordnet()
+    words, _ = _found_wordnet()
     return found if words is None else found | {"METEOR": _meteor(written, references, words)}
 
 
+def without_meteor() -> str:
+    """Why METEOR is left out: what was tried for WordNet; "" where it is there."""
+    return _found_wordnet()[1]
+
+
 @functools.cache
-def wordnet() -> Any:
-    """WordNet as nltk reads it, or None, of which a warning tells once."""
+def _found_wordnet() -> tuple[Any, str]:
+    """WordNet as nltk reads it, and "", or None, and why."""
     try:
-        return _nltk_wordnet()
-    except LookupError as own:
+        return _nltk_wordnet(), ""
+    except LookupError:
         try:
-            return _fetched_wordnet()
+            return _fetched_wordnet(), ""
         except DataError as error:
-            tried = f"nltk: {one_line(own)}; {one_line(error)}"
-            warnings.warn(f"METEOR is left out, since WordNet cannot be had: {tried}", RuntimeWarning, stacklevel=3)
-            return None
+            return None, f"nltk has no WordNet, and {one_line(error)}"
 
 
 def _nltk_wordnet() -> Any:

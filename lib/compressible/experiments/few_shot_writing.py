@@ -19,7 +19,7 @@ from compressible.adapters.config import DeepLoraConfig
 from compressible.data import pretrained, prompts
 from compressible.data.metrics import bleu
 from compressible.data.tasks import Examples, Task, load_task
-from compressible.data.written_metrics import METRICS, written_scores
+from compressible.data.written_metrics import METRICS, without_meteor, written_scores
 from compressible.experiments.few_shot import Method
 from compressible.experiments.tiny_writer import TINY, tiny_writer
 from compressible.finetuning.lora import paper_lora_start
@@ -125,8 +125,8 @@ def outcome(
 ) -> dict[str, Any]:
     """What runs by method and seed, the last one fastest, write and what it is worth.
 
-    "scores" (methods, seeds, metrics) by the list "metrics", which lacks METEOR where WordNet is not, "untuned"
-    (metrics,) of the model before training, "losses" (methods, seeds, steps), "validation losses" (methods, seeds) in
+    "scores" (methods, seeds, metrics) by the list "metrics", why METEOR is not among them or "", "untuned" (metrics,)
+    of the model before training, "losses" (methods, seeds, steps), "validation losses" (methods, seeds) in
     nats a word, `gains`, "several references" (methods, seeds), BLEU against all texts of a meaning, and examples of
     what is written by the first seed. A run that diverged is NaN everywhere.
     """
@@ -135,14 +135,15 @@ def outcome(
     first = score(before, references)
     metrics = [name for name in METRICS if name in first]
     texts = [_written_by(history, subject, search) for history in progress(histories, "writing")]
-    found = [_row(each, references, metrics, score) for each in texts]
-    scores = np.array(found).reshape(*shape, -1)
+    scores = np.array([_row(each, references, metrics, score) for each in texts]).reshape(*shape, -1)
+    untuned = np.array([first[name] for name in metrics])
     known = subject.task.validation.references
     return {
         "metrics": metrics,
+        "without METEOR": without_meteor(),
         "scores": scores,
-        "untuned": np.array([first[name] for name in metrics]),
-        **gains(dict(zip(METHODS, scores, strict=True)), metrics),
+        "untuned": untuned,
+        **gains(dict(zip(METHODS, scores, strict=True)), untuned, metrics),
         "several references": np.array([_several(each, known) for each in texts]).reshape(shape),
         "losses": np.array([run.losses for run in histories]).reshape(*shape, -1),
         "validation losses": np.array([run.scores[max(run.scores)] for run in histories]).reshape(shape),
@@ -152,12 +153,18 @@ def outcome(
     }
 
 
-def gains(scores: Mapping[str, np.ndarray], metrics: Sequence[str]) -> dict[str, np.ndarray]:
-    """Per seed (S,) what each variant gains, from scores (S, metrics) by METHODS: "<variant> - <start>, <metric>"."""
+def gains(
+    scores: Mapping[str, np.ndarray], untuned: np.ndarray, metrics: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Per seed (S,) what each variant gains over LoRA's starts and over the model before training.
+
+    From scores (S, metrics) by METHODS and `untuned` (metrics,): "<variant> - <start or untuned>, <metric>".
+    """
+    others = {start: scores[start] for start in LORA} | {"untuned": untuned[None]}
     return {
-        f"{variant} - {start}, {metric}": scores[variant][:, at] - scores[start][:, at]
+        f"{variant} - {other}, {metric}": scores[variant][:, at] - values[:, at]
         for variant in DEEP
-        for start in LORA
+        for other, values in others.items()
         for at, metric in enumerate(metrics)
     }
 
