@@ -106,4 +106,6 @@ def test_the_tiny_writer_is_the_same_for_a_seed_and_learns(subject):
         model, _ = tiny_writer.tiny_writer("e2e-excerpt", 3, steps=steps)
         losses.append(model(**rows.tokens, labels=rows.labels).loss.item())
     assert losses[1] < losses[0] - 0.5
-    assert tokenizer.decode(tokenizer("It is £20-25, OK?")["input_ids"], skip_special_tokens=True) == "It is £20-25, OK?"
+    assert (
+        tokenizer.decode(tokenizer("It is £20-25, OK?")["input_ids"], skip_special_tokens=True) == "It is £20-25, OK?"
+    )

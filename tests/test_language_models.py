@@ -54,7 +54,8 @@ def write_gguf(path, seed=0):
     writer.add_unk_token_id(3)
     shapes = {"token_embd": (len(pieces), width), "output_norm": (width,)}
     for at in range(layers):
-        inner = {"attn_norm": (width,), "post_attention_norm": (width,), "ffn_norm": (width,), "post_ffw_norm": (width,)}
+        norms = ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+        inner: dict = dict.fromkeys(norms, (width,))
         inner |= {"attn_q": (heads * size, width), "attn_k": (size, width), "attn_v": (size, width)}
         inner |= {"attn_output": (width, heads * size), "attn_q_norm": (size,), "attn_k_norm": (size,)}
         inner |= {"ffn_gate": (hidden, width), "ffn_up": (hidden, width), "ffn_down": (width, hidden)}
@@ -103,11 +104,11 @@ def test_folders_of_several_files_or_of_none_that_can_be_read_are_refused(tmp_pa
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "one.gguf").write_bytes(b"GGUF but no more")
-    with pytest.raises(DataError, match="cannot read .*one.gguf"):
+    with pytest.raises(DataError, match=r"cannot read .*one\.gguf"):
         cd.load_causal_lm(str(folder))
     assert not list(own_cache.glob("widened/*/*.json"))
     (folder / "two.gguf").write_bytes(b"")
-    with pytest.raises(DataError, match="holds one.gguf, two.gguf, expected one GGUF file"):
+    with pytest.raises(DataError, match=r"holds one\.gguf, two\.gguf, expected one GGUF file"):
         cd.load_causal_lm(str(folder))
 
 
@@ -260,7 +261,9 @@ def test_metrics_are_those_of_their_packages(no_wordnet):
 
 def test_sentences_in_another_order_count_for_one_metric_only(no_wordnet):
     pytest.importorskip("rouge_score")
-    found = written_metrics.written_scores(["It is near a bar. The Mill is good."], ["The Mill is good. It is near a bar."])
+    found = written_metrics.written_scores(
+        ["It is near a bar. The Mill is good."], ["The Mill is good. It is near a bar."]
+    )
     assert found["ROUGE-Lsum"] == pytest.approx(1.0) and found["ROUGE-L"] < 0.7
 
 

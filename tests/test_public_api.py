@@ -29,8 +29,8 @@ PUBLIC = {
     ],
     "networks": ["FactoredLinear", "FactoredConv2d", "factorize"],
     "data": [
-        "Examples", "Task", "load_task", "load_causal_task", "load_encoder", "load_for_task", "load_causal_lm", "load_seq2seq",
-        "load_tokenizer", "head_layers",
+        "Examples", "Task", "load_task", "load_causal_task", "load_encoder", "load_for_task", "load_causal_lm",
+        "load_seq2seq", "load_tokenizer", "head_layers",
     ],
     "experiments": ["compare_starts", "stack_starts"],
 }  # fmt: skip

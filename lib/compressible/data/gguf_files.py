@@ -1,8 +1,8 @@
 """Models that come as one GGUF file: its numbers are widened once, and kept as safetensors in the cache.
 
-transformers reads such a file, but it walks through the file's vocabulary piece by piece three times, a minute and more
-for 262,144 word pieces; what is kept is read in a second. It is a folder as the hub has them, with the sha256 of each of
-its files, which are compared whenever the model is read.
+transformers reads such a file, but it walks through the file's vocabulary piece by piece three times, a minute and
+more for 262,144 word pieces; what is kept is read in a second. It is a folder as the hub has them, with the sha256 of
+each of its files, which are compared whenever the model is read.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def load_causal_lm(name: str) -> tuple[nn.Module, Any]:
             folder, in the hub's format or with one GGUF file; or a name on the hub.
 
     Returns:
-        (model, tokenizer), the model in float32 and evaluation mode on the CPU. A GGUF file's numbers are widened, once:
-        that takes a minute, and its 4 bytes a parameter stay in the cache.
+        (model, tokenizer), the model in float32 and evaluation mode on the CPU. A GGUF file's numbers are widened once:
+        that takes a minute, and 4 bytes a parameter stay in the cache.
 
     Raises:
         DataError: if the model cannot be had; it says what was tried and what to do.

@@ -55,10 +55,10 @@ def load_causal_task(
         raise ValueError(checks.unknown("task", name, written))
     checks.expect("max_length", max_length, isinstance(max_length, int) and max_length >= 3, "an integer >= 3")
     found = [read_rows(name, split, source) for split in SPLITS]
-    parts = [continued(rows, tokenizer, protocol, max_length) for rows in found]
-    dropped = tuple(len(rows.labels) - len(part) for rows, part in zip(found, parts, strict=True))
-    sources = (found[0].source, found[1].source)
-    return Task(name, "causal", 0, SETS[name].metric, *parts, protocol, sources, dropped)  # type: ignore[arg-type]
+    train, held = (continued(rows, tokenizer, protocol, max_length) for rows in found)
+    dropped = len(found[0].labels) - len(train), len(found[1].labels) - len(held)
+    sources = found[0].source, found[1].source
+    return Task(name, "causal", 0, SETS[name].metric, train, held, protocol, sources, dropped)
 
 
 def prompts(texts: Sequence[tuple[str, ...]]) -> list[str]:
@@ -68,27 +68,27 @@ def prompts(texts: Sequence[tuple[str, ...]]) -> list[str]:
 
 def continued(rows: Rows, tokenizer: Any, protocol: str, max_length: int) -> Examples:
     """Rows as prompt and answer, by the protocol cut or dropped above `max_length`; ValueError if none is left."""
-    end = tokenizer.eos_token_id
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     checks.expect("the tokenizer's mark of the end", end, end is not None, "one: set tokenizer.eos_token")
-    starts = tokenizer(prompts(rows.texts), verbose=False)["input_ids"]
     plain = {"verbose": False, "add_special_tokens": False}
     answers = [[*ids, end] for ids in tokenizer([f" {label}" for label in rows.labels], **plain)["input_ids"]]
-    keep = range(len(answers))
+    keep = list(range(len(answers)))
     if protocol == "authors":
         texts = tokenizer([text for (text,) in rows.texts], verbose=False)["input_ids"]
-        keep = [row for row in keep if max(len(texts[row]), len(answers[row])) <= max_length]  # type: ignore[assignment]
-    if not len(keep):
+        keep = [row for row in keep if max(len(texts[row]), len(answers[row])) <= max_length]
+    if not keep:
         raise ValueError(f"no row of {rows.source} has at most {max_length} word pieces")
-    answers = [ids[:max_length] for ids in answers]
-    pairs = [(starts[row], answers[row]) for row in keep]
-    texts_kept = tuple(rows.texts[row] for row in keep)
-    return Examples(*_tensors(pairs, tokenizer.pad_token_id), texts_kept, references_of(rows, list(keep)), {
-        "input_ids": tokenizer.pad_token_id
-    })  # fmt: skip
+    kept = tuple(rows.texts[row] for row in keep)
+    starts = tokenizer(prompts(kept), verbose=False)["input_ids"]
+    tokens, labels = _tensors(starts, [answers[row][:max_length] for row in keep], padding)
+    return Examples(tokens, labels, kept, references_of(rows, keep), {"input_ids": padding})
 
 
-def _tensors(pairs: list[tuple[list[int], list[int]]], padding: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _tensors(
+    starts: list[list[int]], answers: list[list[int]], padding: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Tokens and labels (N, T): the row's own tokens where the answer stands, -100 elsewhere."""
+    pairs = [*zip(starts, answers, strict=True)]
     ids = padded([start + answer for start, answer in pairs], padding)
     labels = padded([[IGNORED] * len(start) + answer for start, answer in pairs], IGNORED)
     mask = padded([[1] * (len(start) + len(answer)) for start, answer in pairs], 0)

@@ -1,10 +1,11 @@
 """How near written texts are to reference texts: BLEU, ROUGE and METEOR, each by the package that is known for it.
 
 All are from 0 to 1, higher is better. BLEU is sacrebleu's, of all texts together. ROUGE-1, -2, -L and -Lsum are F
-measures of rouge-score, without stemming, and METEOR is nltk's with its usual constants: means over the texts. Sentences
-end where ". ", "! " or "? " does, words are those of nltk's Treebank tokenizer: so no other data than WordNet is needed.
-METEOR wants WordNet's words of equal meaning: nltk's own copy where there is one, else the files of Debian's package
-wordnet-base, which the manifest names; where neither can be had, METEOR is left out, and `without_meteor` says why.
+measures of rouge-score, without stemming, and METEOR is nltk's with its usual constants: means over the texts.
+Sentences end where ". ", "! " or "? " does, words are those of nltk's Treebank tokenizer: so no other data than WordNet
+is needed. METEOR wants WordNet's words of equal meaning: nltk's own copy where there is one, else the files of Debian's
+package wordnet-base, which the manifest names; where neither can be had, METEOR is left out, and `without_meteor` says
+why.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LEXNAMES = "".join(f"{at:02d} unnamed 0\n" for at in range(45))  # groups of wor
 def written_scores(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Each of METRICS for N texts with a reference each, N >= 1; without "METEOR" where its data is not.
 
-    Raises ValueError for unequal numbers, ImportError where sacrebleu, rouge-score or nltk are not installed.
+    Raises ValueError for unequal numbers, ImportError where sacrebleu or rouge-score are not installed.
     """
     if len(written) != len(references) or not written:
         raise ValueError(f"{len(written)} texts and {len(references)} references, expected as many, one at least")
@@ -50,6 +51,8 @@ def _found_wordnet() -> tuple[Any, str]:
     """WordNet as nltk reads it, and "", or None, and why."""
     try:
         return _nltk_wordnet(), ""
+    except ImportError as error:
+        return None, one_line(error)
     except LookupError:
         try:
             return _fetched_wordnet(), ""
@@ -72,7 +75,7 @@ def _fetched_wordnet() -> Any:
 
 
 def _reader(folder: str) -> Any:
-    """nltk's reader of a folder that lacks a list of names and the other versions of WordNet, which METEOR never asks."""
+    """nltk's reader of a folder without a list of names and other versions of WordNet, of which METEOR asks nothing."""
     base: Any = _installed("nltk.corpus.reader.wordnet").WordNetCorpusReader
 
     class Reader(base):

@@ -1,8 +1,9 @@
 """Few-shot writing: LoRA's starts and Deep LoRA's variants on the same few pairs of data and text, seed by seed.
 
-Four methods adapt every linear layer of a language model but the one that writes words, and words' embeddings, which are
-that layer's weights in many models, stay as they are (the authors' code adapts T5's). After training each run writes one
-text for every meaning among the validation rows, which is compared with the first of the meaning's reference texts.
+Four methods adapt every linear layer of a language model but the one that writes words, and words' embeddings, which
+are that layer's weights in many models, stay as they are (the authors' code adapts T5's). After training each run
+writes one text for every meaning among the validation rows, which is compared with the first of the meaning's reference
+texts.
 """
 
 from __future__ import annotations
@@ -153,9 +154,7 @@ def outcome(
     }
 
 
-def gains(
-    scores: Mapping[str, np.ndarray], untuned: np.ndarray, metrics: Sequence[str]
-) -> dict[str, np.ndarray]:
+def gains(scores: Mapping[str, np.ndarray], untuned: np.ndarray, metrics: Sequence[str]) -> dict[str, np.ndarray]:
     """Per seed (S,) what each variant gains over LoRA's starts and over the model before training.
 
     From scores (S, metrics) by METHODS and `untuned` (metrics,): "<variant> - <start or untuned>, <metric>".

@@ -42,7 +42,7 @@ def written_texts(
         prompts: N texts.
         beams: width of the search, 1 takes the likeliest word each time; usually 4.
         longest: word pieces of a text at most, the mark of the end with it.
-        rows: prompts side by side, each with its beams; more are faster, up to the memory for rows x beams x vocabulary.
+        rows: prompts side by side, each with its beams; more are faster, up to what rows x beams x vocabulary weighs.
         precision: of products of matrices, "float32" or "tf32".
 
     Returns:
