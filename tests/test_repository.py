@@ -262,8 +262,8 @@ def test_make_lists_every_target_it_declares():
     listed = subprocess.run(["make", "help"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     shown = set(re.findall(r"^  make ([\w-]+)", listed.stdout, re.M))
     assert shown == {
-        "help", "setup", "figures", "figure", "paper", "lint", "test", "test-gpu", "lab", "list", "claims", "notebooks",
-        "clean", "distclean",
+        "help", "setup", "figures", "figure", "paper", "lint", "test", "test-gpu", "lab", "site", "list", "claims",
+        "notebooks", "clean", "distclean",
     }  # fmt: skip
 
 

@@ -59,6 +59,7 @@ _HOME = {
 _MODULES = {
     "claims": "companion.claims",
     "data": "data",
+    "explorer": "companion.explorer",
     "figures": "companion.figures",
     "networks": "networks",
     "parameters": "companion.parameters",

@@ -291,6 +291,9 @@ def refresh(id: str, kernel: str = "python3") -> None:
 
 def _tidy(notebook: Any) -> None:
     for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            # Without its kernel a widget is an error message; the picture beside it is not.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
     notebook.metadata = {
