@@ -232,6 +232,9 @@ DESCRIBED = {
     "yaras2024/table1_glue": (
         "tasks step_counts matrices few_rows adapter_rank init_scale learning_rate batch_size max_length"
     ),
+    "yaras2024/07_deep_lora_compression": "matrices few_rows adapter_rank init_scale learning_rate batch_size",
+    "yaras2024/09_update_ranks": "matrices few_rows adapter_rank init_scale learning_rate batch_size steps",
+    "yaras2024/10_rank_robustness": "matrices few_rows ranks init_scale learning_rate batch_size steps",
     "beyond/08_tutorial": "few_rows learning_rates tuning_rows tuning_seeds tuning_steps batch_size steps length",
 }
 

@@ -125,10 +125,11 @@ def test_the_rule_of_numpy_is_the_plain_one():
     assert update_ranks.plain_ranks(Values(["one"], np.array([30]), small)) == [np.linalg.matrix_rank(update.numpy())]
 
 
-def test_ranks_of_trained_updates_are_told_by_method_and_seed(encoder, task):
+def test_ranks_of_trained_updates_are_told_by_method_and_seed(encoder, task, tmp_path):
     ways = update_ranks.methods(encoder, *ADAPTED, 2, 1e-2, few_shot.Rates(1e-2, 1e-2, 1e-2, 1e-2))
     runs = few_shot.planned_runs(ways, task, [8], range(2))
     watched = {"watch_at": [3], "watch": update_ranks.watch_values, "evaluate_at": [3]}
+    watched |= {"checkpoint": tmp_path / "state"}  # which must hold what is watched
     histories = cd.fine_tune(encoder, runs, task, 3, 4, **watched, show_progress=False)
     found = update_ranks.outcome(histories, 2, 3, 2)
     methods, layers = len(update_ranks.METHODS), len(found["layers"])
@@ -153,7 +154,7 @@ def test_ranks_of_trained_updates_are_told_by_method_and_seed(encoder, task):
 def test_a_run_that_diverged_has_no_rank():
     good, bad = values([1.0, 0.5]), values([np.nan, np.nan])
     watched = [good, bad] * len(update_ranks.METHODS)
-    histories = [SimpleNamespace(watched={3: each}, scores={3: 0.1}) for each in watched]
+    histories = [SimpleNamespace(watched={3: each._asdict()}, scores={3: 0.1}) for each in watched]
     found = update_ranks.outcome(histories, 2, 3, 2)
     for rule in update_ranks.RULES:
         assert np.isnan(found[f"thin, {rule}, mean"]).tolist() == [False, True]

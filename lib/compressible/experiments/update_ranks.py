@@ -46,8 +46,8 @@ def methods(
     return {name: known[name] for name in METHODS}
 
 
-def watch_values(snapshot: Any) -> list[Values]:
-    """Return the `Values` of every run of a pass; it is what `fine_tune` takes as `watch`.
+def watch_values(snapshot: Any) -> list[dict[str, Any]]:
+    """Return the `Values` of every run of a pass, as a dict, which checkpoints hold; it is `fine_tune`'s `watch`.
 
     All of them for factors of full width, else the r that factors of width r allow.
     """
@@ -60,7 +60,7 @@ def watch_values(snapshot: Any) -> list[Values]:
         found.append(leading_values(updates, most).cpu())
     widest = max(values.shape[-1] for values in found)
     padded = torch.stack([nn.functional.pad(values, (0, widest - values.shape[-1])) for values in found], 1)
-    return [Values(names, np.array(longest), run.numpy()) for run in padded]
+    return [Values(names, np.array(longest), run.numpy())._asdict() for run in padded]
 
 
 def leading_values(updates: Tensor, most: int | None) -> Tensor:
@@ -102,10 +102,11 @@ def outcome(histories: Sequence[RunHistory], seeds: int, step: int, rank: int) -
     Returns:
         "layers", their names; "ranks/<rule>" of RULES (methods, seeds, layers); "values" (methods, seeds, layers,
         KEPT), the largest; over seeds "<method>, <rule>, mean" of the layers and "..., share at most 1",
-        "<method>, all r" whether all plain ranks are `rank`, "<method>, Pearson", and "paper - <method>, directions".
+        "<method>, all r" whether all plain ranks are `rank`, "<method>, Pearson", and "<start> - <method>, directions"
+        of LoRA's two starts, by the means.
         A run that diverged has NaN, and ranks of -1.
     """
-    watched = [run.watched[step] for run in histories]
+    watched = [Values(**run.watched[step]) for run in histories]
     by_rule = {rule: np.array([_ranks(rule, at // seeds, found, rank) for at, found in enumerate(watched)])
                for rule in RULES}  # fmt: skip
     shape = (len(METHODS), seeds, -1)
@@ -116,8 +117,9 @@ def outcome(histories: Sequence[RunHistory], seeds: int, step: int, rank: int) -
     scores = np.array([run.scores[step] for run in histories]).reshape(len(METHODS), seeds)
     for at, name in enumerate(METHODS):
         out |= {f"{name}, Pearson": scores[at], f"{name}, all r": (out["ranks/plain"][at] == rank).all(1)}
-    base = out["paper, directions, mean"]
-    return out | {f"paper - {name}, directions": base - out[f"{name}, directions, mean"] for name in METHODS[1:]}
+    means = {name: out[f"{name}, directions, mean"] for name in METHODS}
+    pairs = [(start, name) for start in METHODS[:2] for name in METHODS[2:]]
+    return out | {f"{start} - {name}, directions": means[start] - means[name] for start, name in pairs}
 
 
 def _ranks(rule: str, method: int, found: Values, rank: int) -> np.ndarray:
