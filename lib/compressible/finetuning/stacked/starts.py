@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from compressible.finetuning.peft_models import (
 )
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked.layers import Chain
+from compressible.runtime.orthogonal_batches import OrthogonalBatches
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,29 @@ class Start:
 
 def drawn_starts(source: nn.Module, runs: Sequence[FineTuningRun]) -> list[Start]:
     """Return what `get_peft_model` gives each run; runs that differ in their rates alone share their tensors."""
-    with ThreadPoolExecutor() as pool:  # full-width orthogonal factors of a BERT take a core half a minute
-        found: dict[tuple, Future | Start] = {}
-        for run in runs:
-            key = run_key(run)
-            if key in found:
-                continue
-            if isinstance(run.config, DeepLoraConfig) and (run.start is None or isinstance(run.start, GradientStart)):
-                layers = tuner_layers(base_of(adapted_by_peft(on_meta(source), run.config, empty=True)))
-                found[key] = pool.submit(_deep, layers, int(run.seed))
-            elif starts_from_gradient(run.config) or isinstance(run.start, GradientStart):
-                found[key] = of_peft(source, replace(run, config=drawn_start(run.config), start=None))
-            else:
-                found[key] = of_peft(source, run)
-        done = {key: start.result() if isinstance(start, Future) else start for key, start in found.items()}
-    return [done[run_key(run)] for run in runs]
+    different = {run_key(run): run for run in runs}
+    deep = {key: run for key, run in different.items() if _is_deep(run)}
+    found = {key: _by_peft(source, run) for key, run in different.items() if key not in deep}
+    layers: dict[str, dict[str, Any]] = {}
+    for config in {repr(run.config): run.config for run in deep.values()}.values():
+        layers[repr(config)] = tuner_layers(base_of(adapted_by_peft(on_meta(source), config, empty=True)))
+    batches = OrthogonalBatches(next(source.parameters()).device)
+    with batches, ThreadPoolExecutor(batches.threads) as pool:
+        sent = {key: pool.submit(_deep, layers[repr(run.config)], run.seed, batches) for key, run in deep.items()}
+        found |= {key: start.result() for key, start in sent.items()}
+    return [found[run_key(run)] for run in runs]
+
+
+def _is_deep(run: FineTuningRun) -> bool:
+    """Whether factors are Deep LoRA's own, which may be drawn without a model of peft's."""
+    return isinstance(run.config, DeepLoraConfig) and (run.start is None or isinstance(run.start, GradientStart))
+
+
+def _by_peft(source: nn.Module, run: FineTuningRun) -> Start:
+    """What peft draws, or what stands for it until a gradient is known."""
+    if starts_from_gradient(run.config) or isinstance(run.start, GradientStart):
+        return of_peft(source, replace(run, config=drawn_start(run.config), start=None))
+    return of_peft(source, run)
 
 
 def run_key(run: FineTuningRun) -> tuple:
@@ -103,10 +112,15 @@ def _weighed(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _deep(layers: dict[str, Any], seed: int) -> Start:
+def _deep(layers: dict[str, Any], seed: int, batches: OrthogonalBatches) -> Start:
     """The factors that `get_peft_model` draws after torch.manual_seed(seed), from a generator of their own."""
-    generator, chains = torch.Generator().manual_seed(seed), {}
-    for name, layer in layers.items():
-        config = layer.deep_lora_config[ADAPTER]
-        chains[name] = config.start(layer.out_features, layer.in_features, layer.r[ADAPTER], generator)
+    generator = torch.Generator().manual_seed(int(seed))
+    config: DeepLoraConfig = next(iter(layers.values())).deep_lora_config[ADAPTER]
+    sizes = {name: (layer.out_features, layer.in_features, layer.r[ADAPTER]) for name, layer in layers.items()}
+    if config.variant == "compressed":
+        chains = {name: config.start(*size, generator) for name, size in sizes.items()}
+    else:
+        shapes = {name: config.chain(*size) for name, size in sizes.items()}
+        drawn = iter(batches.draw([shape for chain in shapes.values() for shape in chain], generator))
+        chains = {name: [config.init_scale * next(drawn) for _ in chain] for name, chain in shapes.items()}
     return Start(chains, dict.fromkeys(chains, 1.0))
