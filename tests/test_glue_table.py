@@ -144,6 +144,20 @@ def test_each_device_takes_one_job_at_a_time_in_a_process_of_its_own() -> None:
     assert {process for _, process, *_ in glue_runs.over_devices(work, [1, 2], [])} == {os.getpid()}
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_that_a_job_holds_is_the_current_one() -> None:
+    names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = names if len(names) > 1 else names * 2
+
+    def work(job):
+        time.sleep(0.5)
+        return torch.zeros(1, device="cuda").device.index
+
+    found = glue_runs.over_devices(work, list(range(2 * len(names))), names)
+    assert len(found) == 2 * len(names) and set(found) <= set(range(torch.cuda.device_count()))
+
+
 def test_methods_are_known_ones_with_the_published_pair_in_them() -> None:
     known = dict.fromkeys(few_shot.METHODS, few_shot.Method(peft.LoraConfig(), 1.0))
     assert list(glue_runs.chosen(known, ["full", "paper"])) == ["full", "paper"]
