@@ -15,6 +15,8 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 def lacking() -> str:
     """Why no browser can be driven here, "" where one can."""
+    if os.environ.get("NO_BROWSER"):
+        return "NO_BROWSER is set"
     if importlib.util.find_spec("playwright") is None:
         return "playwright is not installed"
     return "" if executable() else f"no Chromium: none of {', '.join(NAMES)} is installed, nor playwright's own"
