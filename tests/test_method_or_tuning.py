@@ -16,7 +16,7 @@ import compressible as cd
 from compressible.experiments import tuned_methods, tuning_sweep
 from compressible.experiments.tuned_methods import first_step, method, random_frames
 from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge
-from compressible.experiments.tuning_outcome import outcome, window
+from compressible.experiments.tuning_outcome import outcome, stacked, unstacked, window
 from compressible.experiments.tuning_sweep import Sweep, Worker, chosen_rate, halves
 from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import top_frames
@@ -64,17 +64,15 @@ def test_every_method_is_chosen_on_one_half_and_judged_on_the_other_with_fresh_s
     small, cells, _ = done
     found = outcome(small, cells)
     assert found["missing"] == [] and found["cells"] > 0
-    for name in small.methods:
-        scores, judged = found[f"one, n = 8/{name}/scores"], found[f"one, n = 8/{name}/judged"]
-        assert scores.shape[1] == 2 and len(scores) >= 3 and judged.shape == (3,)
-        rates = found[f"one, n = 8/{name}/rates"]
-        means = dict(zip(rates.tolist(), scores.mean(1), strict=True))
-        best = float(found[f"one, n = 8/{name}/best"][0])
-        assert means[best] == max(means.values())
-    np.testing.assert_allclose(
-        found["thin - standard, one, n = 8"],
-        found["one, n = 8/thin/judged"] - found["one, n = 8/standard/judged"],
-    )
+    parts = unstacked(found, ["one, n = 8"], small.methods, small.alone_seeds)
+    assert [name for _, name in parts] == small.methods
+    for part in parts.values():
+        assert part["scores"].shape[1] == 2 and len(part["scores"]) >= 3 and part["judged"].shape == (3,)
+        means = dict(zip(part["rates"].tolist(), part["scores"].mean(1), strict=True))
+        assert means[float(part["best"][0])] == max(means.values())
+    thin, lora = (parts["one, n = 8", name]["judged"] for name in ("thin", "standard"))
+    np.testing.assert_array_equal(found["thin - standard, one, n = 8"], thin - lora)
+    np.testing.assert_array_equal(found["thin - standard, mean of one"], thin - lora)
     cell = next(cell for cell in cells.known if cell.stage == "judge")
     assert not set(cells.get(cell).seeds) & set(small.seeds_of("choose", cell.method))
 
@@ -119,7 +117,7 @@ def test_a_sweep_that_was_cut_off_goes_on_and_computes_nothing_twice(tmp_path, m
     Worker(small, alone, load=loaded).work()
     assert sum(calls) == 2 * before
     for name, values in outcome(small, alone).items():
-        if isinstance(values, np.ndarray) and not name.startswith("window"):
+        if isinstance(values, np.ndarray) and not name.startswith("window") and "/window" not in name:
             np.testing.assert_allclose(values, outcome(small, whole)[name], rtol=1e-3, atol=1e-3)
 
 
@@ -237,3 +235,26 @@ def test_outcomes_of_nothing_say_what_is_missing(tmp_path):
     found = outcome(small, Cells(small.setting(), tmp_path))
     assert found["missing parts"] == len(found["missing"]) == len(tuning_sweep.planned(small))
     assert not any(isinstance(value, np.ndarray) for value in found.values())
+
+
+def test_parts_come_back_as_they_were_stacked():
+    draw = np.random.default_rng(0)
+
+    def part(rates: int, seeds: int, judged: int, **more: np.ndarray) -> dict[str, np.ndarray]:
+        given = {"rates": (rates,), "scores": (rates, seeds), "norms": (rates,), "best": (1,), "chosen score": (1,)}
+        given |= {"window": (seeds,), "judged": (judged,), "published": (judged,)}
+        return {name: draw.random(shape) for name, shape in given.items()} | more
+
+    lost = part(3, 5, 4)
+    lost["scores"][-1, -1] = lost["judged"][-1] = np.nan  # seeds that diverged
+    parts = {
+        ("a", "standard"): part(5, 5, 4), ("a", "dora"): part(4, 2, 2), ("b", "standard"): lost,
+        ("b", "thin"): part(3, 5, 4, matched=draw.random(4)),
+    }  # fmt: skip
+    methods = ["standard", "dora", "thin"]
+    back = unstacked(stacked(parts, ["a", "b", "c"], methods), ["a", "b", "c"], methods, alone_seeds=2)
+    assert back.keys() == parts.keys()
+    for key, expected in parts.items():
+        assert back[key].keys() == expected.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(back[key][name], values)

@@ -33,6 +33,12 @@ POINTS = 0.02  # two points: how far below the best a rate may be to count as go
 VARIANTS = tuple(name for name in LORA if name not in ("paper", *ALONE))  # as 2602.04998 compares them
 EVERYTHING = (*VARIANTS, "paper", *(name for name in DEEP if name != "full"))
 Arrays = dict[str, np.ndarray]
+# By place and method: "rates" (R,), "scores" (R, S) on the choosing half, "norms" (R,) of the updates, "best" (1,) the
+# chosen rate and its "chosen score" (1,), "window" (S,) decades; "judged", "published" and "matched" (S',) on the
+# judging half at the chosen rate, at the published one and at LoRA's effective step.
+Parts = dict[tuple[str, str], Arrays]
+BY_RATE, BY_SEED = ("rates", "scores", "norms"), ("scores", "window", "judged", "published", "matched")
+KEYS = ("rates", "scores", "norms", "best", "chosen score", "window", "judged", "published", "matched")
 
 
 def computed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,23 +56,22 @@ def computed(given: Mapping[str, Any]) -> dict[str, Any]:
 def outcome(sweep: Sweep, cells: Cells) -> dict[str, Any]:
     """Return arrays and metrics of the cells that there are.
 
-    By place and method, "<place>/<method>/...": "rates" (R,), "scores" (R, S) on the choosing half, "norms" (R,) of
-    the updates, "best" (1,) the chosen rate, "window" (S,) decades, "judged" and "published" (S',) on the judging half
-    at the chosen and at the published rate. Then what `differences` and `windows` give, and of the cells themselves:
-    "cells", "cell seconds", "commits", "uncommitted cells", "cells of another library", "missing".
+    The `Parts` of each finished method at a place as `stacked` has them, what `differences` gives of them, means over
+    places, and of the cells themselves: "cells", "cell seconds", "commits", "uncommitted cells", "cells of another
+    library", "missing" and "missing parts".
     """
-    done: dict[tuple[Place, str], list[Cell]] = {(place, name): own for place, name, own in finished(sweep, cells)}
+    done = {(place, name): own for place, name, own in finished(sweep, cells)}
+    parts = {(label(sweep, place), name): _part(sweep, cells, place, name) for place, name in done}
+    places = [label(sweep, place) for place in sweep.places()]
     found: Arrays = {}
-    for place, name in done:
-        found |= _of_method(sweep, cells, place, name)
-    for place in sweep.places():
-        found |= differences(found, label(sweep, place), sweep.methods)
+    for place in places:
+        found |= differences({name: part for (at, name), part in parts.items() if at == place}, place)
     found |= _means(sweep, found)
     all_cells = [cell for own in done.values() for cell in own]
     seconds = sum(one.seconds for cell in all_cells if (one := cells.get(cell)) is not None)
     lacking = [f"{name} on {label(sweep, place)}" for place, name in planned(sweep) if (place, name) not in done]
     told = {"cells": len(all_cells), "cell seconds": seconds, "missing": lacking, "missing parts": len(lacking)}
-    return {**found, **told, **cells.made_by(all_cells)}
+    return {**found, **stacked(parts, places, sweep.methods), **told, **cells.made_by(all_cells)}
 
 
 def label(sweep: Sweep, place: Place) -> str:
@@ -75,35 +80,77 @@ def label(sweep: Sweep, place: Place) -> str:
     return f"{task}, n = {size}" + ("" if rank == sweep.adapter_rank else f", r = {rank}")
 
 
-def differences(found: Mapping[str, np.ndarray], place: str, methods: Sequence[str]) -> Arrays:
-    """Return what methods at a place gain over each other, seed by seed.
+def differences(parts: Mapping[str, Arrays], place: str) -> Arrays:
+    """Return what methods at a place, of which `parts` has those that are finished, gain over each other, seed by seed.
 
-    "<method> - standard, <place>": best against best. "published gain of <method>, <place>": over LoRA with the
-    paper's start, both at the published rate. "cost of the published rate, <method>, <place>". "compressed - <control>,
-    <place>". "<method> at LoRA's step - standard, <place>". "variants apart" and "all apart, <place>": the method that
+    Of Deep LoRA's variants and LoRA's paper start "<method> - standard, <place>": best against best; "published gain of
+    <method>, <place>": over LoRA with the paper's start, both at the published rate; "cost of the published rate,
+    <method>, <place>", of LoRA, too; "window of <method> over standard, <place>" in decades; "compressed - <control>,
+    <place>"; "<method> at LoRA's step - standard, <place>"; "variants apart" and "all apart, <place>": the method that
     tuning found best over the one that it found worst.
     """
-    judged = {name: found[f"{place}/{name}/judged"] for name in methods if f"{place}/{name}/judged" in found}
-    fixed = {name: found[f"{place}/{name}/published"] for name in judged}
     out: Arrays = {}
-    for name, scores in judged.items():
-        out[f"cost of the published rate, {name}, {place}"] = scores - fixed[name]
-        if "standard" in judged and name != "standard":
-            out[f"{name} - standard, {place}"] = _paired(scores, judged["standard"])
-        if "paper" in judged and name in DEEP:
-            out[f"published gain of {name}, {place}"] = _paired(fixed[name], fixed["paper"])
-        if f"{place}/{name}/matched" in found and "standard" in judged:
-            own = found[f"{place}/{name}/matched"]
-            out[f"{name} at LoRA's step - standard, {place}"] = _paired(own, judged["standard"])
+    for name in (name for name in ("standard", "paper", *DEEP) if name in parts):
+        out[f"cost of the published rate, {name}, {place}"] = parts[name]["judged"] - parts[name]["published"]
+        if name != "standard" and "standard" in parts:
+            out[f"{name} - standard, {place}"] = paired(parts, name, "standard", "judged")
+            out[f"window of {name} over standard, {place}"] = paired(parts, name, "standard", "window")
+        if name in DEEP and "paper" in parts:
+            out[f"published gain of {name}, {place}"] = paired(parts, name, "paper", "published")
+        if "matched" in parts[name] and "standard" in parts:
+            gain = _less(parts[name]["matched"], parts["standard"]["judged"])
+            out[f"{name} at LoRA's step - standard, {place}"] = gain
     for control in CONTROLS:
-        if {"compressed", control} <= judged.keys():
-            out[f"compressed - {control}, {place}"] = _paired(judged["compressed"], judged[control])
+        if {"compressed", control} <= parts.keys():
+            out[f"compressed - {control}, {place}"] = paired(parts, "compressed", control, "judged")
     for title, group in (("variants", VARIANTS), ("all", EVERYTHING)):
-        some = [name for name in group if name in methods]
-        if len(some) > 1 and all(name in judged for name in some):
-            ranked = sorted(some, key=lambda name: float(found[f"{place}/{name}/chosen score"][0]))
-            out[f"{title} apart, {place}"] = _paired(judged[ranked[-1]], judged[ranked[0]])
+        if all(name in parts for name in group):
+            ranked = sorted(group, key=lambda name: float(parts[name]["chosen score"][0]))
+            out[f"{title} apart, {place}"] = paired(parts, ranked[-1], ranked[0], "judged")
     return out
+
+
+def paired(parts: Mapping[str, Arrays], one: str, other: str, key: str) -> np.ndarray:
+    """Return the difference of two methods at a place of the seeds that both have, which begin with the same one."""
+    return _less(parts[one][key], parts[other][key])
+
+
+def stacked(parts: Parts, places: Sequence[str], methods: Sequence[str]) -> Arrays:
+    """Return parts as arrays "<place>/<key>" with an axis of all `methods`, NaN where one has less or is missing.
+
+    A record of few arrays is a small one; `unstacked` gives the parts back.
+    """
+    found: Arrays = {}
+    for place in places:
+        own = [parts.get((place, name), {}) for name in methods]
+        for key in dict.fromkeys(key for part in own for key in part):
+            shapes = [part[key].shape for part in own if key in part]
+            whole = np.full((len(own), *np.max(shapes, 0)), np.nan)
+            for row, part in zip(whole, own, strict=True):
+                if key in part:
+                    row[tuple(map(slice, part[key].shape))] = part[key]
+            found[f"{place}/{key}"] = whole
+    return found
+
+
+def unstacked(
+    arrays: Mapping[str, np.ndarray], places: Sequence[str], methods: Sequence[str], alone_seeds: int
+) -> Parts:
+    """Return the parts of arrays of `stacked`, by place and method, of those that are finished."""
+    found: Parts = {}
+    for place in places:
+        for at, name in enumerate(methods):
+            best = arrays.get(f"{place}/best")
+            if best is None or np.isnan(best[at, 0]):
+                continue
+            found[place, name] = part = {}
+            rates = int(np.isfinite(arrays[f"{place}/rates"][at]).sum())
+            for key in KEYS:
+                whole = arrays.get(f"{place}/{key}")
+                if whole is not None and (key != "matched" or name in MATCHED):
+                    own = whole[at, :rates] if key in BY_RATE else whole[at]
+                    part[key] = own[..., :alone_seeds] if name in ALONE and key in BY_SEED else own
+    return found
 
 
 def window(rates: np.ndarray, scores: np.ndarray, points: float = POINTS) -> float:
@@ -144,8 +191,8 @@ def _reach(places: np.ndarray, values: np.ndarray, best: int, level: float, step
     return abs(places[at] - places[best])
 
 
-def _of_method(sweep: Sweep, cells: Cells, place: Place, name: str) -> Arrays:
-    """The arrays of a method at a place, all of whose cells there are."""
+def _part(sweep: Sweep, cells: Cells, place: Place, name: str) -> Arrays:
+    """What is known of a method at a place, all of whose cells there are."""
     by_rate = curve(sweep, cells, *place, name)
     best = chosen_rate(sweep, cells, *place, name)
     assert best is not None  # it is finished
@@ -160,9 +207,9 @@ def _of_method(sweep: Sweep, cells: Cells, place: Place, name: str) -> Arrays:
         "judged": _judged(cells, place, name, best),
         "published": _judged(cells, place, name, sweep.published(name)),
     }
-    if name in MATCHED and "standard" in sweep.methods:
+    if name in MATCHED:
         found["matched"] = _judged(cells, place, name, matched_rate(sweep, cells, *place, name) or best)
-    return {f"{label(sweep, place)}/{name}/{key}": value for key, value in found.items()}
+    return found
 
 
 def _judged(cells: Cells, place: Place, name: str, rate: float) -> np.ndarray:
@@ -172,36 +219,22 @@ def _judged(cells: Cells, place: Place, name: str, rate: float) -> np.ndarray:
 
 
 def _means(sweep: Sweep, found: Mapping[str, np.ndarray]) -> Arrays:
-    """Means over all places of the sweep's own rank, of what all of them have; and windows over LoRA's.
+    """Means over places of the sweep's own rank, of the differences that all of them have.
 
-    "..., mean" of every difference; "..., mean of <task>" of the first task's places alone.
+    "..., mean" over all tasks and sizes, "..., mean of <task>" over the first task's sizes alone.
     """
     places = [place for place in sweep.places() if place[2] == sweep.adapter_rank]
     first = [place for place in places if place[0] == sweep.tasks[0]]
-    out = _windows(sweep, found)
-    known = {**found, **out}
-    heads = [name[: -len(tail)] for name in known if name.endswith(tail := f", {label(sweep, first[0])}")]
+    heads = [name[: -len(tail)] for name in found if name.endswith(tail := f", {label(sweep, first[0])}")]
+    out: Arrays = {}
     for head in heads:
         for title, some in (("mean", places), (f"mean of {sweep.tasks[0]}", first)):
             names = [f"{head}, {label(sweep, place)}" for place in some]
-            if all(name in known for name in names):
-                out[f"{head}, {title}"] = np.mean([known[name] for name in names], 0)
+            if all(name in found for name in names):
+                out[f"{head}, {title}"] = np.mean([found[name] for name in names], 0)
     return out
 
 
-def _windows(sweep: Sweep, found: Mapping[str, np.ndarray]) -> Arrays:
-    """ "window of <method> over standard, <place>": decades by which its window is wider, (S,) tuning seeds."""
-    out: Arrays = {}
-    for place in map(lambda place: label(sweep, place), sweep.places()):
-        own = found.get(f"{place}/standard/window")
-        for name in sweep.methods:
-            wide = found.get(f"{place}/{name}/window")
-            if own is not None and wide is not None and name != "standard":
-                out[f"window of {name} over standard, {place}"] = _paired(wide, own)
-    return out
-
-
-def _paired(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The difference of the seeds that both have; they begin with the same one."""
+def _less(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     count = min(len(one), len(other))
     return one[:count] - other[:count]

@@ -55,7 +55,6 @@ class Sweep:
     ranks: list[int]
     methods: list[str]
     learning_rates: list[float]
-    step_factor: float
     learning_rate: float
     inner_learning_rate: float
     head_rate: float

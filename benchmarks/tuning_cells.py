@@ -1,0 +1,57 @@
+"""Cells of beyond/07_method_or_tuning without its notebook: computes what is missing, merges folders, lists what lacks.
+
+    python benchmarks/tuning_cells.py --preset mpnet --seconds 540 --cells CELLS      # goes on where CELLS is
+    python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --merge FROM       # from another machine
+    python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --seconds 0 --set methods '["standard", "thin"]'
+
+A call ends after about so many seconds, with whole cells in the folder; the notebook reads those in
+$COMPRESSIBLE_CACHE/cells. The first call of a part takes the data and the model, then 40 runs a device at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from compressible.companion import notebooks
+from compressible.experiments.tuning_cells import Cells, merge
+from compressible.experiments.tuning_outcome import label, outcome
+from compressible.experiments.tuning_sweep import Worker, planned, sweep_of
+from compressible.runtime.paths import cache_dir
+
+ID = "beyond/07_method_or_tuning"
+
+
+def main() -> None:
+    """Merge, compute, and say what is missing."""
+    asked = _asked()
+    values = notebooks.defaults(notebooks.notebook_path(ID))
+    values |= notebooks.plan(ID, asked.preset, overrides=dict(asked.set))
+    root = asked.cells or cache_dir() / "cells"
+    for folder in asked.merge:
+        print(f"{merge(folder, root)} cells from {folder}")
+    sweep = sweep_of(values)
+    cells = Cells(sweep.setting(), root)
+    if asked.seconds > 0:
+        devices = None if values["devices"] == "one" else values["devices"]
+        Worker(sweep, cells, values["device"], devices, asked.seconds, values["max_stack"]).work()
+    found = outcome(sweep, cells)
+    print(f"{found['cells']} cells of finished parts, {found['cell seconds']:.0f} device seconds, in {cells.folder}")
+    missing = set(found["missing"])
+    for place, name in planned(sweep):
+        told = f"{name} on {label(sweep, place)}"
+        print(f"  {'missing' if told in missing else 'done   '} {told}")
+
+
+def _asked() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="quick")
+    parser.add_argument("--seconds", type=float, default=540.0, help="begin no further call after so long; 0: none")
+    parser.add_argument("--cells", type=Path, help="folder of the cells, by default in the cache")
+    parser.add_argument("--merge", type=Path, action="append", default=[], help="folder to take further cells from")
+    parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
