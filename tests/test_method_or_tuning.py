@@ -43,7 +43,6 @@ def sweep(**given) -> Sweep:
         "encoder": "tiny", "protocol": "clean", "matrices": ["query", "value"], "tasks": ["one", "two"],
         "sample_sizes": [8, 16], "other_sizes": [8], "adapter_rank": 4, "ranks": [2, 4],
         "methods": ["standard", "paper", "thin", "compressed"], "learning_rates": [1e-3, 1e-2, 1e-1],
-        "step_factor": 10.0,
         "learning_rate": 1e-3, "inner_learning_rate": 1e-2, "head_rate": 1e-2, "init_scale": 0.1, "max_length": 16,
         "validation_rows": 0, "batch_size": 4, "steps": 3, "precision": "float32", "tuning_seeds": 2, "seeds": 3,
         "alone_seeds": 2, "seed": 0, "more_rates": 1,

@@ -79,7 +79,6 @@ class Sweep:
             "ranks",
             "methods",
             "learning_rates",
-            "step_factor",
             "more_rates",
         }
         apart |= {"learning_rate", "inner_learning_rate", "adapter_rank"}
@@ -122,8 +121,9 @@ class Sweep:
         return self.inner_learning_rate if name in ("compressed", "gradient", "random") else self.learning_rate
 
     def next_rate(self, rate: float, direction: int) -> float:
-        """The rate beside one at an end of the grid."""
-        return float(f"{rate * self.step_factor**direction:.6g}")
+        """The rate beside one at an end of the grid, as far as its last two are apart."""
+        factor = self.learning_rates[-1] / self.learning_rates[-2]
+        return float(f"{rate * factor**direction:.4g}")
 
 
 class OutOfTimeError(RuntimeError):
