@@ -9,16 +9,20 @@ import numpy as np
 import peft
 import pytest
 import torch
+from conftest import REPOSITORY
 from text_helpers import save_bert
 
 import compressible as cd
+from compressible.companion import notebooks
 from compressible.data.pretrained import load_encoder
-from compressible.experiments import compression_pace, few_shot, rank_robustness, update_ranks
+from compressible.experiments import compression_pace, early_subspaces, few_shot, rank_robustness, update_ranks
 from compressible.experiments.rank_robustness import Setting
 from compressible.experiments.update_ranks import Values
 
 RATES = few_shot.Rates(1e-4, 1e-3, 1e-2, 2e-3)
 ADAPTED = (["value"], "authors")
+NAMES = ("01_finetuning_subspaces", "07_deep_lora_compression", "08_few_shot", "09_update_ranks", "10_rank_robustness")
+FIGURES = [f"yaras2024/{name}" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,31 @@ def task():
     labels = ids[:, 1].float() / 40
     rows = cd.Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, (("a",),) * 24)
     return cd.Task("toy", "regression", 1, "pearson", train=rows, validation=rows.take(range(8)), protocol="authors")
+
+
+@pytest.fixture(scope="module")
+def mpnet():
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 32}
+    return MPNetForSequenceClassification(MPNetConfig(vocab_size=50, num_labels=1, **sizes))
+
+
+# which matrices are adapted
+
+
+def test_the_presets_for_mpnet_adapt_the_papers_matrices(mpnet, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    chosen = {id: notebooks.presets(id)["mpnet"].parameters["matrices"] for id in FIGURES}
+    (first, *others) = chosen.values()
+    assert others == [["all-dense"]] * 4
+    wide = early_subspaces.full_width(mpnet, first, "authors", 3, 1e-3)
+    dense = few_shot.methods(mpnet, others[0], "authors", 4, 1e-3, RATES)["thin"].config
+    adapted = [
+        peft.get_peft_model(copy.deepcopy(mpnet), copy.deepcopy(config)).base_model.targeted_module_names
+        for config in (wide, dense)
+    ]
+    assert len(adapted[0]) == 72 and set(adapted[1]) - set(adapted[0]) == {"mpnet.embeddings.word_embeddings"}
 
 
 # the pace of compression
