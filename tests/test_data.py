@@ -384,7 +384,7 @@ def test_the_projects_manifest_is_valid_and_says_on_what_terms():
     fetched = [name for name, entry in entries.items() if entry.sources]
     assert fetched[:2] == ["movielens-100k/ml-100k.zip", "movielens-100k/ml-100k.inter"]
     assert {name.partition("/")[0] for name in fetched[2:]} == {
-        "movielens-latest-small", "movielens-1m", "movielens-25m", "minilm", "mpnet", "gemma3-270m", "vader",
+        "movielens-latest-small", "movielens-1m", "movielens-25m", "minilm", "mpnet", "gemma3-270m", "vader", "wordnet",
         "mnist-5k", "fashion-mnist", "cifar10",
     }  # fmt: skip
     assert entries["vader/hutto_ICWSM_2014.tar.gz"].citation.endswith("2014")
