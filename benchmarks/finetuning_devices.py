@@ -34,7 +34,7 @@ def loaded(encoder: str, task: str) -> tuple[nn.Module, Task]:
     """The model on the CPU and a task; "random": rows of 64 random tokens, for an encoder with random weights."""
     if task != "random":
         return load_for_task(encoder, task, validation_rows=500)
-    from compressible.experiments.speed.finetuning import load_shape, random_task
+    from compressible.experiments.speed.shapes import load_shape, random_task
 
     model: Any = load_shape(encoder)
     return model, random_task(model.config.vocab_size, 1024, 64)

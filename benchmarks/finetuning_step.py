@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from compressible.data.tasks import Task, load_task
-from compressible.experiments.speed.finetuning import Endless, _gemm, config_of, count_step, load_shape, random_task
+from compressible.experiments.speed.finetuning import Endless, _gemm, config_of, count_step
+from compressible.experiments.speed.shapes import load_shape, random_task
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.finetuning.trainer import Trainer

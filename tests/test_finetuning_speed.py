@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from compressible.experiments.speed import decoders, goals, over_devices, shapes
 from compressible.experiments.speed import finetuning as speed
-from compressible.experiments.speed import goals
+from compressible.experiments.speed.shapes import random_task
 
 LAYERS, HIDDEN, WIDE, BATCH, LENGTH = 2, 64, 160, 2, 8
 
@@ -81,7 +82,7 @@ def test_deep_lora_is_held_against_lora_of_peft_by_steps_and_memory():
 
 
 def test_an_endless_pass_starts_its_data_again():
-    stacked = speed.StackedPass(tiny(), speed.runs_of("thin", 2), speed.random_task(50, 8, LENGTH), 3, BATCH)
+    stacked = speed.StackedPass(tiny(), speed.runs_of("thin", 2), random_task(50, 8, LENGTH), 3, BATCH)
     trainer = speed.Trainer(stacked)
     step = speed.Endless(trainer)
     for _ in range(5):
@@ -99,3 +100,51 @@ def test_operations_are_those_of_the_products():
     adapters = 2 * 3 * tokens * rank * LAYERS * (8 * HIDDEN + 2 * (HIDDEN + WIDE))
     found = speed.count_step(tiny(), 2 * BATCH, LENGTH) - speed.count_step(tiny(), BATCH, LENGTH)  # chains drop out
     assert found == pytest.approx(frozen + attention + adapters, rel=0.05)
+
+
+# decoders, several devices
+
+
+def test_decoders_have_the_published_shapes():
+    for name, words, parameters in (("qwen2.5-0.5b", 151_936, 494_032_768), ("gemma-3-270m", 262_144, 268_098_176)):
+        kind, sizes = shapes.DECODERS[name]
+        with torch.device("meta"):
+            model = shapes._decoder(kind, sizes, 0)
+        assert sum(p.numel() for p in model.parameters()) == parameters and model.config.vocab_size == words
+        assert shapes.writes(model) and not shapes.writes(tiny())
+
+
+def test_decoders_are_timed_beside_peft_in_tokens():
+    names = ["tiny-decoder"]
+    out = decoders.survey(names, [1, 2], ["float32"], (2, 8), "cpu", 0.01, 3, 60.0)
+    assert {key.rsplit("/", 1)[0] for key in out if key.endswith("/steps")} == {
+        f"tiny-decoder/float32/{case}/eager" for case in ("1 x peft", "1 x lora", "2 x lora")
+    }
+    found = decoders.decoder_goals(out, names, [1, 2], ["float32"])
+    assert set(found) == {"tiny-decoder 1 over peft", "tiny-decoder 2 over peft"}  # no bytes are counted on a CPU
+    ours, stock = out["tiny-decoder/float32/2 x lora/eager/steps"], out["tiny-decoder/float32/1 x peft/eager/steps"]
+    assert found["tiny-decoder 2 over peft"] == pytest.approx(2 / ours * stock.mean(), rel=2)
+    late = decoders.survey(names, [1], ["float32"], (2, 8), "cpu", 0.01, 3, 0.0)
+    assert all(key.endswith(("/skipped", "/gemm")) for key in late)
+
+
+def test_memory_of_decoders_is_without_the_model_that_was_halved():
+    steps = {f"d/bfloat16/{case}/steps": np.ones(2) for case in ("1 x peft/eager", "4 x lora/graph")}
+    out = steps | {"d/bytes": 4, "d/bfloat16/1 x peft/eager/memory": 9, "d/bfloat16/4 x lora/graph/memory": 14}
+    found = decoders.decoder_goals(out, ["d"], [4], ["bfloat16"])
+    assert found["d 4 memory over peft"] == pytest.approx([10 / (4 * 5)])
+    assert found["d 4 over peft"] == pytest.approx([4, 4])
+
+
+def test_devices_that_are_not_there_say_so(monkeypatch):
+    monkeypatch.setattr(over_devices, "load_shape", tiny)
+    out = over_devices.over_devices("tiny", [1], 2, 3, (BATCH, LENGTH), "float32", "cpu", 60.0)
+    assert out["1 devices/rate"] > 0
+    late = over_devices.over_devices("tiny", [1], 2, 3, (BATCH, LENGTH), "float32", "cpu", -1.0)
+    assert late == {"1 devices/skipped": "not begun after -1 s"}
+    monkeypatch.setattr(over_devices, "resolve_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    few = over_devices.over_devices("tiny", [2, 8], 2, 3, (BATCH, LENGTH), "float32", "auto", 60.0)
+    assert few == {"2 devices/skipped": "this host has 1", "8 devices/skipped": "this host has 1"}
+    rates = {"1 devices/rate": 2.0, "4 devices/rate": 7.0, "8 devices/skipped": "this host has 4"}
+    assert over_devices.device_goals(rates, [1, 4, 8]) == {"4 devices over one": np.array([3.5])}

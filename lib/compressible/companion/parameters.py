@@ -56,11 +56,14 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (
         Parameter(int, _COUNT),
         "entries measurements tuning_steps record_every frames batch_size few_rows tuning_rows noisy_rows noisy_steps"
-        " period draws written_rows written_length",
+        " period draws written_rows written_length decoder_batch",
     ),
     (Parameter(int, _SIZE, many=True), "dimensions"),
     (Parameter(int, _WIDTH, many=True), "ranks rank_guesses widths inner_widths"),
-    (Parameter(int, _REPEATS, many=True), "run_counts seed_counts tuning_counts width_multiples"),
+    (
+        Parameter(int, _REPEATS, many=True),
+        "run_counts seed_counts tuning_counts width_multiples decoder_counts device_counts",
+    ),
     (Parameter(int, _COUNT, many=True), "entry_counts sample_sizes other_sizes batch_sizes periods step_counts"),
     (Parameter(int, _SEED), "seed"),
     (
@@ -73,7 +76,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, "[2, 1_000]"), "depth"),
     (Parameter(int, "[2, 1_000]", many=True), "depths"),
     (Parameter(int, "[2, 100_000]", many=True), "stacks"),
-    (Parameter(int, "[3, 1_000_000]"), "length max_length"),
+    (Parameter(int, "[3, 1_000_000]"), "length max_length decoder_length"),
     (
         Parameter(float, _POSITIVE),
         "init_scale depth2_init_scale product_scale step_size depth2_step_size step_fraction"
@@ -107,6 +110,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(str, _PRECISIONS, many=True), "tuning_precisions"),
     (Parameter(str, r"[\w./-]+"), "encoder language_model"),
     (Parameter(str, r"bert-base|[A-Za-z0-9][\w./-]*", many=True), "encoders"),
+    (Parameter(str, r"[a-z][a-z0-9.-]*", many=True), "decoders"),
     (Parameter(str, r"deep-linear|mlp|vgg|vit|resnet", many=True), "networks"),
     (Parameter(str, r"[a-z0-9-]+"), "task"),
     (Parameter(str, r"[a-z0-9-]+", many=True), "tasks"),

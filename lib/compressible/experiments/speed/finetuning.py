@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
 from compressible.data import hub
-from compressible.data.pretrained import load_encoder
-from compressible.data.tasks import Examples, Task
+from compressible.data.tasks import Task
 from compressible.experiments.speed.engines import Timing, failed
 from compressible.experiments.speed.roofline import LARGE, count_operations, gemm_rate, time_calls
+from compressible.experiments.speed.shapes import load_shape, task_of, writes
 from compressible.finetuning.losses import first_output, run_losses
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked_pass import StackedPass
@@ -33,13 +33,13 @@ from compressible.finetuning.trainer import Trainer
 from compressible.runtime import devices
 from compressible.runtime.devices import matmul_precision
 
-SHAPE = "bert-base"  # BertConfig's defaults, random weights; any other name is load_encoder's
 OF_PEFT = {"peft": "lora", "peft-compressed": "compressed", "peft-thin": "thin"}  # in a plain loop, a run at a time
 METHODS = (*OF_PEFT, "compressed", "thin", "lora", "full")
 MODES = ("eager", "graph", "compiled")
 RANK, STEPS, LR = 8, 1024, 1e-5
 GOAL = 20  # runs of the goal
 HEAD: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
+WORDS = HEAD | {"task_type": "CAUSAL_LM"}  # all but the layer that writes words
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,6 @@ class Case:
     def name(self) -> str:
         """The case in words, its mode aside."""
         return f"{self.encoder}/{self.precision}/{self.runs} x {self.method}"
-
-
-def random_task(vocabulary: int, rows: int, length: int, seed: int = 0) -> Task:
-    """Return a regression on `rows` random rows of `length` tokens, all of them attended to."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(vocabulary, (rows, length), generator=generator)
-    labels = torch.rand(rows, generator=generator)
-    part = Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels, texts=())
-    return Task("random tokens", "regression", 1, "pearson", part, part)
-
-
-def load_shape(name: str, seed: int = 0) -> nn.Module:
-    """Return an encoder with one output: "bert-base" is that shape with random weights, other names load_encoder's."""
-    if name != SHAPE:
-        return load_encoder(name, 1, "clean", seed)[0]
-    from transformers import BertConfig, BertForSequenceClassification
-
-    head: dict[str, Any] = {"num_labels": 1, "attn_implementation": "sdpa"}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return BertForSequenceClassification(BertConfig(**head)).eval()
 
 
 def cases(
@@ -118,9 +97,9 @@ def survey(
 ) -> dict[str, float | str | np.ndarray]:
     """Time the chosen cases and return "<case>/<mode>/<what>", what in steps (T,) seconds a pass, compilation, memory.
 
-    Also "<case>/setup", "<encoder>/operations" of the matrix products of one step of one run, and
-    "<precision>/gemm", operations a second. What breaks has "<case>/<mode>/skipped", the reason, in its place; so has
-    what had not begun after `budget` seconds.
+    Also "<case>/setup"; "<encoder>/operations" of the matrix products of one step of one run, "<encoder>/bytes" of its
+    model in float32; and "<precision>/gemm", operations a second. What breaks has "<case>/<mode>/skipped", the reason,
+    in its place; so has what had not begun after `budget` seconds.
     """
     began, place = time.perf_counter(), devices.resolve_device(device)
     out: dict = {
@@ -134,6 +113,7 @@ def survey(
         if case.encoder not in models:
             models[case.encoder] = load_shape(case.encoder).to(place)
             out[f"{case.encoder}/operations"] = count_step(models[case.encoder], batch_size, length)
+            out[f"{case.encoder}/bytes"] = sum(p.nbytes for p in models[case.encoder].parameters())
         timings = time_case(case, models[case.encoder], batch_size, length, seconds, trials)
         for mode, timing in timings.items():
             out |= _values(f"{case.name}/{mode}", timing)
@@ -142,7 +122,7 @@ def survey(
 
 def time_case(case: Case, model: Any, batch_size: int, length: int, seconds: float, trials: int) -> dict[str, Timing]:
     """Time one case on a model that is on its device, and return a Timing a mode; what breaks says so in `skipped`."""
-    task = random_task(model.config.vocab_size, 4 * batch_size, length)
+    task = task_of(model, 4 * batch_size, length)
     modes = case.modes if next(model.parameters()).is_cuda else tuple(_on_cpu(case.modes))
     found: dict[str, Timing] = {}
     try:
@@ -157,8 +137,8 @@ def time_case(case: Case, model: Any, batch_size: int, length: int, seconds: flo
 
 def count_step(model: Any, batch_size: int, length: int) -> int:
     """Return the operations of the matrix products in one step of one run, adapters of rank 8 included."""
-    task = random_task(model.config.vocab_size, batch_size, length)
-    trainer = Trainer(StackedPass(model, runs_of("thin", 1), task, STEPS, batch_size))
+    task = task_of(model, batch_size, length)
+    trainer = Trainer(StackedPass(model, runs_of("thin", 1, of=model), task, STEPS, batch_size))
     return count_operations(lambda: trainer.advance(0))
 
 
@@ -184,17 +164,20 @@ def _on_cpu(modes: Sequence[str]) -> Iterator[str]:
     yield from dict.fromkeys("eager" if mode == "graph" else mode for mode in modes)
 
 
-def config_of(method: str, real: bool = False) -> PeftConfig:
-    """Return the configuration of a method; a compressed one that is not real draws its factors at random."""
-    variant = OF_PEFT.get(method, method)
+def config_of(method: str, real: bool = False, of: nn.Module | None = None) -> PeftConfig:
+    """Return the configuration of a method; a compressed one that is not real draws its factors at random.
+
+    of: the model, which tells encoders from causal language models; by default an encoder.
+    """
+    variant, what = OF_PEFT.get(method, method), HEAD if of is None or not writes(of) else WORDS
     if variant == "lora":
-        return LoraConfig(r=RANK, lora_alpha=RANK, **HEAD)
-    return DeepLoraConfig(r=RANK, variant=variant, init_weights=real or variant != "compressed", **HEAD)
+        return LoraConfig(r=RANK, lora_alpha=RANK, **what)
+    return DeepLoraConfig(r=RANK, variant=variant, init_weights=real or variant != "compressed", **what)
 
 
-def runs_of(method: str, count: int, real: bool = False) -> list[FineTuningRun]:
-    """Return `count` runs of a method."""
-    return [FineTuningRun(config_of(method, real), LR, seed) for seed in range(count)]
+def runs_of(method: str, count: int, real: bool = False, of: nn.Module | None = None) -> list[FineTuningRun]:
+    """Return `count` runs of a method on the model `of`."""
+    return [FineTuningRun(config_of(method, real, of), LR, seed) for seed in range(count)]
 
 
 def _time_stacked(
@@ -202,7 +185,7 @@ def _time_stacked(
 ) -> Iterator[tuple[str, Timing]]:
     device = str(next(model.parameters()).device)
     began = time.perf_counter()
-    runs = runs_of(case.method, case.runs, case.real)
+    runs = runs_of(case.method, case.runs, case.real, model)
     trainer = Trainer(StackedPass(model, runs, task, STEPS, batch_size, case.precision))
     devices.synchronize(device)
     setup = time.perf_counter() - began if case.real or case.method != "compressed" else float("nan")
@@ -230,14 +213,19 @@ def time_peft(
     base = copy.deepcopy(model).to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
     with hub.quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
-        adapted = get_peft_model(base, config_of(case.method)).train()
+        adapted = get_peft_model(base, config_of(case.method, of=model)).train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, LR, fused=device.type == "cuda")
     tokens = {key: value[:batch_size].to(device) for key, value in task.train.tokens.items()}
     labels = task.train.labels[:batch_size].to(device)
 
+    def loss() -> Tensor:
+        if task.kind == "causal":
+            return adapted(**tokens, labels=labels, use_cache=False).loss
+        return run_losses("regression", first_output(adapted(**tokens)), labels, 1).sum()
+
     def step() -> None:
-        run_losses("regression", first_output(adapted(**tokens)), labels, 1).sum().backward()
+        loss().backward()
         adam.step()
         adam.zero_grad()
 
