@@ -115,7 +115,7 @@ def compare(
     Returns:
         By method, rank and seed "fixed" and "own" (M, R, S), NaN where there is no such case; "factors" (M, R), the own
         rate over the published one; "grid" (M, R, G) and "grid scores" (M, R, G, T) of the rates that were tried, NaN
-        behind; "rates inside" (cases,) their grids; and what `judged` gives.
+        behind; "rates inside" (M,), whether all own rates of a method lie within their grids; and what `judged` gives.
     """
     expect("seeds", list(seeds), not set(seeds) & set(tuning_seeds), f"none of tuning_seeds {list(tuning_seeds)}")
     rest, held = split_rows(task, tuning_rows)
@@ -131,7 +131,7 @@ def compare(
     pairs = list(dict.fromkeys((case, factor) for case in setting.cases for factor in (1.0, best[case])))
     scores = _scores(model, rest, chosen, pairs, setting, seeds)
     out = _arrays(setting, scores, best, tried, len(seeds), len(tuning_seeds))
-    inside = np.array([is_inside(scores) for scores in found.values()])
+    inside = np.array([all(is_inside(found[case]) for case in setting.cases if case[0] == name) for name in METHODS])
     return out | {"rates inside": inside} | judged(out, setting.ranks)
 
 
