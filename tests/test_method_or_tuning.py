@@ -195,12 +195,14 @@ def test_random_frames_take_the_papers_first_step():
 
 
 @pytest.mark.parametrize("name", tuned_methods.METHODS)
-def test_every_method_trains_in_one_pass_but_for_what_goes_alone(name):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_method_trains_in_one_pass_but_for_what_goes_alone(name, precision):
     model, task = loaded("", "one", "clean", 0, 0, "")
     way = method(name, model, 4, ["query", "value", "word_embeddings"], "clean", 0.1)
     runs = [way.run(1e-2, seed, task.subset(8, seed), 1e-2) for seed in (0, 1)]
+    options = {"evaluate_at": [4], "watch_at": [0, 4], "watch": tuning_sweep.update_norms, "precision": precision}
     with pytest.warns(UserWarning) if name in tuned_methods.ALONE else nothing():
-        found = cd.fine_tune(model, runs, task, 4, 4, evaluate_at=[4], watch_at=[0, 4], watch=tuning_sweep.update_norms)
+        found = cd.fine_tune(model, runs, task, 4, 4, **options)
     for history in found:
         assert np.isfinite(history.losses).all() and history.watched[4] != history.watched[0] >= 0
         assert history.shared == (1 if name in tuned_methods.ALONE else 2)

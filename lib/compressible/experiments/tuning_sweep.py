@@ -206,7 +206,8 @@ class Worker:
             counts.append(len(seeds))
         options: dict[str, Any] = {"precision": sweep.precision, "devices": self.devices, "keep_factors": False}
         options |= {"evaluate_at": [sweep.steps], "watch_at": [sweep.steps], "watch": update_norms}
-        options |= {"max_stack": self.max_stack, "show_progress": False}
+        heaviest = max(COSTS.get(cell.method, 1.0) for cell in part)  # of full width few fit a device
+        options |= {"max_stack": max(1, int(self.max_stack / heaviest)), "show_progress": False}
         histories = iter(fine_tune(model, runs, given, sweep.steps, sweep.batch_size, **options))
         spent, device = time.perf_counter() - before, device_name(str(next(model.parameters()).device))
         self.pace = max(self.pace, spent / self._cost(part))
@@ -240,8 +241,8 @@ def halves(task: Task, most: int = 0) -> tuple[Any, Any]:
 @torch.no_grad()
 def update_norms(snapshot: Any) -> list[float]:
     """Return the Frobenius norm of each run's updates of all layers together; `watch` of `fine_tune`."""
-    squares: list[Tensor] = [update.flatten(1).double().square().sum(1) for _, update in snapshot.updates()]
-    return torch.stack(squares).sum(0).sqrt().tolist()
+    norms: list[Tensor] = [torch.linalg.vector_norm(update.flatten(1), dim=1) for _, update in snapshot.updates()]
+    return torch.stack(norms).double().square().sum(0).sqrt().tolist()
 
 
 def mean_score(found: Scored | None) -> float:
