@@ -57,6 +57,8 @@ def write_sources(root: Path, sources: Path) -> None:
     cards, standing = read(root)
     for place, text in (_texts(root, cards, standing, carried) | _notebooks(root, cards, carried)).items():
         paths.write_atomic(sources / place, text)
+    for card in (card for card in cards if card.quick):
+        paths.write_atomic(sources / "extra" / gallery.quick_place(card), card.quick)
     for file in carried:
         (sources / "extra" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / file, sources / "extra" / file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ class Card:
     record: Record | None
     standing: Sequence[Standing]  # the claims judged on the record; without one, all claims of the figure
     models: Sequence[str]
+    quick: bytes = b""  # without a record, the picture of the quick preset as PNG
 
     @property
     def paper(self) -> str:
@@ -71,7 +74,9 @@ def _of_figure(
     mine = [each for each in standing if each.claim.figure == id]
     kept = pages.own_records(id, standing, records)
     if not kept:
-        return [Card(id, *told, None, mine, named or [FACTORS])]
+        notebook = notebooks.notebook_path(id)
+        found = models({"parameters": notebooks.defaults(notebook)}, named)
+        return [Card(id, *told, None, mine, found, quick_picture(notebook))]
     return [Card(id, *told, record, pages.judged_on(record, mine), models(record, named)) for record in kept]
 
 
@@ -85,3 +90,11 @@ def models(record: Mapping[str, Any], named: Sequence[str] = ()) -> list[str]:
 def model_names(path: Path) -> dict[str, list[str]]:
     """The models of figures whose parameters name none, by id: the table [models] of data/status.toml."""
     return tomllib.loads(path.read_text(encoding="utf-8")).get("models", {}) if path.exists() else {}
+
+
+def quick_picture(notebook: Path) -> bytes:
+    """The last picture among a notebook's outputs, as PNG; b"" without any."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    shown = [output["data"] for cell in cells for output in cell.get("outputs", []) if "data" in output]
+    found = [data["image/png"] for data in shown if "image/png" in data]
+    return base64.b64decode("".join(found[-1])) if found else b""

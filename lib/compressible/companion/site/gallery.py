@@ -56,11 +56,16 @@ def _card(card: Card, anchor: str, root: Path, carried: set[Path]) -> str:
 
 
 def _picture(card: Card, files: dict[str, str], page: str) -> str:
-    place = files.get("picture (PNG)")
-    if place is None:
-        return '<p class="none">Not run at full scale; the notebook shows its quick preset.</p>'
-    told = escape(f"Figure {card.id}, preset {card.preset}: {card.answer}")
-    return f'<a class="picture" href="{page}" tabindex="-1"><img src="{place}" alt="{told}" loading="lazy"></a>'
+    place = files.get("picture (PNG)") or (quick_place(card) if card.quick else "")
+    told = escape(f"Figure {card.id}, preset {card.preset or 'quick'}: {card.answer}")
+    image = f'<img src="{place}" alt="{told}" loading="lazy">' if place else ""
+    note = "" if card.record else '<p class="none">Not run at full scale: this is the quick preset.</p>'
+    return f'<a class="picture" href="{page}" tabindex="-1">{image}</a>{note}'
+
+
+def quick_place(card: Card) -> str:
+    """Where the picture of the quick preset lies, for a figure that has no record."""
+    return f"notebooks/{card.id}.png"
 
 
 def _badges(card: Card) -> str:
