@@ -65,7 +65,7 @@ def test_page_shows_what_was_built_kept_and_failed(figures: Path) -> None:
     assert "1 built, 2 failed, 1 of an earlier run" in page.text
     assert "ValueError: got <b>, expected" in page.text
     assert "Xeon <3>" in page.text and "2 s" in page.text
-    assert "PASS holds" in page.text and "an older failure" not in page.text
+    assert "1 PASS" in page.text and "PASS holds" in page.text and "an older failure" not in page.text
     assert page.text.count("the figure of an earlier run, kept") == 2
 
 

@@ -6,6 +6,7 @@ It is one file without a script, opened from the disk as it is; every link in it
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -164,4 +165,6 @@ def _links(folder: Path, files: Mapping[str, str], id: str) -> str:
 def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
     rows = [f"<li><strong>{escape(each['verdict'])}</strong> {escape(each['id'].split('.', 1)[-1])}"
             f"{escape(': ' + each['reason'] if each.get('reason') else '')}</li>" for each in claims]  # fmt: skip
-    return f"<details><summary>{len(rows)} claims</summary><ul>{''.join(rows)}</ul></details>" if rows else ""
+    verdicts = Counter(each["verdict"] for each in claims)
+    told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
+    return f"<details><summary>{escape(told)}</summary><ul>{''.join(rows)}</ul></details>" if rows else ""
