@@ -20,6 +20,8 @@ JOBS ?= $(if $(filter 0 1 2,$(GPUS)),2,$(GPUS))
 GPU ?= $(if $(filter-out 0,$(GPUS)),1,0)
 ID ?=
 ARGS ?=
+ROUNDS ?= 20
+BUSY ?=
 
 # One thread a process and parallel over processes: two-thread torch beside another process is 2x to 27x slower.
 export OMP_NUM_THREADS = 1
@@ -28,7 +30,7 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # By the environment, since a shell would take off the quotes inside of it.
 export COMPRESSIBLE_ARGS = $(ARGS)
 
-.PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks clean distclean
+.PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks nbval clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -113,6 +115,9 @@ claims: $(STAMP)  ## the papers' statements and how they came out
 
 notebooks: $(STAMP)  ## re-execute the committed notebooks in place, with their defaults
 	@$(RUN) python -m compressible notebooks $(ID)
+
+nbval: $(STAMP)  ## nbval of all notebooks ROUNDS times in a row: ROUNDS, JOBS, BUSY=1 (beside other work)
+	@$(RUN) bash benchmarks/nbval_repeatedly.sh -j $(JOBS) $(if $(BUSY),-b) $(ROUNDS) $(if $(ID),notebooks/$(ID).ipynb)
 
 clean:  ## remove quick figures, leftovers of failed runs and tool caches
 	rm -rf figures/quick figures/*/failed figures/*/executed figures/*/.staging-* figures/*/.batch .snakemake .pytest_cache \

@@ -2,19 +2,18 @@
 #
 #   snakemake --cores 2 --keep-going --config preset=quick ids="kwon2024/05_completion" args="-p seed 1"
 #
-# Elsewhere (pip install -c constraints.txt -e ".[batch,cluster]"; the checkout must be visible to the jobs):
+# On a cluster (pip install -c constraints.txt -e ".[batch,cluster]"), with what profiles/slurm and profiles/kubernetes say:
 #
-#   Slurm       snakemake --executor slurm --jobs 20 --keep-going --default-resources slurm_partition=NAME \
-#                   mem_mb=8000 --resources gpu=4 --config preset=paper gpus=4
-#   Kubernetes  snakemake --executor kubernetes --jobs 20 --keep-going --container-image IMAGE \
-#                   --default-storage-provider s3 --default-storage-prefix s3://BUCKET/PREFIX \
-#                   --config preset=paper
+#   snakemake --profile profiles/slurm --config preset=paper
+#   snakemake --profile profiles/kubernetes --container-image IMAGE --default-storage-prefix s3://BUCKET/PREFIX \
+#       --config preset=paper
 #
 # There, too, each job is one call of `python -m compressible run`, a failed notebook's traceback is on its standard error.
 # It publishes figures, record and executed notebook itself, each whole or not at all. Snakemake removes the outputs of a
 # job before it starts and after it fails, so that what it is told of is a stamp: an earlier figure survives whatever
 # happens. Where the files of a job are on another machine (a storage provider), they are outputs, to come back.
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -23,16 +22,20 @@ import yaml
 
 sys.path.insert(0, str(Path("lib").resolve()))
 from compressible.__main__ import main
-from compressible.companion.library import computing_sources
+from compressible.companion.library import computing_sources, notebook_digest
+from compressible.companion.provenance import LIBRARY as LIBRARY_DIGEST
+from compressible.companion.provenance import git_state
 
 PRESET = str(config.get("preset", "quick"))
 LABEL = str(config.get("label") or PRESET)
-GPUS = config["gpus"] = int(config.get("gpus", 0))
+# GPUs that the batch may use at a time: make says so, a profile by its limit on the resource gpu.
+LIMIT = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 0
+GPUS = config["gpus"] = int(config.get("gpus", LIMIT))
 FIGURES = Path(os.environ.get("COMPRESSIBLE_FIGURES", "figures")) / LABEL
 # By the environment, make hands over what a shell would take apart otherwise.
 ARGS = str(config.get("args") or os.environ.get("COMPRESSIBLE_ARGS", "")).strip()
 AWAY = workflow.storage_settings.default_storage_provider is not None
-MADE = "{paper}/{name}"
+MADE = "{id}"
 
 
 def read_presets():
@@ -54,12 +57,30 @@ def choose(wanted):
     return wanted or list(CHOICES)
 
 
-def wants_gpu(wildcards):
-    return min(GPUS, int(CHOICES[f"{wildcards.paper}/{wildcards.name}"].get("gpu", False)))
-
-
 def minutes(wildcards):
-    return max(10, round(4 * CHOICES[f"{wildcards.paper}/{wildcards.name}"].get("minutes", 10)))
+    return max(10, round(4 * CHOICES[wildcards.id].get("minutes", 10)))
+
+
+def any_of(ids):
+    """A regular expression that matches these ids, and nothing where there is none."""
+    return "|".join(map(re.escape, ids)) or "(?!)"
+
+
+def here(path):
+    """A file of this checkout that a job depends on; none where jobs get the sources by themselves, from the archive that
+    snakemake makes of the tracked files. To name them would keep a job on this machine."""
+    return [] if AWAY else path
+
+
+def code(wildcards):
+    """What stands for the sources where they are no inputs: a job is made again when they have changed."""
+    return f"{LIBRARY_DIGEST} {notebook_digest(Path('notebooks', f'{wildcards.id}.ipynb'))}" if AWAY else ""
+
+
+def commit():
+    """What the checkout is, for jobs that get it without its .git."""
+    state = git_state()
+    return f"{state['commit'] or ''}{'+dirty' if state['dirty'] else ''}" if AWAY else ""
 
 
 def check(ids):
@@ -77,11 +98,14 @@ def forget_lost(ids):
 
 
 CHOICES = read_presets()
+# A job on another machine is told which rule it is, but not the limits: there, a GPU is for who has the rule for one.
+HERE = workflow.is_main_process
+ON_GPU = [id for id, entry in CHOICES.items() if (GPUS or not HERE) and entry.get("gpu", False)]
 IDS = choose(str(config.get("ids") or "").split())
 LIBRARY = [os.path.relpath(file) for file in computing_sources()]
 FILES = [f"{FIGURES}/{MADE}.{suffix}" for suffix in ("json", "npz", "pdf", "png")] + [f"{FIGURES}/executed/{MADE}.ipynb"]
 STAMP = f"{FIGURES}/.batch/{MADE}"
-if workflow.is_main_process:
+if HERE:
     check(IDS)
     forget_lost(IDS)
 
@@ -97,26 +121,44 @@ rule figures:
 
 rule figure:
     input:
-        notebook="notebooks/{paper}/{name}.ipynb",
-        presets="notebooks/{paper}/presets.yaml",
-        library=LIBRARY,
+        notebook=here("notebooks/{id}.ipynb"),
+        presets=lambda wildcards: here(f"notebooks/{wildcards.id.split('/')[0]}/presets.yaml"),
+        library=here(LIBRARY),
     output:
         FILES if AWAY else touch(STAMP),
     wildcard_constraints:
-        paper=r"[^/]+",
-        name=r"[^/]+",
+        id=any_of(sorted(set(CHOICES) - set(ON_GPU)) if HERE else CHOICES),
     params:
         preset=PRESET,
         label=LABEL,
         args=ARGS,
+        gpus=0,
+        commit=commit(),
+        code=code,
     threads: 1
     resources:
-        gpu=wants_gpu,
         runtime=minutes,
     message:
-        "{wildcards.paper}/{wildcards.name}, preset {params.preset}"
+        "{wildcards.id}, preset {params.preset}"
     shell:
         # The kernel starts in the notebook's folder, where a relative path would mean another place.
-        'OMP_NUM_THREADS=1 PYTHONPATH="$PWD/lib${{PYTHONPATH:+:$PYTHONPATH}}"'
-        " python -m compressible run {wildcards.paper}/{wildcards.name}"
-        " --preset {params.preset} --label {params.label} --gpus $(({resources.gpu} * {config[gpus]})) {params.args}"
+        'OMP_NUM_THREADS=1 PYTHONPATH="$PWD/lib${{PYTHONPATH:+:$PYTHONPATH}}" COMPRESSIBLE_COMMIT={params.commit:q}'
+        " python -m compressible run {wildcards.id}"
+        " --preset {params.preset} --label {params.label} --gpus {params.gpus} {params.args}"
+
+
+# Only jobs on a GPU have the resource at all: Kubernetes takes 0 GPUs for a wish to have one, and asks whose.
+use rule figure as figure_on_gpu with:
+    wildcard_constraints:
+        id=any_of(ON_GPU),
+    params:
+        preset=PRESET,
+        label=LABEL,
+        args=ARGS,
+        gpus=GPUS or 64,  # as many as the host has
+        commit=commit(),
+        code=code,
+    resources:
+        runtime=minutes,
+        gpu=1,
+        gpu_manufacturer="nvidia",

@@ -311,6 +311,16 @@ def test_two_jobs_get_two_gpus_and_a_third_waits(monkeypatch, tmp_path):
     assert order == ["4"]
 
 
+def test_no_gpu_is_waited_for_that_the_machine_does_not_have(monkeypatch, tmp_path):
+    monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(batch, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("nvidia3", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    with batch.gpu_slot(64) as device:  # a container of one GPU, whatever its number on the host
+        assert device == os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
 # refreshing
 
 

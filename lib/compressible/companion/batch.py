@@ -27,6 +27,7 @@ SUFFIXES = (".pdf", ".png", ".npz", ".json")  # the record comes last: its prese
 PICTURES = {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
 # Jupyter interrupts a kernel before it ends it, which ipykernel's log calls an error; errors of cells come by messages.
 QUIET = {"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]}}
+DEVICES = Path("/dev")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -234,12 +235,13 @@ def _figures_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gpu_slot(count: int) -> Iterator[str]:
-    """Hold one of the first `count` GPUs of this machine, waiting for it; 0 hides all GPUs.
+    """Hold one of the first `count` GPUs of this machine, or of as many as it has, waiting for it; 0 hides all GPUs.
 
     Yields the device number as CUDA_VISIBLE_DEVICES has it during the block. A scheduler that has shown
     this process one GPU is left alone.
     """
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    here = min(count, len(list(DEVICES.glob("nvidia[0-9]*"))) or count)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(here)))).split(",")
     devices = [device for device in shown if device][:count]
     if len(devices) <= 1:
         with _environment(CUDA_VISIBLE_DEVICES="".join(devices)):

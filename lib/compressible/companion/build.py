@@ -19,7 +19,7 @@ from compressible.runtime import paths
 
 # What `python -m compressible run` says at its end, and snakemake's table of the jobs that it will start.
 ENDED = re.compile(r"(?P<id>[\w.-]+/[\w.-]+): (?P<how>done|FAILED) after (?P<seconds>\d+) s")
-COUNTED = re.compile(r"figure\s+(?P<count>\d+)")
+COUNTED = re.compile(r"(?P<rule>figure|figure_on_gpu)\s+(?P<count>\d+)")
 STOPPED = 130  # exit status after Ctrl-C, as a shell has it
 
 
@@ -33,11 +33,13 @@ class Progress:
     began: float = field(default_factory=time.monotonic)
     ended: dict[str, int] = field(default_factory=dict)
     failed: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def note(self, line: str) -> bool:
         """Whether a line of the batch tells something new of it, which is kept."""
         if counted := COUNTED.fullmatch(line.strip()):
-            self.total = int(counted["count"])
+            self.counts[counted["rule"]] = int(counted["count"])
+            self.total = sum(self.counts.values())
         found = ENDED.match(line)
         if found and found["id"] in self.minutes:
             self.ended[found["id"]] = int(found["seconds"])
