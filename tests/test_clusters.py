@@ -230,6 +230,7 @@ def test_kubernetes_gets_jobs_that_its_api_server_takes_with_all_sources(figures
         limits, requests = container["resources"]["limits"], container["resources"]["requests"]
         assert limits.keys() == requests.keys() and limits["memory"] == requests["memory"] == "8000M"
         assert limits.get("nvidia.com/gpu") == requests.get("nvidia.com/gpu") == ("1" if "gpu" in id else None)
+        assert {each["name"] for each in container["env"]} >= {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     tolerating = [figure_of(pod, figures_of) for pod in pods if pod.get("tolerations")]
     assert tolerating == [figures_of[2]]  # a job without a GPU may not take a place on a node with some
     (sources,) = [content for name, content in kept.items() if "snakemake-workflow-sources" in name]
@@ -267,5 +268,8 @@ def test_the_image_installs_what_jobs_need_and_no_library(tmp_path):
     listed = done.stdout.splitlines()
     assert any(line.startswith("torch>=") for line in listed) and not any("compressible" in line for line in listed)
     assert {"snakemake-storage-plugin-s3", "papermill", "peft"} <= {line.partition(">=")[0] for line in listed}
-    pinned = {line.partition("==")[0].lower() for line in (REPOSITORY / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    }
     assert {line.partition(">=")[0].lower() for line in listed} <= pinned
