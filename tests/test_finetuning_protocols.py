@@ -200,3 +200,10 @@ def test_rates_are_chosen_on_the_tuning_rows_and_the_grid_grows(monkeypatch):
     assert found["A/rates"].tolist() == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] and found["B/rates"][0] == 3e-4
     assert len(asked[0]) == 12 and {seed for _, _, seed in asked[0]} == {7, 8}
     np.testing.assert_allclose(found["A/rate_scores"][3], 1)
+
+
+def test_losses_in_windows_are_means_at_their_middles():
+    at, means = rates_compared.in_windows(np.arange(14.0)[None].repeat(2, 0), 4)  # windows of three, two left over
+    assert at.tolist() == [1.5, 4.5, 7.5, 10.5] and means.tolist() == [[1, 4, 7, 10]] * 2
+    at, means = rates_compared.in_windows(np.arange(3.0)[None])
+    assert at.tolist() == [0.5, 1.5, 2.5] and means.tolist() == [[0, 1, 2]]

@@ -31,6 +31,13 @@ def planned_runs(methods: Methods, seeds: Iterable[int], head_lr: float) -> list
     ]
 
 
+def in_windows(losses: np.ndarray, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middles (W,) of windows of a `count`th of the steps, and means (S, W) of losses (S, steps) in them."""
+    size = max(1, losses.shape[1] // count)
+    means = losses[:, : losses.shape[1] // size * size].reshape(len(losses), -1, size).mean(2)
+    return size * (np.arange(means.shape[1]) + 0.5), means
+
+
 def tuned(
     base: nn.Module,
     methods: Mapping[str, PeftConfig],
