@@ -66,7 +66,7 @@ def fine_tune(
         decay_ratio: what the rate decays to linearly, over its start (1: constant).
         evaluate_at: numbers of updates made, 0 to `steps`, at which runs are scored.
         watch_at: the same for `watch`.
-        watch: takes a `PassSnapshot`, the updates of a pass's runs, and returns one value a run.
+        watch: takes a `PassSnapshot`, the updates and factors of a pass's runs, and returns one value a run.
         precision: "float32", "tf32" (the authors', JAX's default) or "bfloat16" (of the frozen model only).
         dropout: whether the model's own dropout is on, drawn per run.
         compiled: whether torch.compile takes the pass.
