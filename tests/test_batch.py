@@ -321,6 +321,25 @@ def test_no_gpu_is_waited_for_that_the_machine_does_not_have(monkeypatch, tmp_pa
         assert device == os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
+def test_two_batches_with_one_gpu_take_turns(monkeypatch, tmp_path):
+    monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lock = batch.first_free(["0"])[1]  # held by a job of the other batch
+    shown: list[str] = []
+
+    def job() -> None:
+        with batch.gpu_slot(1) as device:
+            shown.append(device)
+
+    waiting = threading.Thread(target=job)
+    waiting.start()
+    waiting.join(0.5)
+    assert shown == []
+    lock.release()
+    waiting.join(10)
+    assert shown == ["0"]
+
+
 # refreshing
 
 

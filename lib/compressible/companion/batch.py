@@ -241,9 +241,10 @@ def gpu_slot(count: int) -> Iterator[str]:
     this process one GPU is left alone.
     """
     here = min(count, len(list(DEVICES.glob("nvidia[0-9]*"))) or count)
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(here)))).split(",")
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = list(map(str, range(here))) if told is None else told.split(",")
     devices = [device for device in shown if device][:count]
-    if len(devices) <= 1:
+    if len(devices) <= (0 if told is None else 1):
         with _environment(CUDA_VISIBLE_DEVICES="".join(devices)):
             yield "".join(devices)
         return
