@@ -161,3 +161,10 @@ def test_a_kernel_of_this_python_is_taken_whatever_its_name(tmp_path, monkeypatc
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     for name in ("mine", "plain", "wrapper", "python3"):
         kernels.check_kernel(name)
+
+
+def test_the_reason_of_a_failure_is_the_error_s_own_line(batch_of, capfd):
+    bad, _ = batch_of
+    write_notebook(Path("notebooks", f"{bad}.ipynb"), "raise RuntimeError('no such file\\nwhat to do: nothing')")
+    assert main(["build", bad]) == 1
+    assert f"failed: {bad}: RuntimeError: no such file; log: " in capfd.readouterr().out

@@ -6,6 +6,7 @@ It is one file without a script, opened from the disk as it is; every link in it
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from compressible.runtime import paths
 
 NAME = "index.html"
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit): ")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ccc; --bad: #a40000; --link: #0b57a4 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --bad: #ff8a80;
@@ -112,7 +114,8 @@ def _read(record: Path) -> dict[str, Any]:
 
 def _last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "its log is empty"
+    named = [line for line in lines if _ERROR.match(line)]  # an error's own line, of which further ones may follow
+    return (named or lines)[-1][:200] if lines else "its log is empty"
 
 
 def _parted(found: Sequence[Entry], since: float) -> tuple[list[Entry], list[Entry], list[Entry]]:
