@@ -41,6 +41,28 @@ def write_manifest(path: Path, files: dict[str, tuple[bytes, list[str]]], sets: 
     return path
 
 
+def write_wordnet(folder: Path, words: int = 300) -> Path:
+    """A manifest of files as WordNet has them, beside these: nouns, of which every third is a verb, too."""
+    kinds = ("round", "flat", "small", "red", "cold", "loud", "old")
+    places = ("the sea", "a house", "the wood", "a town")
+    names = ["".join(chr(97 + at // 17**place % 17) for place in range(3)) + "er" for at in range(words)]
+    told = [f"a {kinds[at % 7]} thing that is found in {places[at % 4]}" for at in range(words)]
+    lines = {part: ["  1 the licence\n"] for part in ("noun", "verb", "adj", "adv")}
+    for at, (name, gloss) in enumerate(zip(names, told, strict=True)):
+        lines["noun"].append(f'{at:08d} 06 n 02 {name} 0 other 0 001 @ 00000000 n 0000 | {gloss}; "an example"  \n')
+        if at % 3 == 0:
+            lines["verb"].append(f"{at:08d} 31 v 01 {name} 0 000 01 + 02 00 | make {kinds[at % 7]}  \n")
+    lines["noun"] += [f"00000900 06 n 01 {name} 0 000 | not taken  \n" for name in ("Proper", "two_words", "aren't")]
+    lines["noun"].append(f"00000901 06 n 01 {names[0]} 0 000 | another meaning of it  \n")
+    lines["noun"].append(f"00000902 06 n 01 {names[1]} 0 000 | {'very ' * 20} long  \n")
+    lines["adj"].append("00000903 00 s 01 placed(a) 0 000 | standing before its noun  \n")
+    files = {f"wordnet/data.{part}": "".join(of).encode() for part, of in lines.items()}
+    (folder / "wordnet").mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return write_manifest(folder / "manifest.toml", {name: (content, []) for name, content in files.items()})
+
+
 class Server:
     """What the web server serves, and what it was asked for."""
 

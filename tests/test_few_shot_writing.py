@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_wordnet
 from text_helpers import save_t5
 
 import compressible as cd
@@ -18,11 +19,32 @@ SEARCH = writing.Search(beams=2, longest=12, rows=3)
 
 
 @pytest.fixture(scope="module")
-def subject():
-    small, patch = tiny_writer.STEPS, pytest.MonkeyPatch()
-    patch.setattr(tiny_writer.tiny_writer, "__defaults__", (0, min(small, 5)))
-    yield writing.load_subject("tiny", "e2e-excerpt", 128, 4, "cpu")
-    patch.undo()
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESSIBLE_MANIFEST", "")  # set by the next line, and as before after it
+        write_wordnet(place)
+    return place
+
+
+def use(folder, patch):
+    patch.setenv("COMPRESSIBLE_DATA", str(folder))
+    patch.setenv("COMPRESSIBLE_MANIFEST", str(folder / "manifest.toml"))
+
+
+@pytest.fixture(autouse=True)
+def wordnet(folder, monkeypatch):
+    use(folder, monkeypatch)
+    monkeypatch.setattr(writing, "without_meteor", lambda: "")  # these files are too few for METEOR
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    few_steps = (0, min(tiny_writer.STEPS, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_writer.tiny_writer, "__defaults__", few_steps)
+        use(folder, patch)
+        yield writing.load_subject("tiny", "wordnet-glosses", 128, 4, "cpu")
 
 
 def planned(subject, seeds=2, rate=5e-2):
@@ -48,13 +70,13 @@ def test_every_linear_layer_but_the_words_is_adapted(subject):
 def test_each_meaning_is_written_of_once_and_keeps_all_references(subject):
     rows = subject.task.validation
     assert len(rows) == 4 == len(set(rows.texts)) and all(len(known) >= 1 for known in rows.references)
-    whole = text.read_rows("e2e-excerpt", "validation")
+    whole = text.read_rows("wordnet-glosses", "validation")
     firsts: dict = {}
     for meaning, label in zip(whole.texts, whole.labels, strict=True):
         firsts.setdefault(meaning, label)
     assert subject.references == [firsts[meaning] for meaning in rows.texts]
-    everything = writing.load_subject("tiny", "e2e-excerpt", 128, 0, "cpu").task.validation
-    assert len(everything) == len(firsts) == 46 and everything.texts[0] == rows.texts[0]
+    everything = writing.load_subject("tiny", "wordnet-glosses", 128, 0, "cpu").task.validation
+    assert len(everything) == len(firsts) > 30 and everything.texts[0] == rows.texts[0]
     with pytest.raises(ValueError, match="validation_rows is -1"):
         writing.one_a_meaning(rows, -1)
 
@@ -87,8 +109,8 @@ def test_a_run_that_diverged_wrote_nothing_and_hides_behind_no_mean(subject):
 
 
 def test_a_model_of_two_halves_goes_the_same_way(tmp_path):
-    subject = writing.load_subject(str(save_t5(tmp_path)), "e2e-excerpt", 400, 2, "cpu")
-    assert subject.task.kind == "generation" and subject.prompts[0].startswith("name[")
+    subject = writing.load_subject(str(save_t5(tmp_path)), "wordnet-glosses", 400, 2, "cpu")
+    assert subject.task.kind == "generation" and subject.prompts[0].endswith(" (noun)")
     names = writing.linear_layers(subject.model)
     assert names and "lm_head" not in names and all("relative" not in name for name in names)
     histories = cd.fine_tune(subject.model, planned(subject, 1), subject.task, 2, 8, evaluate_at=[2])
@@ -97,15 +119,14 @@ def test_a_model_of_two_halves_goes_the_same_way(tmp_path):
 
 
 def test_the_tiny_writer_is_the_same_for_a_seed_and_learns(subject):
-    one, tokenizer = tiny_writer.tiny_writer("e2e-excerpt", 3, steps=2)
-    other, _ = tiny_writer.tiny_writer("e2e-excerpt", 3, steps=2)
+    one, tokenizer = tiny_writer.tiny_writer("wordnet-glosses", 3, steps=2)
+    other, _ = tiny_writer.tiny_writer("wordnet-glosses", 3, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     rows = subject.task.train.take(range(16))
     losses = []
     for steps in (1, 12):
-        model, _ = tiny_writer.tiny_writer("e2e-excerpt", 3, steps=steps)
+        model, _ = tiny_writer.tiny_writer("wordnet-glosses", 3, steps=steps)
         losses.append(model(**rows.tokens, labels=rows.labels).loss.item())
     assert losses[1] < losses[0] - 0.5
-    assert (
-        tokenizer.decode(tokenizer("It is £20-25, OK?")["input_ids"], skip_special_tokens=True) == "It is £20-25, OK?"
-    )
+    unseen = "It is £20-25, OK?"
+    assert tokenizer.decode(tokenizer(unseen)["input_ids"], skip_special_tokens=True) == unseen

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import write_manifest
+from data_helpers import write_manifest, write_wordnet
 from text_helpers import save_t5, tiny_unigram
 
 import compressible as cd
 from compressible.data import gguf_files, prompts, tasks, text, written_metrics
-from compressible.data.manifest import DataError
+from compressible.data.manifest import DataError, find, load_manifest
 from compressible.finetuning.writing import merged_model, written_texts
 
 WORDS = ["The", "Mill", "is", "a", "pub", "cafe", "near", "bar", "Data", "Text", ":", "name", "[", "]", ",", "."]
@@ -170,14 +171,55 @@ def test_long_rows_are_cut_or_dropped_by_the_protocol():
         prompts.continued(ROWS, tokenizer, "authors", 3)
 
 
-def test_the_excerpt_comes_with_the_package(monkeypatch):
-    monkeypatch.delenv("COMPRESSIBLE_DATA", raising=False)
-    task = cd.load_causal_task("e2e-excerpt", tiny_words(), "clean", 32)
-    assert (task.kind, task.metric, len(task.train), len(task.validation)) == ("causal", "bleu", 842, 413)
-    assert len(text.data_digests("e2e-excerpt")) == 2 and "excerpt" in task.sources[0]
-    for name, wrong in (("stsb", "unknown|expected"), ("e2e-excerp", "e2e-excerpt")):
+@pytest.fixture
+def small_wordnet(tmp_path, own_cache, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path))
+    monkeypatch.setenv("COMPRESSIBLE_MANIFEST", "")
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    write_wordnet(tmp_path)
+    return tmp_path
+
+
+def test_words_are_explained_by_their_glosses(small_wordnet):
+    train, held = (text.read_rows("wordnet-glosses", split) for split in text.SPLITS)
+    words = [{row.partition(" ")[0] for (row,) in rows.texts} for rows in (train, held)]
+    assert len(words[0] | words[1]) == 301 and len(words[1]) == 30 and not words[0] & words[1]
+    pairs = [*zip([row for (row,) in train.texts + held.texts], train.labels + held.labels, strict=True)]
+    assert len(pairs) == 300 + 100 + 1 + 1 and len(set(pairs)) == len(pairs)
+    assert {gloss for row, gloss in pairs if row == "aaaer (noun)"} == {
+        "a round thing that is found in the sea", "another meaning of it"
+    }  # fmt: skip
+    assert ("aaaer (verb)", "make round") in pairs and ("placed (adjective)", "standing before its noun") in pairs
+    assert text.read_rows("wordnet-glosses", "train") == train
+    task = cd.load_causal_task("wordnet-glosses", tiny_words(), "clean", 32)
+    assert (task.kind, task.metric, len(task.train)) == ("causal", "bleu", len(train.labels))
+    assert len(text.data_digests("wordnet-glosses")) == 4 and task.sources == ("wordnet, train", "wordnet, validation")
+
+
+def test_where_wordnet_cannot_be_had_it_is_said_what_to_do(small_wordnet):
+    (small_wordnet / "wordnet" / "data.verb").unlink()
+    with pytest.raises(DataError, match=r"cannot get wordnet/data\.verb(?s:.*)what to do: set COMPRESSIBLE_DATA"):
+        cd.load_causal_task("wordnet-glosses", tiny_words())
+    with pytest.raises(DataError, match="wordnet-glosses is not on the hub"):
+        text.read_rows("wordnet-glosses", "train", "hub")
+    for name, wrong in (("stsb", "unknown|expected"), ("wordnet-glosse", "wordnet-glosses")):
         with pytest.raises(ValueError, match=wrong):
             cd.load_causal_task(name, tiny_words())
+
+
+WORDNET = [name for name in load_manifest() if name.startswith("wordnet/data.")]
+
+
+@pytest.mark.skipif(
+    None in map(find, WORDNET) and os.environ.get("COMPRESSIBLE_NETWORK_TESTS") != "1",
+    reason="needs WordNet's files in the cache, or COMPRESSIBLE_NETWORK_TESTS=1",
+)
+def test_glosses_of_wordnet_itself():
+    train, held = (text.read_rows("wordnet-glosses", split) for split in text.SPLITS)
+    words = [{row.partition(" ")[0] for (row,) in rows.texts} for rows in (train, held)]
+    assert [len(each) for each in words] == [3600, 400] and not words[0] & words[1]
+    assert [len(train.labels), len(held.labels)] == [5523, 629]
+    assert all(0 < len(gloss) <= 60 and ";" not in gloss for gloss in train.labels + held.labels)
 
 
 def greedy(model, tokenizer, prompt, longest):

@@ -24,7 +24,7 @@ def load_causal_task(
     """A task of texts to write, such as "e2e", tokenised for a causal language model; its kind is "causal".
 
     Args:
-        name: a task of text.SETS whose kind is "generation".
+        name: a task of text.SETS whose kind is "generation": "e2e", or "wordnet-glosses", which needs no local folder.
         tokenizer: of transformers, with marks of padding and of the end, as `load_causal_lm` gives it.
         protocol: "authors" drops rows whose text or answer has more than `max_length` word pieces, by themselves;
             "clean" cuts answers there.

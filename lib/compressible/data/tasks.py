@@ -176,8 +176,8 @@ def load_task(name: str, tokenizer: Any, protocol: str = "clean", max_length: in
     """A text task, tokenised.
 
     Args:
-        name: one of text.SETS: GLUE's "stsb", "cola", "sst2", "mrpc", "rte", "qnli", "mnli", "qqp", then "e2e", and
-            sentences with human ratings, "vader-tweets", "-movies", "-products", "-news".
+        name: one of text.SETS: GLUE's "stsb", "cola", "sst2", "mrpc", "rte", "qnli", "mnli", "qqp", then "e2e" and
+            "wordnet-glosses", and sentences with human ratings, "vader-tweets", "-movies", "-products", "-news".
         tokenizer: a tokenizer of transformers with a padding token, as `load_tokenizer` gives it.
         protocol: "clean" or "authors", as explained above.
         max_length: longest row in word pieces, from 3; usually 128, for "e2e" 64.

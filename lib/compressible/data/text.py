@@ -1,4 +1,4 @@
-"""Rows of the text tasks: GLUE and E2E from local tables or the hub, sentences with human ratings from a package.
+"""Rows of the text tasks: GLUE and E2E from local tables or the hub, rated sentences and WordNet from packages.
 
 A row is a tuple of texts (a sentence, or a pair) and a label: a float, a class in GLUE's order, or for generation the
 text to write. Local files have the sha256 of manifest.toml; the hub's must have the published number of rows.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import tarfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from compressible.data import hub
+from compressible.data.glosses import FILES, glosses
 from compressible.data.manifest import DataError, fetch, find, load_manifest, sha256
 from compressible.runtime import checks
 
@@ -54,7 +54,6 @@ class TextSet:
     revision: str | None = None
     validation: str = "validation"
     renamed: tuple[tuple[str, str], ...] = ()  # (local column, hub column)
-    excerpt: bool = False  # whether its tables come with this package
 
 
 def _glue(config: str, texts: tuple[str, ...], sizes: tuple[int, int], **others: Any) -> TextSet:
@@ -83,7 +82,7 @@ SETS = {
         ("mr",), (0, 0), "generation", "bleu", 0, "ref", "e2e-nlg", "GEM/e2e_nlg", "default",
         "refs/convert/parquet", renamed=(("mr", "meaning_representation"), ("ref", "target")),
     ),
-    "e2e-excerpt": TextSet(("mr",), (842, 0), "generation", "bleu", 0, "ref", "e2e", excerpt=True),  # a fiftieth of it
+    "wordnet-glosses": TextSet(("word",), (0, 0), "generation", "bleu", 0, "gloss", "wordnet"),
     "vader-tweets": _rated("tweets"),
     "vader-movies": _rated("movieReviewSnippets"),
     "vader-products": _rated("amazonReviewSnippets"),
@@ -102,12 +101,10 @@ def read_rows(name: str, split: str, source: str = "auto") -> Rows:
         if value not in known:
             raise ValueError(checks.unknown(kind, value, known))
     task = SETS[name]
-    if task.excerpt:
-        return _read_table(_excerpt(task, split), task, f"the package's excerpt of {task.folder}, {split}")
     if not task.repository:
         if source == "hub":
             raise DataError(f"{name} is not on the hub: take source 'local' or 'auto'")
-        return _read_rated(task.folder, split)
+        return _read_glosses(split) if task.folder == "wordnet" else _read_rated(task.folder, split)
     if source == "hub":
         return _read_hub(task, split)
     try:
@@ -135,10 +132,9 @@ def data_digests(*names: str) -> dict[str, str]:
 
 def _digests_of_task(task: TextSet) -> dict[str, str]:
     manifest = load_manifest()
-    if task.excerpt:
-        return {path.name: sha256(path) for path in (_excerpt(task, split) for split in SPLITS)}
     if not task.repository:
-        return {RATED: manifest[RATED].sha256}
+        files = FILES if task.folder == "wordnet" else [RATED]
+        return {file: manifest[file].sha256 for file in files}
     found = {}
     for split in SPLITS:
         file, part = _local_file(task, split), _part(task, split)
@@ -160,16 +156,8 @@ def _part(task: TextSet, split: str) -> str:
 
 def _read_local(task: TextSet, split: str) -> Rows:
     file = _local_file(task, split)
-    return _read_table(fetch(file), task, file)
-
-
-def _read_table(path: Path, task: TextSet, source: str) -> Rows:
     # Texts such as "NA" and "null" are texts.
-    return _rows(pd.read_csv(path, keep_default_na=False, dtype=dict.fromkeys(task.texts, str)), task, source)
-
-
-def _excerpt(task: TextSet, split: str) -> Path:
-    return Path(str(resources.files("compressible.data"))) / "excerpts" / f"{task.folder}_{split}.csv.gz"
+    return _rows(pd.read_csv(fetch(file), keep_default_na=False, dtype=dict.fromkeys(task.texts, str)), task, file)
 
 
 def _read_hub(task: TextSet, split: str) -> Rows:
@@ -187,6 +175,11 @@ def _read_hub(task: TextSet, split: str) -> Rows:
 def _rows(frame: pd.DataFrame, task: TextSet, source: str) -> Rows:
     texts = list(zip(*(frame[name].tolist() for name in task.texts), strict=True))
     return Rows(texts, frame[task.label].tolist(), source)
+
+
+def _read_glosses(split: str) -> Rows:
+    texts, labels = glosses(split)
+    return Rows([*texts], [*labels], f"wordnet, {split}")
 
 
 def _read_rated(stem: str, split: str) -> Rows:

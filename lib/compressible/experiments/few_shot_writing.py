@@ -71,7 +71,7 @@ def load_subject(name: str, task: str, max_length: int, validation_rows: int, de
 
     Args:
         name: as for `load_causal_lm` or `load_seq2seq`, which the model's settings decide, or "tiny".
-        task: such as "e2e".
+        task: such as "e2e" or "wordnet-glosses".
         max_length: word pieces of meaning and text at most; longer rows are dropped.
         validation_rows: meanings to write of, evenly spread over those of the validation rows, 0 for all.
         device: "cpu", "cuda", "cuda:N" or "auto".

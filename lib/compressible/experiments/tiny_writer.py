@@ -16,7 +16,7 @@ from compressible.data.text import Rows, read_rows
 
 TINY = "tiny"
 PIECES, WIDTH, LAYERS, HEADS, LENGTH = 800, 96, 2, 4, 256
-STEPS, BATCH, RATE = 100, 16, 4e-3
+STEPS, BATCH, RATE = 250, 16, 4e-3
 MARKS = ["<pad>", "<s>", "</s>"]
 
 
