@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from compressible.data.tasks import Task, load_task
@@ -77,11 +76,12 @@ def passed(trainer: Trainer, precision: str, device: str) -> dict[str, Any]:
 
 def padding(trainer: Trainer) -> dict[str, float]:
     """Tokens of a step: the share that is attended to, and the mean padded length."""
-    sizes = [trainer.stacked.batch(step)[0]["attention_mask"] for step in range(trainer.steps)]
+    steps = [trainer.stacked.batch(step)[0] for step in range(trainer.steps)]
+    sizes = [mask for tokens in steps for name, mask in tokens.items() if name.endswith("attention_mask")]
     full = sum(mask.numel() for mask in sizes)
     return {
         "attended to": round(float(sum(int(mask.sum()) for mask in sizes)) / full, 3),
-        "length": float(np.mean([mask.shape[1] for mask in sizes])),
+        "length": float(full / trainer.stacked.order.numel()),
     }
 
 
@@ -96,7 +96,7 @@ def floor_seconds(trainer: Trainer, model: Any, precision: str, device: str, ope
         k, layers = group.members[0].inner, len(group.members)
         weights += layers * m * n
         chains += layers * runs * 3 * 2 * (k * k * n + m * k * n)  # forwards, and twice that backwards
-    tokens = trainer.stacked.batch(0)[0]["input_ids"].numel()
+    tokens = sum(ids.numel() for name, ids in trainer.stacked.batch(0)[0].items() if name.endswith("input_ids"))
     products = runs * operations + 2 * tokens * weights + chains  # the gradients by the updates beside thin's
     rate = _gemm(precision, device, 3)
     return {"bytes ms": 1e3 * moved, "products ms": 1e3 * products / rate, "products": float(products)}

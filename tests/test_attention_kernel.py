@@ -60,7 +60,7 @@ def masks(rows, queries, keys):
     }  # fmt: skip
 
 
-def both(query, key, value, **options):
+def both(query, key, value, numbers=None, **options):
     """Output and gradients by the kernel, and written out in float64."""
     weight = torch.randn(*query.shape[:3], value.shape[3], device=DEVICE).to(query.dtype)
     results = []
@@ -70,6 +70,7 @@ def both(query, key, value, **options):
         if mask is not None and mask.is_floating_point():
             mask = mask.to(kind)
         with per_run() as drawn:
+            drawn.numbers = numbers
             out = attention(*own, **(options | {"attn_mask": mask}))
         assert drawn.place == 1
         results.append([out, *torch.autograd.grad((out * weight.to(kind)).sum(), own)])
@@ -151,6 +152,19 @@ def test_outputs_and_gradients_have_the_heads_side_by_side_in_memory():
         assert x.transpose(1, 2).is_contiguous()
 
 
+def test_rows_of_given_numbers_get_the_masks_of_these():
+    torch.manual_seed(2)
+    query, key, value = (heads(4, 2, 7, 8) for _ in "qkv")
+    numbers = torch.tensor([1, 0, 0, 1], device=DEVICE).int()
+    assert_close(*both(query, key, value, numbers, dropout_p=0.3), FLOAT32)
+    turned = torch.tensor([1, 0, 2, 3], device=DEVICE)
+    plain, other = (
+        both(query, key, value, dropout_p=0.3),
+        both(*(x[turned] for x in (query, key, value)), numbers, dropout_p=0.3),
+    )
+    torch.testing.assert_close(plain[1][0][turned], other[1][0])
+
+
 def test_memory_may_lie_anyhow():
     torch.manual_seed(3)
     packed = torch.randn(4, 9, 3, 2, 16, device=DEVICE)
@@ -189,7 +203,7 @@ def test_a_batch_that_is_not_the_runs_is_refused():
 def test_the_operators_keep_torchs_rules():
     query, key, value = (heads(2, 2, n, 16) for n in (3, 5, 5))
     drawn = per_run()
-    rest = masks(2, 3, 5)["line"], drawn.seeds, drawn.step, 1, PART, 0.25, False
+    rest = masks(2, 3, 5)["line"], drawn.seeds, drawn.step, torch.tensor([7, 1]).int().to(DEVICE), 1, PART, 0.25, False
     torch.library.opcheck(dropped_attention, (query, key, value, *rest))
     inputs = [x.detach() for x in (query, key, value)]
     backward = torch.randn_like(inputs[0]), *inputs, *rest

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.cuda
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # words wrap around, in numpy where interpreted
+@pytest.mark.parametrize("numbered", [False, True])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 5), (6, 3, 700), (4, 2, 3, 5), (2, 3, 2, 3, 2)])
-def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
+def test_the_kernel_drops_what_the_plain_form_drops(kind, shape, numbered):
     from compressible.finetuning.dropout.triton_dropout import Dropped
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,9 +31,10 @@ def test_the_kernel_drops_what_the_plain_form_drops(kind, shape):
         pytest.skip("needs a CUDA device or Triton's interpreter")
     per_run = PerRunDropout([3, 9], torch.tensor(5, device=device))
     per_run.place = 4
+    per_run.numbers = torch.arange(90, 90 - 5 * shape[0], -5).int().to(device) if numbered else None
     x = torch.randn(shape, dtype=kind, device=device, requires_grad=True)
     expected = per_run.written_out(x, round(0.3 * 2**31))
-    found = Dropped.apply(x, per_run.seeds, per_run.step, per_run.place, round(0.3 * 2**31), AXES)
+    found = Dropped.apply(x, per_run.seeds, per_run.step, per_run.numbers, per_run.place, round(0.3 * 2**31), AXES)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(shape, dtype=kind, device=device)
     slopes = [torch.autograd.grad((out * weight).sum(), x)[0] for out in (found, expected)]

@@ -115,5 +115,5 @@ def test_the_bias_is_made_once_a_pass_and_for_one_row(monkeypatch):
     stacked.start()
     made, original = [], MPNetEncoder.compute_position_bias
     monkeypatch.setattr(MPNetEncoder, "compute_position_bias", lambda *a: made.append(a[1].shape) or original(*a))
-    stacked.losses(*stacked.batch(0))
+    stacked.losses(*stacked.whole(0))
     assert len(made) == 1 and made[0][0] == 1

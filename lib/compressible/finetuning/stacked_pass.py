@@ -14,6 +14,7 @@ from compressible.finetuning.batches import LENGTHS, DeviceRows, ExamplesLike, P
 from compressible.finetuning.causal import Words, asked_words
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import WRITTEN, first_output, run_losses, token_losses
+from compressible.finetuning.padding import Parts, are_parts, joined, parts_of
 from compressible.finetuning.run import FineTuningRun, data_order
 from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
@@ -70,18 +71,28 @@ class StackedPass:
         self.words = Words() if task.kind == "causal" else None
         self.train_rows, self.validation_rows = (self._rows(part) for part in (task.train, task.validation))
         self.call, self.chains = self._losses, ChainGroups()
+        self.parts: Parts | None = None
         self.model = stacked_model(model, runs, self.rows, precision == "bfloat16")
 
     def start(self) -> None:
         """Give the adapters the factors that their runs start from."""
-        batches = (self.inputs(*self.batch(step)) for step in range(len(self.order)))
+        batches = (self.inputs(*self.whole(step)) for step in range(len(self.order)))
         passed_over = self.words is not None and self.words.layer is not None
         if self.words is not None and isinstance(self.model, AloneModel):
             self.words.put_back()  # peft may adapt or copy that layer
-        self.model.begin(lambda: self.losses(*self.batch(0)).sum(), batches)
+        self.model.begin(lambda: self.losses(*self.whole(0)).sum(), batches)
         self.chains = self.model.chains
         if self.words is not None and passed_over:
             self.words.pass_over(self.model)
+        self.parts = self._parted()
+
+    def _parted(self) -> Parts | None:
+        """How steps are taken in parts; not of texts, nor of a run alone, of which nobody knows if it reads padding."""
+        lengths = self.train_rows.lengths
+        if lengths is None or len(self.runs) == 1 or self.task.kind in WRITTEN:
+            return None
+        parts = Parts(self.order, lengths, "cpu" if self.device.type == "cpu" else "cuda")
+        return parts if len(parts.ends) > 1 else None
 
     def compile(self, compiled: bool) -> None:
         """Take losses from a compiled pass over the model, or from the plain one."""
@@ -89,10 +100,15 @@ class StackedPass:
         if compiled:  # one compilation a padded length and a pass; beyond the limit PyTorch goes on uncompiled
             from torch._dynamo import config as limits
 
+            self.parts = None  # they are not worth a compiler's time
             limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
 
     def batch(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the tokens (S * B, T) and labels (S * B, ...) of a step, run by run."""
+        """Return the tokens and labels (S * B, ...) of a step, run by run, whole or in parts (padding.py)."""
+        return self.whole(step) if self.parts is None else self.parts.batch(self.train_rows, step)
+
+    def whole(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the tokens (S * B, T) and labels (S * B, ...) of a step in one."""
         return self.train_rows.batch(self.order[step].reshape(-1), LENGTHS[self.device.type])
 
     def forward(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -131,10 +147,22 @@ class StackedPass:
 
     def _losses(self, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
         self.chains.contract()
-        with self.per_run:
-            logits = self.forward(tokens, labels)
+        if self.parts is None or not are_parts(tokens):
+            with self.per_run:
+                logits = self.forward(tokens, labels)
+        else:
+            logits = joined([self._part(*part, labels) for part in parts_of(tokens)], len(self.runs))
         self.chains.release()
         return self.run_losses(logits, labels)
+
+    def _part(self, tokens: dict[str, Tensor], numbers: Tensor, labels: Tensor) -> Tensor:
+        """What `forward` gives for the rows of these numbers (S * B',) in their runs' batches."""
+        self.rows.rows, self.per_run.numbers = len(numbers), numbers
+        try:
+            with self.per_run:
+                return self.forward(tokens, labels)
+        finally:
+            self.rows.rows, self.per_run.numbers = len(labels), None
 
     @torch.no_grad()
     def evaluate(self) -> tuple[list[float], list[int]]:

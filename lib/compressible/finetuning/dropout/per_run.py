@@ -36,7 +36,8 @@ class PerRunDropout(TorchFunctionMode):
     """While entered, dropout (in attention, too) of batches (S * B, ...) is drawn for each run by itself.
 
     seeds (S,) one a run; step () int64 tensor, the step's number, which may live in a CUDA graph. Places are counted
-    from each entry on. rows: what first axes must have, where that is known.
+    from each entry on. rows: what first axes must have, where that is known. numbers (S * B,) int32: those of the rows
+    in their runs' batches, by default 0 to B - 1.
     """
 
     def __init__(self, seeds: Sequence[int], step: Tensor, rows: PassRows | None = None) -> None:
@@ -44,6 +45,7 @@ class PerRunDropout(TorchFunctionMode):
         self.rows = rows or PassRows(len(seeds))
         self.seeds = torch.tensor([_word(seed) for seed in seeds], dtype=torch.int32, device=step.device)
         self.step = step
+        self.numbers: Tensor | None = None
         self.room = 0  # bytes of shared memory for the kernel of attention; asked for here, where no compiler reads
         if step.is_cuda and has_triton():
             from compressible.finetuning.dropout import triton_attention  # noqa: F401  registers its operators
@@ -85,7 +87,7 @@ class PerRunDropout(TorchFunctionMode):
         else:
             from compressible.finetuning.dropout.triton_dropout import Dropped
 
-            kept = Dropped.apply(input, self.seeds, self.step, self.place, threshold, AXES)
+            kept = Dropped.apply(input, self.seeds, self.step, self.numbers, self.place, threshold, AXES)
         return input.copy_(kept) if inplace else kept
 
     def written_out(self, input: Tensor, threshold: int) -> Tensor:
@@ -118,7 +120,7 @@ class PerRunDropout(TorchFunctionMode):
         if dropout_p < 1 and not enable_gqa and self.attendable(query, key, value, attn_mask):
             self._check(query.shape)
             self.place += 1
-            drawn = self.seeds, self.step, self.place, round(dropout_p * 2**31)
+            drawn = self.seeds, self.step, self.numbers, self.place, round(dropout_p * 2**31)
             return torch.ops.compressible.dropped_attention(query, key, value, attn_mask, *drawn, scale, is_causal)
         if enable_gqa:
             repeats = query.shape[-3] // key.shape[-3]
@@ -157,7 +159,8 @@ class PerRunDropout(TorchFunctionMode):
         """Return a mask (S * B, ...), True with probability 1 - threshold / 2^31."""
         runs = len(self.seeds)
         drawn = _mix(_mix(self.seeds + AXES[3] * self.place) + self.step.to(torch.int32) * AXES[4])
-        word = (drawn[:, None] + _axis(shape[0] // runs, 0, device)).reshape(-1)
+        own = _axis(shape[0] // runs, 0, device) if self.numbers is None else self.numbers.view(runs, -1) * AXES[0]
+        word = (drawn[:, None] + own).reshape(-1)
         for axis in range(1, len(shape)):
             word = word[..., None] + _axis(shape[axis], axis, device)
         return (_mix(word) & 0x7FFFFFFF) >= threshold

@@ -71,13 +71,14 @@ def _weights(
 
 @triton.jit
 def _kept(
-    seeds, step, place, threshold, row, rows, head,
+    seeds, step, numbers, place, threshold, row, rows, head,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr,
+    NUMBERED: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The mask (BQ, BK) of one head; the hash of `dropped`."""
     word = _mix(_mix(tl.load(seeds + row // rows) + place * A3) + tl.load(step).to(tl.int32) * A4)
-    word += (row % rows) * A0 + head * A1
+    number = tl.load(numbers + row) if NUMBERED else row % rows
+    word += number * A0 + head * A1
     words = word + tl.arange(0, BQ)[:, None] * A2 + tl.arange(0, BK)[None, :] * A3
     return (_mix(words) & 0x7FFFFFFF) >= threshold
 
@@ -85,14 +86,15 @@ def _kept(
 @triton.jit(do_not_specialize=["place", "threshold"])
 def attend(
     q, q_row, q_head, q_at, k, k_row, k_head, k_at, v, v_row, v_head, v_at, mask, m_row, m_head, m_query, m_key,
-    seeds, step, place, threshold, grown, scale, rows, heads, queries, keys, size, out,
+    seeds, step, numbers, place, threshold, grown, scale, rows, heads, queries, keys, size, out,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    MASK: tl.constexpr, LINE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, LINE: tl.constexpr, CAUSAL: tl.constexpr, NUMBERED: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out (S * rows, queries, heads, size) <- dropped attention; q, k, v (S * rows, heads, ., size) by their strides.
 
-    Grid (S * rows * heads,). seeds (S,); MASK is "", "bool" or "float"; what is kept grows by the factor `grown`.
+    Grid (S * rows * heads,). seeds (S,); numbers (S * rows,) of the rows, if NUMBERED; MASK is "", "bool" or "float";
+    what is kept grows by the factor `grown`.
     """
     row, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     wide = row.to(tl.int64)
@@ -101,7 +103,7 @@ def attend(
     value = _load(v + wide * v_row + head * v_head, v_at, keys, size, BK, BD)
     mask += wide * m_row + head * m_head
     p = _weights(query, key, mask, m_query, m_key, scale, queries, keys, MASK, LINE, CAUSAL, BQ, BK)
-    keep = _kept(seeds, step, place, threshold, row, rows, head, A0, A1, A2, A3, A4, BQ, BK)
+    keep = _kept(seeds, step, numbers, place, threshold, row, rows, head, A0, A1, A2, A3, A4, NUMBERED, BQ, BK)
     tile = _dot(tl.where(keep, p * grown, 0.0).to(value.dtype), value)
     _store(out + (wide * queries * heads + head) * size, tile, heads * size, queries, size, BQ, BD)
 
@@ -109,10 +111,10 @@ def attend(
 @triton.jit(do_not_specialize=["place", "threshold"])
 def attend_backward(
     q, q_row, q_head, q_at, k, k_row, k_head, k_at, v, v_row, v_head, v_at, mask, m_row, m_head, m_query, m_key,
-    seeds, step, place, threshold, grown, scale, rows, heads, queries, keys, size,
+    seeds, step, numbers, place, threshold, grown, scale, rows, heads, queries, keys, size,
     g, g_row, g_head, g_at, dq, dk, dv,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    MASK: tl.constexpr, LINE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, LINE: tl.constexpr, CAUSAL: tl.constexpr, NUMBERED: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dv (S * rows, ., heads, size) <- gradients, given that g by the output; the rest as `attend`."""
@@ -124,7 +126,7 @@ def attend_backward(
     value = _load(v + wide * v_row + head * v_head, v_at, keys, size, BK, BD)
     mask += wide * m_row + head * m_head
     p = _weights(query, key, mask, m_query, m_key, scale, queries, keys, MASK, LINE, CAUSAL, BQ, BK)
-    keep = _kept(seeds, step, place, threshold, row, rows, head, A0, A1, A2, A3, A4, BQ, BK)
+    keep = _kept(seeds, step, numbers, place, threshold, row, rows, head, A0, A1, A2, A3, A4, NUMBERED, BQ, BK)
     dropped = tl.where(keep, p * grown, 0.0).to(grad.dtype)
     from_query, from_key = (wide * queries * heads + head) * size, (wide * keys * heads + head) * size
     tile = _dot(tl.trans(dropped), grad)
@@ -140,11 +142,11 @@ def attend_backward(
 @torch.library.custom_op("compressible::dropped_attention", mutates_args=())
 def dropped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seeds: Tensor, step: Tensor,
-    place: int, threshold: int, scale: float, causal: bool,
+    numbers: Tensor | None, place: int, threshold: int, scale: float, causal: bool,
 ) -> Tensor:  # fmt: skip
     """Attention (S * B, H, T, D), in memory (S * B, T, H, D); step () must stay as it is until the backward pass."""
     out = _fresh(query)
-    inputs, options = _inputs(query, key, value, mask, seeds, step, place, threshold, scale, causal)
+    inputs, options = _inputs(query, key, value, mask, seeds, step, numbers, place, threshold, scale, causal)
     attend[(len(query) * query.shape[1],)](*inputs, out, *AXES, **options)
     return out
 
@@ -152,11 +154,11 @@ def dropped_attention(
 @torch.library.custom_op("compressible::dropped_attention_backward", mutates_args=())
 def dropped_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seeds: Tensor, step: Tensor,
-    place: int, threshold: int, scale: float, causal: bool,
+    numbers: Tensor | None, place: int, threshold: int, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients by query, key and value, in memory as the output is."""
     outs = _fresh(query), _fresh(key), _fresh(value)
-    inputs, options = _inputs(query, key, value, mask, seeds, step, place, threshold, scale, causal)
+    inputs, options = _inputs(query, key, value, mask, seeds, step, numbers, place, threshold, scale, causal)
     attend_backward[(len(query) * query.shape[1],)](*inputs, *_strided(grad), *outs, *AXES, **options)
     return outs
 
@@ -172,12 +174,12 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tu
 
 
 def _keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rest = inputs[6:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.rest = inputs[7:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *dropped_attention_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 7
+    return *dropped_attention_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 8
 
 
 @register_flop_formula(torch.ops.compressible.dropped_attention)
@@ -207,7 +209,7 @@ def _strided(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seeds: Tensor, step: Tensor,
-    place: int, threshold: int, scale: float, causal: bool,
+    numbers: Tensor | None, place: int, threshold: int, scale: float, causal: bool,
 ) -> tuple[tuple, dict[str, Any]]:  # fmt: skip
     """What both kernels take first, and their options."""
     (rows, heads, queries, size), keys = query.shape, key.shape[2]
@@ -216,8 +218,9 @@ def _inputs(
         kind = "bool" if mask.dtype is torch.bool else "float"
         seen = (mask.view(torch.uint8) if kind == "bool" else mask).expand(rows, heads, queries, keys)
     tensors = *_strided(query), *_strided(key), *_strided(value), seen, *seen.stride()
-    numbers = place, threshold, 2**31 / (2**31 - threshold), scale
-    inputs = *tensors, seeds, step, *numbers, rows // len(seeds), heads, queries, keys, size
+    drawn = seeds, step, seeds if numbers is None else numbers, place, threshold, 2**31 / (2**31 - threshold)
+    inputs = *tensors, *drawn, scale, rows // len(seeds), heads, queries, keys, size
     edges = {name: max(16, triton.next_power_of_2(n)) for name, n in (("BQ", queries), ("BK", keys), ("BD", size))}
+    options = {"MASK": kind, "LINE": seen.stride(2) == 0, "CAUSAL": causal, "NUMBERED": numbers is not None}
     warps = 8 if max(queries, keys) > 64 else 4  # four hold 64 x 64 in registers
-    return inputs, edges | {"MASK": kind, "LINE": seen.stride(2) == 0, "CAUSAL": causal, "num_warps": warps}
+    return inputs, edges | options | {"num_warps": warps}

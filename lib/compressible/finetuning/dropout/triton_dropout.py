@@ -25,13 +25,14 @@ def _mix(x):
 
 @triton.jit
 def dropped(
-    x, out, seeds, step, place, threshold, lines, rows, d1, d2, d3, last,
+    x, out, seeds, step, numbers, place, threshold, lines, rows, d1, d2, d3, last,
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, A3: tl.constexpr, A4: tl.constexpr,
-    KIND: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, AXIS: tl.constexpr,
+    KIND: tl.constexpr, BL: tl.constexpr, BC: tl.constexpr, AXIS: tl.constexpr, NUMBERED: tl.constexpr,
 ):  # fmt: skip
     """out <- x / P(keep) where kept, else 0; x (S * rows, d1, d2, d3, last), of which the last axis is number AXIS.
 
-    seeds (S,); lines = S * rows * d1 * d2 * d3, BL of them a program: only they need divisions.
+    seeds (S,); numbers (S * rows,) of the rows, if NUMBERED; lines = S * rows * d1 * d2 * d3, BL of them a program:
+    only they need divisions.
     """
     line = tl.program_id(0) * BL + tl.arange(0, BL)
     rest = line
@@ -43,7 +44,8 @@ def dropped(
     row = rest // d1
     seed = tl.load(seeds + row // rows, mask=line < lines, other=0)
     word = _mix(_mix(seed + place * A3) + tl.load(step).to(tl.int32) * A4)
-    word += (row % rows) * A0 + i1 * A1 + i2 * A2 + i3 * A3
+    number = tl.load(numbers + row, mask=line < lines, other=0) if NUMBERED else row % rows
+    word += number * A0 + i1 * A1 + i2 * A2 + i3 * A3
     column = tl.arange(0, BC)
     along = A1 if AXIS == 1 else A2 if AXIS == 2 else A3 if AXIS == 3 else A4
     keep = (_mix(word[:, None] + column[None, :] * along) & 0x7FFFFFFF) >= threshold
@@ -59,19 +61,30 @@ class Dropped(torch.autograd.Function):
     """Dropout whose backward pass makes the mask again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seeds: Tensor, step: Tensor, place: int, threshold: int, axes: tuple) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        seeds: Tensor,
+        step: Tensor,
+        numbers: Tensor | None,
+        place: int,
+        threshold: int,
+        axes: tuple,
+    ) -> Tensor:
         """Return x (S * B, ...) with dropped elements at 0; step () must stay as it is until the backward pass."""
-        ctx.save_for_backward(seeds, step)
+        ctx.save_for_backward(seeds, step, numbers)
         ctx.rest = place, threshold, axes
-        return _launch(x, seeds, step, place, threshold, axes)
+        return _launch(x, seeds, step, numbers, place, threshold, axes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The same mask on the gradient."""
-        return _launch(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None
+        return _launch(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 6
 
 
-def _launch(x: Tensor, seeds: Tensor, step: Tensor, place: int, threshold: int, axes: tuple) -> Tensor:
+def _launch(
+    x: Tensor, seeds: Tensor, step: Tensor, numbers: Tensor | None, place: int, threshold: int, axes: tuple
+) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     *lead, last = x.shape[1:]
@@ -79,7 +92,8 @@ def _launch(x: Tensor, seeds: Tensor, step: Tensor, place: int, threshold: int, 
     each, lines = max(1, 2 * BLOCK // columns), x.numel() // last
     kind = tl.float64 if x.dtype is torch.float64 else tl.float32
     dropped[(triton.cdiv(lines, each),)](
-        x, out, seeds, step, place, threshold, lines, len(x) // len(seeds), *lead, *[1] * (3 - len(lead)), last,
-        *axes, KIND=kind, BL=each, BC=columns, AXIS=x.dim() - 1,
+        x, out, seeds, step, seeds if numbers is None else numbers, place, threshold, lines, len(x) // len(seeds),
+        *lead, *[1] * (3 - len(lead)), last, *axes,
+        KIND=kind, BL=each, BC=columns, AXIS=x.dim() - 1, NUMBERED=numbers is not None,
     )  # fmt: skip
     return out
