@@ -126,7 +126,8 @@ def alone(claim: dict, parameters: dict, metrics: dict) -> tuple[tuple, float | 
     if lost.any():
         return ("FAIL", None, None, None), None
     values = np.abs(raw) if scale == "abs" else raw
-    span = spans(claim, values, bool(stopped.any())) if values.size > 1 else None
+    below = claim.get("censored", False) and scale == "log" and (raw == 0).any()  # of a ratio, the divisor was stopped
+    span = spans(claim, values, bool(stopped.any() or below)) if values.size > 1 else None
     single = span is None or claim["judge"] == "true" or claim.get("every", False)
     verdict = of_each(claim, values) if single else of_interval(claim, *span(0.05))
     value, low, high = (values[0], None, None) if span is None else (span(1.0)[0], *span(0.05))

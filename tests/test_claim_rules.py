@@ -167,6 +167,8 @@ CENSORED = claim(bound=900, censored=True)
         (CENSORED, [-INF] + [100] * 8, FAIL),
         (CENSORED, [880, 890, 885], PASS),  # no value is censored: Student's interval
         (claim("at_least", 90, censored=True), [100, 200, 300, 400, 500, INF], PASS),
+        (claim("at_least", 0.5, censored=True, scale="log"), [0.0] + [1.0, 2.0] * 5, PASS),  # one divisor was stopped
+        (claim("at_least", 1.5, censored=True, scale="log"), [0.0] + [1.0, 1.1] * 5, FAIL),
         (claim("between", [90, 900], censored=True), [100, 200, 300, 400, 500, INF], INCONCLUSIVE),
         (claim(bound=900), [100, 200, 300, 400, 500, 600, 700, 800, INF], FAIL),
     ],

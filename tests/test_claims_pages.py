@@ -220,7 +220,7 @@ def test_everything_is_written_and_only_once(project: Path, capsys: pytest.Captu
     assert shown == ["CLAIMS.md", "GALLERY.md", "README.md", f"notebooks/{FIGURE}.ipynb"]
     readme = (project / "README.md").read_text()
     assert readme.startswith("above\n<!-- status:start -->\n|  | claims | PASS |") and readme.endswith("-->\nbelow\n")
-    assert "(CLAIMS.md#published-claims-on-the-published-setting) | 1 | 1 | 0 |" in readme
+    assert "| Published claims on the published setting | 1 | 1 | 0 |" in readme
     assert f"| P2 deep completion | [kwon2024/05](notebooks/{FIGURE}.ipynb) | reproduced, 1 of 1 |" in readme
     assert "0.5 [0.475, 0.525] | 3 seeds | H100, paper, abcdef1 | **PASS**" in (project / "CLAIMS.md").read_text()
     assert main(["claims", "--write"]) == 0 and capsys.readouterr().out == ""

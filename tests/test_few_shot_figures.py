@@ -109,12 +109,12 @@ def test_paces_are_compared_seed_by_seed_and_what_averaging_adds_is_told():
     np.testing.assert_allclose(found["gap by averaging"], (0.95 * 0.8 + 0.05 * 0.5 - 0.03) - (0.5 - 0.6))
 
 
-def test_without_the_arrival_that_is_divided_by_a_ratio_is_unknown():
-    losses = np.full((5, 1, 4), 2.0)
-    losses[2] = 0.5
+def test_a_ratio_without_one_arrival_is_infinite_or_0_and_without_both_there_is_none():
+    losses = np.full((5, 2, 4), 2.0)
+    losses[compression_pace.METHODS.index("compressed"), 0] = 0.5
     found = compression_pace._paces(losses)
-    assert np.isnan(found["compressed over full, below 1"]).all()
-    assert np.isinf(found["paced over compressed, below 1"]).all()
+    assert found["compressed over full, below 1"].tolist() == [0.0]  # the second seed has no arrival at all
+    assert found["paced over compressed, below 1"].tolist() == [np.inf]
 
 
 # ranks of updates

@@ -79,14 +79,18 @@ def averaged(values: np.ndarray, weight: float) -> np.ndarray:
 
 
 def _paces(losses: np.ndarray) -> dict[str, np.ndarray]:
-    """First steps below LEVELS, and ratios: infinite where only the first never arrives, NaN without the second."""
+    """First steps below LEVELS, and their ratios by PAIRS."""
     out = {
         f"{name}, below {level:g}": first_below(losses[at], level)
         for (at, name), level in product(enumerate(METHODS), LEVELS)
     }
     for (one, other), level in product(PAIRS, LEVELS):
-        over = out[f"{other}, below {level:g}"]
-        out[f"{one} over {other}, below {level:g}"] = out[f"{one}, below {level:g}"] / np.where(
-            np.isfinite(over), over, np.nan
-        )
+        steps = out[f"{one}, below {level:g}"], out[f"{other}, below {level:g}"]
+        out[f"{one} over {other}, below {level:g}"] = _ratios(*steps)
     return out
+
+
+def _ratios(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """One over the other: infinite where only `one` never arrives, 0 where only `other`; seeds of neither are left out."""
+    known = ~(np.isinf(one) & np.isinf(other))
+    return one[known] / other[known]

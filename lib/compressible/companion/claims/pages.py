@@ -41,10 +41,10 @@ def claims_page(standing: Sequence[Standing], items: Sequence[Item]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def counts_table(standing: Sequence[Standing], page: str = "") -> str:
-    """How many claims of each group have each verdict, linked to the groups of `page`."""
-    groups = _groups(standing).items()
-    rows = [[f"[{GROUPS[g]}]({page}#{slug(GROUPS[g])})", *_counted(found)] for g, found in groups]
+def counts_table(standing: Sequence[Standing], linked: bool = True) -> str:
+    """How many claims of each group have each verdict, linked to the groups of the same page."""
+    names = {g: f"[{text}](#{slug(text)})" if linked else text for g, text in GROUPS.items()}
+    rows = [[names[g], *_counted(found)] for g, found in _groups(standing).items()]
     return wording.table(COUNTS, rows)
 
 

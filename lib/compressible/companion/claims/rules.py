@@ -6,7 +6,7 @@ The rules, in this order:
    fewer values than `seeds`. The reason is recorded. A quick run says so rather than pass.
 2. FAIL when any value is NaN or infinite (or below zero under scale "log", beyond -1 or 1 under "correlation"): a run
    that diverged counts, whatever the others did. With `censored`, +inf is a run that was stopped before it arrived,
-   which is known to be large and no more: see rule 6.
+   which is known to be large and no more, and a ratio of 0 is one to such a run: see rule 6.
 3. One value: PASS inside `bound` (its ends belong to it; "greater_than_zero" is > 0), WEAK inside `weak`, else FAIL.
    One censored value is INCONCLUSIVE.
 4. What is said of every value, by "true" or with `every`, is refuted by one: PASS when all values are inside, WEAK when
@@ -14,7 +14,8 @@ The rules, in this order:
 5. Several values otherwise: the statistic of `scale` with its two-sided 95 % interval (intervals.py). PASS when the
    whole interval lies inside `bound`, else WEAK when it lies inside `weak`, else FAIL when it lies wholly outside of
    `bound`, else INCONCLUSIVE, as neither side is known. "share" is rule 5 for truth values: their share, at least.
-6. With `censored` and at least one +inf among several values, the statistic is the median, by ranks.
+6. With `censored` and at least one +inf (or, under scale "log", 0) among several values, the statistic is the median,
+   by ranks.
 7. What would PASS in the groups published and transferred is WEAK if our interval (our value, where there is
    none) does not meet `published_range`: the bound holds, the size is not the published one.
 8. Claims of one `question` are judged together. Each that rule 5 or 6 judges has a p value: that of what its interval
@@ -124,7 +125,7 @@ def _without_value(claim: Claim, outcome: str, count: int, reason: str) -> Found
 def _estimate(claim: Claim, values: np.ndarray) -> Estimate:
     if claim.judge in ("true", "share"):
         return share(values)
-    if np.isinf(values).any():
+    if np.isinf(values).any() or (claim.censored and claim.scale == "log" and not values.all()):
         return median(values)
     return mean(values, claim.scale, claim.test_over_train or 0.0)
 

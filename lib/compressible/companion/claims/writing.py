@@ -31,7 +31,7 @@ def written(root: Path | None = None) -> dict[Path, str]:
     titles = {id: title(root / "notebooks" / f"{id}.ipynb") for id in notebooks.ids()}
     texts = {root / "CLAIMS.md": pages.claims_page(standing, items)}
     texts[root / "GALLERY.md"] = pages.gallery_page(standing, records, titles, status.questions())
-    counts = pages.counts_table(standing, "CLAIMS.md")
+    counts = pages.counts_table(standing, linked=False)
     texts[root / "README.md"] = between(root / "README.md", f"{counts}\n\n{status.status_table(items, standing)}")
     for id in titles:
         path = root / "notebooks" / f"{id}.ipynb"
