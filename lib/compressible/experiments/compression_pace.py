@@ -91,6 +91,6 @@ def _paces(losses: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _ratios(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """One over the other: infinite where only `one` never arrives, 0 where only `other`; seeds of neither are left out."""
+    """One over the other: infinite where only `one` never arrives, 0 where only `other`; both never: left out."""
     known = ~(np.isinf(one) & np.isinf(other))
     return one[known] / other[known]
