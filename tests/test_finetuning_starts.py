@@ -24,8 +24,9 @@ STARTS = {
     "pissa_niter_4": lora(init_lora_weights="pissa_niter_4", lora_alpha=8),
     "olora": lora(init_lora_weights="olora", target_modules=["query", "dense"]),
     "lora_ga": lora(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules=LINEAR),
+    # Gradients of the last layers have rank 4, one for a row of the batch; a fourth singular vector may point anywhere.
     "lora_ga published": lora(
-        init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=64), target_modules=LINEAR, r=2
+        init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(stable_gamma=64), target_modules=LINEAR, r=1
     ),
 }
 
