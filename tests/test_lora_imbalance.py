@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from text_helpers import save_bert
+from text_helpers import rated_task, save_bert
 
 import compressible as cd
 from compressible.data.pretrained import load_encoder
@@ -21,10 +20,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task() -> cd.Task:
-    ids = torch.randint(5, 40, (12, 9), generator=torch.Generator().manual_seed(0))
-    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    part = cd.Examples(tokens, torch.linspace(0, 5, 12), (("",),) * 12)
-    return cd.Task("toy", "regression", 1, "pearson", part, part)
+    return rated_task()
 
 
 def study(encoder, task, **given) -> lora_imbalance.Study:

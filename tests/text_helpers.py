@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import compressible as cd
+
 PAIRS = [
     ("A man with a hard hat is dancing .", "A man wearing a hard hat is dancing ."),
     ("A child rides a horse .", "A young child is riding a horse along the beach while nobody looks ."),
@@ -46,6 +48,14 @@ def tiny_unigram():
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def rated_task():
+    """Twelve rows of nine tokens each, rated from 0 to 5, as both parts of a task."""
+    ids = torch.randint(5, 40, (12, 9), generator=torch.Generator().manual_seed(0))
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    part = cd.Examples(tokens, torch.linspace(0, 5, 12), (("",),) * 12)
+    return cd.Task("toy", "regression", 1, "pearson", part, part)
 
 
 def save_bert(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
