@@ -107,6 +107,7 @@ def profiled(trainer: Trainer, precision: str, rows: int = 22) -> str:
     from torch.profiler import ProfilerActivity, profile
 
     trainer.graphs = None
+    trainer.stacked.step.zero_()  # three updates more than the trainer's last would leave its record of losses
     tokens, labels = trainer.stacked.batch(0)
     with matmul_precision(precision):
         trainer.update(tokens, labels)
