@@ -237,4 +237,5 @@ def test_steps_of_a_causal_model_are_graphs_and_give_the_same(precision, compile
             trainer.advance(step)
         assert (trainer.graphs is not None) == graphed
         histories[graphed] = trainer.losses.cpu()
-    torch.testing.assert_close(histories[True], histories[False], rtol=1e-4, atol=1e-5)
+    close = 1e-2 if precision == "bfloat16" else 1e-4  # a capture may sum in another order, and bfloat16 keeps 8 bits
+    torch.testing.assert_close(histories[True], histories[False], rtol=close, atol=close / 10)
