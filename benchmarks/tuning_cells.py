@@ -16,7 +16,8 @@ from pathlib import Path
 from compressible.companion import notebooks
 from compressible.experiments.tuning_cells import Cells, merge
 from compressible.experiments.tuning_outcome import label, outcome
-from compressible.experiments.tuning_sweep import Worker, planned, sweep_of
+from compressible.experiments.tuning_sweep import planned, sweep_of
+from compressible.experiments.tuning_worker import Worker
 from compressible.runtime.paths import cache_dir
 
 ID = "beyond/07_method_or_tuning"

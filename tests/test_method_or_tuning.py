@@ -13,11 +13,13 @@ pytest.importorskip("transformers")
 from transformers import BertConfig, BertForSequenceClassification
 
 import compressible as cd
-from compressible.experiments import tuned_methods, tuning_sweep
+from compressible.experiments import tuned_methods, tuning_sweep, tuning_worker
 from compressible.experiments.tuned_methods import first_step, method, random_frames
 from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge
 from compressible.experiments.tuning_outcome import outcome, stacked, unstacked, window
-from compressible.experiments.tuning_sweep import Sweep, Worker, chosen_rate, halves
+from compressible.experiments.tuning_rates import chosen_rate
+from compressible.experiments.tuning_sweep import Sweep
+from compressible.experiments.tuning_worker import Worker, halves
 from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import top_frames
 
@@ -92,13 +94,13 @@ def test_a_judged_cell_is_what_fine_tune_gives_on_the_other_half(done):
 
 
 def test_a_sweep_that_was_cut_off_goes_on_and_computes_nothing_twice(tmp_path, monkeypatch):
-    small, calls, fine_tune = sweep(), [], tuning_sweep.fine_tune
+    small, calls, fine_tune = sweep(), [], tuning_worker.fine_tune
 
     def counted(model, runs, *args, **options):
         calls.append(len(runs))
         return fine_tune(model, runs, *args, **options)
 
-    monkeypatch.setattr(tuning_sweep, "fine_tune", counted)
+    monkeypatch.setattr(tuning_worker, "fine_tune", counted)
     part = Cells(small.setting(), tmp_path)
     Worker(small, part, load=loaded, budget=0.0).work()
     assert len(calls) == 1
@@ -200,7 +202,7 @@ def test_every_method_trains_in_one_pass_but_for_what_goes_alone(name, precision
     model, task = loaded("", "one", "clean", 0, 0, "")
     way = method(name, model, 4, ["query", "value", "word_embeddings"], "clean", 0.1)
     runs = [way.run(1e-2, seed, task.subset(8, seed), 1e-2) for seed in (0, 1)]
-    options = {"evaluate_at": [4], "watch_at": [0, 4], "watch": tuning_sweep.update_norms, "precision": precision}
+    options = {"evaluate_at": [4], "watch_at": [0, 4], "watch": tuning_worker.update_norms, "precision": precision}
     with pytest.warns(UserWarning) if name in tuned_methods.ALONE else nothing():
         found = cd.fine_tune(model, runs, task, 4, 4, **options)
     for history in found:

@@ -14,20 +14,17 @@ import numpy as np
 
 from compressible.experiments.tuned_methods import ALONE, CONTROLS, DEEP, LORA
 from compressible.experiments.tuning_cells import Cell, Cells
-from compressible.experiments.tuning_sweep import (
+from compressible.experiments.tuning_rates import (
     MATCHED,
-    Place,
-    Sweep,
-    Worker,
     chosen_rate,
     curve,
     finished,
     log_norm,
     matched_rate,
     mean_score,
-    planned,
-    sweep_of,
 )
+from compressible.experiments.tuning_sweep import Place, Sweep, planned, sweep_of
+from compressible.experiments.tuning_worker import Worker
 
 POINTS = 0.02  # two points: how far below the best a rate may be to count as good
 VARIANTS = tuple(name for name in LORA if name not in ("paper", *ALONE))  # as 2602.04998 compares them
