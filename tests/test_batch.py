@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
 from compressible.__main__ import main
-from compressible.companion import batch, library, notebooks
+from compressible.companion import batch, gpu_slots, library, notebooks
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import paths
@@ -288,9 +288,9 @@ def test_a_record_of_another_library_is_refused(add_notebook, capsys, monkeypatc
 
 def test_no_gpu_hides_them_and_the_environment_comes_back(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with batch.gpu_slot(0):
+    with gpu_slots.gpu_slot(0):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    with batch.gpu_slot(2) as device:
+    with gpu_slots.gpu_slot(2) as device:
         assert device == os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
@@ -298,10 +298,10 @@ def test_no_gpu_hides_them_and_the_environment_comes_back(monkeypatch):
 def test_two_jobs_get_two_gpus_and_a_third_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7,9")
-    third = threading.Thread(target=lambda: order.append(batch.first_free(["4", "7"])[0]))
+    third = threading.Thread(target=lambda: order.append(gpu_slots.first_free(["4", "7"])[0]))
     order: list[str] = []
-    first, held = batch.first_free(["4", "7"])
-    with batch.gpu_slot(2) as second:
+    first, held = gpu_slots.first_free(["4", "7"])
+    with gpu_slots.gpu_slot(2) as second:
         assert (first, second) == ("4", "7")
         third.start()
         third.join(0.2)
@@ -313,22 +313,22 @@ def test_two_jobs_get_two_gpus_and_a_third_waits(monkeypatch, tmp_path):
 
 def test_no_gpu_is_waited_for_that_the_machine_does_not_have(monkeypatch, tmp_path):
     monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(batch, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpu_slots, "DEVICES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for name in ("nvidia3", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    with batch.gpu_slot(64) as device:  # a container of one GPU, whatever its number on the host
+    with gpu_slots.gpu_slot(64) as device:  # a container of one GPU, whatever its number on the host
         assert device == os.environ["CUDA_VISIBLE_DEVICES"] == "0"
 
 
 def test_two_batches_with_one_gpu_take_turns(monkeypatch, tmp_path):
     monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    lock = batch.first_free(["0"])[1]  # held by a job of the other batch
+    lock = gpu_slots.first_free(["0"])[1]  # held by a job of the other batch
     shown: list[str] = []
 
     def job() -> None:
-        with batch.gpu_slot(1) as device:
+        with gpu_slots.gpu_slot(1) as device:
             shown.append(device)
 
     waiting = threading.Thread(target=job)

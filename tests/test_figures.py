@@ -290,4 +290,4 @@ def test_a_logarithmic_panel_without_a_value_is_an_error_that_says_which() -> No
     right.set_xscale("log")
     right.set_xticks([1, 2])
     with pytest.raises(ValueError, match=r"'Floors' has no value that is finite and above 0.*lower step_size"):
-        figures._lay_out(figure)
+        figures.lay_out(figure)

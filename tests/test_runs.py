@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import compressible
-from compressible.companion import library, notebooks, provenance, runs
+from compressible.companion import library, notebooks, provenance, run_cache, runs
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
@@ -451,13 +451,13 @@ def test_a_result_survives_a_disk_that_is_full(cache: Path) -> None:
 
 
 def test_a_result_survives_a_disk_that_becomes_full_meanwhile(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = runs._store
+    store = run_cache.store
 
     def store_on_full_disk(*arguments: Any) -> None:
         with full_disk():
             store(*arguments)
 
-    monkeypatch.setattr(runs, "_store", store_on_full_disk)
+    monkeypatch.setattr(run_cache, "store", store_on_full_disk)
     with pytest.warns(RuntimeWarning, match=r"could not be kept .*File too large"):
         assert runs.run(work, rank=3000)["split"] == "u1"
     assert [file for file in cache.rglob("*") if file.is_file()] == []

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, build, index, kernels, notebooks
+from compressible.companion import batch, build, gpu_slots, index, kernels, notebooks
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     kernels.check_kernel(arguments.kernel)
     if arguments.check:
         return 0
-    slot = contextlib.nullcontext() if arguments.gpus is None else batch.gpu_slot(arguments.gpus)
+    slot = contextlib.nullcontext() if arguments.gpus is None else gpu_slots.gpu_slot(arguments.gpus)
     started = time.perf_counter()
     with slot:
         done = batch.run(arguments.id, values, arguments.kernel)

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ SUFFIXES = (".pdf", ".png", ".npz", ".json")  # the record comes last: its prese
 PICTURES = {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
 # Jupyter interrupts a kernel before it ends it, which ipykernel's log calls an error; errors of cells come by messages.
 QUIET = {"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=50"]}}
-DEVICES = Path("/dev")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -164,7 +162,7 @@ def _execute(
 ) -> None:
     import papermill
 
-    with _environment(**told), _private_sockets() as config:
+    with paths.variables_set(**told), _private_sockets() as config:
         papermill.execute_notebook(
             str(notebook),
             str(output),
@@ -202,17 +200,6 @@ def _move(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextlib.contextmanager
 def _private_sockets() -> Iterator[Any]:
     """Jupyter's configuration for a quiet kernel on Unix sockets of its own: TCP ports clash in parallel runs."""
     from traitlets.config import Config
@@ -229,47 +216,8 @@ def _figures_aside() -> Iterator[None]:
     """Send figures to a folder that goes away: refreshing a notebook is no run of the batch."""
     with tempfile.TemporaryDirectory() as folder:
         aside = _places() | {"COMPRESSIBLE_FIGURES": f"{folder}/figures", records.VARIABLE: "", **PICTURES}
-        with _environment(**aside):
+        with paths.variables_set(**aside):
             yield
-
-
-@contextlib.contextmanager
-def gpu_slot(count: int) -> Iterator[str]:
-    """Hold one of the first `count` GPUs of this machine, or of as many as it has, waiting for it; 0 hides all GPUs.
-
-    Yields the device number as CUDA_VISIBLE_DEVICES has it during the block. A scheduler that has shown
-    this process one GPU is left alone.
-    """
-    here = min(count, len(list(DEVICES.glob("nvidia[0-9]*"))) or count)
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = list(map(str, range(here))) if told is None else told.split(",")
-    devices = [device for device in shown if device][:count]
-    if len(devices) <= (0 if told is None else 1):
-        with _environment(CUDA_VISIBLE_DEVICES="".join(devices)):
-            yield "".join(devices)
-        return
-    device, lock = first_free(devices)
-    try:
-        with _environment(CUDA_VISIBLE_DEVICES=device):
-            yield device
-    finally:
-        lock.release()
-
-
-def first_free(devices: Sequence[str]) -> tuple[str, Any]:
-    """Wait for the first of the GPUs that no other job of this user holds, and return it with its held lock."""
-    from filelock import FileLock, Timeout
-
-    # On this machine, not in the cache: that may be shared by machines with GPUs of their own.
-    folder = Path(tempfile.gettempdir()) / f"compressible-gpus-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    locks = {device: FileLock(folder / f"{device}.lock") for device in devices}
-    while True:
-        for device, lock in locks.items():
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=0)
-                return device, lock
-        time.sleep(0.5)
 
 
 def refresh(id: str, kernel: str = "python3") -> None:

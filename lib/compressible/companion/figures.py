@@ -6,12 +6,11 @@ import hashlib
 import json
 import math
 import re
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -21,14 +20,13 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from scipy.optimize import isotonic_regression
 
 from compressible.companion import claims, parameters, records, runs
 from compressible.companion.claims import interval
+from compressible.companion.line_labels import label_lines
 from compressible.companion.palette import COLORS, PALETTE, colors
+from compressible.companion.style import STYLE, lay_out
 from compressible.runtime import paths
 from compressible.runtime.kernel_bar import kernel
 
@@ -47,64 +45,6 @@ __all__ = [
 ]
 
 WIDTH = 6.75  # inches, both columns of the papers
-_TICKS = {"major.size": 3.5, "major.width": 0.8, "minor.size": 2, "minor.width": 0.6}
-# What belongs to the session rather than to a picture.
-_NO_STYLE = (
-    "backend",
-    "date.epoch",
-    "docstring",
-    "interactive",
-    "keymap",
-    "macosx",
-    "timezone",
-    "tk.",
-    "toolbar",
-    "webagg",
-)
-
-
-def _defaults() -> dict[str, Any]:
-    """Matplotlib's own settings of pictures, whatever the user's matplotlibrc says."""
-    names = [name for name in mpl.rcParamsDefault if not name.startswith(_NO_STYLE)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
-        return {name: mpl.rcParamsDefault[name] for name in names}
-
-
-# Matplotlib's defaults, seaborn's theme for papers, and what this project wants otherwise.
-STYLE: Any = {
-    **_defaults(),
-    **sns.axes_style("whitegrid"),
-    **sns.plotting_context("paper"),
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8,
-    "axes.edgecolor": "black",
-    "axes.linewidth": 0.8,
-    "axes.prop_cycle": plt.cycler(color=PALETTE),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.6,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
-    "xtick.bottom": True,
-    "xtick.labelsize": 7.5,
-    "ytick.left": True,
-    "ytick.labelsize": 7.5,
-    **{f"{axis}tick.{name}": size for axis in "xy" for name, size in _TICKS.items()},
-    "figure.dpi": 110,
-    "savefig.facecolor": "white",
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.08,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "compressible",
-}
 RANGE: Any = {"estimator": "median", "errorbar": ("pi", 100)}  # for over_seeds: the middle of all seeds and their range
 _ID = re.compile(r"[a-z]+\d{0,4}/(\d\d|table\d)_[a-z0-9_]+")
 
@@ -154,22 +94,6 @@ def over_seeds(ax: Axes, x: Any, values: Any, color: str, label: str, **options:
     t_interval = {"errorbar": lambda found: interval(found)[1:]}
     sns.lineplot(x=places.ravel(), y=values.ravel(), ax=ax, **t_interval | looks | options)
     return ax.get_lines()[before]
-
-
-def label_lines(ax: Axes, gap: float = 4.0) -> list[Annotation]:
-    """Write the label of each line that has one beside its end, in its colour, moved up or down not to overlap.
-
-    `gap` is in points. Call it last: positions are solved in pixels for the limits, scales and size of then.
-    """
-    shown = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-    ends = [(line, end) for line in shown if (end := _last_point(ax, line)) is not None]
-    with mpl.rc_context(STYLE):
-        notes = [_note(ax, line, end, gap) for line, end in ends]
-        _lay_out(cast(Figure, ax.figure))
-    boxes = [note.get_window_extent() for note in notes]
-    for group in _columns(boxes):
-        _spread(ax, [notes[i] for i in group], [boxes[i] for i in group])
-    return notes
 
 
 def plain_log_ticks(axis: Axis) -> None:
@@ -232,23 +156,10 @@ def _draw(figure: Figure, png: Path, pdf: Path, title: str) -> None:
     The layout is settled once and then kept, since every draw would move it by another fraction of a pixel.
     """
     with mpl.rc_context(STYLE):
-        _lay_out(figure)
+        lay_out(figure)
         figure.set_layout_engine("none")
         figure.savefig(png, dpi=160, metadata={"Title": title, "Software": "compressible"})
         figure.savefig(pdf, dpi=300, metadata={"Title": title, "Creator": "compressible", "CreationDate": None})
-
-
-def _lay_out(figure: Figure) -> None:
-    """Place everything; ValueError that names the axes where a logarithmic one has no value to show."""
-    try:
-        figure.draw_without_rendering()
-    except ValueError as error:
-        if "log-scaled" not in str(error):
-            raise
-        logarithmic = [ax for ax in figure.axes if "log" in (ax.get_xscale(), ax.get_yscale())]
-        where = f"one of the logarithmic panels {', '.join(repr(ax.get_title('left')) for ax in logarithmic)}"
-        why = "every run diverged, or the values are impossible: lower step_size or outer_ratio"
-        raise ValueError(f"{where} has no value that is finite and above 0, expected one: {why}") from error
 
 
 def _per_seed(arrays: dict[str, np.ndarray], most: int = 32) -> dict[str, list]:
@@ -267,48 +178,3 @@ def _strict(value: Any) -> Any:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _last_point(ax: Axes, line: Line2D) -> np.ndarray | None:
-    """Display coordinates of the last point that has any, its height kept inside the axes."""
-    points = ax.transData.transform(np.asarray(line.get_xydata(), float))
-    points = points[np.isfinite(points).all(1)]
-    box = ax.get_window_extent()
-    points = points[(points[:, 0] >= box.x0 - 1) & (points[:, 0] <= box.x1 + 1)]
-    return np.array([points[-1, 0], np.clip(points[-1, 1], box.y0, box.y1)]) if len(points) else None
-
-
-def _note(ax: Axes, line: Line2D, end: np.ndarray, gap: float) -> Annotation:
-    return ax.annotate(
-        str(line.get_label()), tuple(ax.transAxes.inverted().transform(end)), xycoords="axes fraction",
-        xytext=(gap, 0), textcoords="offset points", va="center", ha="left", color=line.get_color(),
-        annotation_clip=False, path_effects=[withStroke(linewidth=2, foreground="white")],
-    )  # fmt: skip
-
-
-def _columns(boxes: Sequence[Any]) -> list[list[int]]:
-    """Indices of boxes, grouped so that boxes of different groups share no horizontal extent."""
-    groups: list[list[int]] = []
-    reach = -math.inf
-    for i in sorted(range(len(boxes)), key=lambda i: boxes[i].x0):
-        if boxes[i].x0 > reach:
-            groups.append([])
-        groups[-1].append(i)
-        reach = max(reach, boxes[i].x1)
-    return groups
-
-
-def _spread(ax: Axes, notes: Sequence[Annotation], boxes: Sequence[Any]) -> None:
-    """Least-squares move of the notes up and down that keeps them apart and beside the axes."""
-    centres = np.array([(box.y0 + box.y1) / 2 for box in boxes])
-    heights = np.array([box.height for box in boxes])
-    order = np.argsort(centres, kind="stable")
-    steps = (heights[order][1:] + heights[order][:-1]) / 2
-    offsets = np.concatenate([[0.0], np.cumsum(steps)])
-    frame = ax.get_window_extent()
-    low, high = frame.y0 + heights[order[0]] / 2, frame.y1 - heights[order[-1]] / 2 - offsets[-1]
-    solved = isotonic_regression(centres[order] - offsets).x.clip(low, max(low, high)) + offsets
-    to_points = 72 / ax.figure.dpi
-    for i, target in zip(order, solved, strict=True):
-        x, y = notes[i].xyann
-        notes[i].xyann = (x, y + (target - centres[i]) * to_points)

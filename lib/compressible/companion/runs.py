@@ -9,7 +9,6 @@ the numbers were computed (commit, digests of the code, versions, times) is kept
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -19,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,47 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressible.companion import parameters, records
+from compressible.companion import parameters, records, run_cache
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import NOTEBOOK, notebook_digest
 from compressible.companion.provenance import LIBRARY, environment, git_state
+from compressible.companion.run_cache import Result
 from compressible.runtime import checks, devices, paths
 
 Data = Iterable[str] | Mapping[str, str]
 _PLACE: ContextVar[Path | None] = ContextVar("place of the checkpoint of the run in progress", default=None)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave: arrays (name -> numpy array), metrics (name -> plain value), and how it was made.
-
-    `seconds` is the wall time of the computation, also when `cached`; `peak_memory_bytes` is the peak of
-    the process on a CPU and of the run's tensors on CUDA; `data` maps names to sha256 digests. `made` holds what was
-    true when the computation began: commit and dirty flag, digests of library, function and, in a batch, notebook,
-    versions, CPU and thread settings.
-    """
-
-    parameters: dict[str, Any]
-    arrays: dict[str, np.ndarray]
-    metrics: dict[str, Any]
-    key: str
-    cached: bool
-    seconds: float
-    peak_memory_bytes: int
-    started: str
-    ended: str
-    device: str
-    threads: int
-    made: dict[str, Any]
-    data: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Any:
-        """The array or metric of that name; KeyError lists what there is."""
-        if name in self.arrays:
-            return self.arrays[name]
-        if name in self.metrics:
-            return self.metrics[name]
-        raise KeyError(f"{name!r}: expected one of {', '.join([*self.arrays, *self.metrics])}")
 
 
 def run(
@@ -95,7 +61,7 @@ def run(
     if place := records.redrawn_from():
         return _recorded(place, function, values, reads)
     key = _key(function, values, digests, reads) if cache else ""
-    result = _load(_entry(key), key) if cache else None
+    result = run_cache.load(run_cache.entry(key), key) if cache else None
     if result is None:
         place = _checkpoint_place(key) if cache else None
         reset = _PLACE.set(place)
@@ -112,7 +78,7 @@ def run(
 def _checkpoint_place(key: str) -> Path | None:
     """Where the checkpoint of a run goes; None, with a warning, where the cache would not take the result either."""
     place = paths.cache_dir() / "checkpoints" / key[:2] / key
-    reason = paths.unwritable(_entry(key).parent) or paths.unwritable(place.parent)
+    reason = paths.unwritable(run_cache.entry(key).parent) or paths.unwritable(place.parent)
     if reason:
         told = f"the cache {paths.cache_dir()} cannot be written ({reason}): the result is returned and not kept"
         warnings.warn(f"{told}; COMPRESSIBLE_CACHE names another folder", RuntimeWarning, stacklevel=3)
@@ -122,7 +88,7 @@ def _checkpoint_place(key: str) -> Path | None:
 def _keep(result: Result, checkpoint: Path) -> None:
     """Store a result, after which its checkpoint is of no use. Work that is done is not lost where that fails."""
     try:
-        _store(_entry(result.key), result)
+        run_cache.store(run_cache.entry(result.key), result)
         for file in checkpoint.parent.glob(f"{result.key}*"):  # of several passes each has its own
             file.unlink(missing_ok=True)
     except Exception as error:
@@ -245,10 +211,6 @@ def _key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _entry(key: str) -> Path:
-    return paths.cache_dir() / "results" / key[:2] / f"{key}.npz"
-
-
 def _made() -> dict[str, Any]:
     return git_state() | {"computed_in": os.environ.get(NOTEBOOK), "library": LIBRARY} | environment()
 
@@ -295,55 +257,6 @@ def _plain(name: str, value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
         raise TypeError(f"output {name!r}: got {type(value).__name__}, expected an array or a plain value")
     return value
-
-
-_META = [f.name for f in fields(Result) if f.name not in ("arrays", "cached")]
-
-
-def _store(path: Path, result: Result) -> None:
-    meta = {name: getattr(result, name) for name in _META}
-    meta["digests"] = {name: _array_digest(array) for name, array in result.arrays.items()}
-    text = json.dumps(meta).encode()
-    members = {f"array:{name}": array for name, array in result.arrays.items()}
-    members["meta"] = np.frombuffer(text, np.uint8)
-    members["meta_sha256"] = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
-    with paths.atomic_path(path) as temporary:
-        np.savez(temporary, allow_pickle=False, **members)
-
-
-def _load(path: Path, key: str) -> Result | None:
-    try:
-        return _read(path, key)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):  # what is in the way is said before the work
-        return None
-    except Exception as error:  # a damaged archive fails in ways that zipfile, zlib and numpy do not list
-        warnings.warn(f"dropped a damaged cache entry, {path.name}: {error}", RuntimeWarning, stacklevel=3)
-        with contextlib.suppress(OSError):  # a cache that may only be read
-            path.unlink(missing_ok=True)
-        return None
-
-
-def _read(path: Path, key: str) -> Result:
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as members:
-        text = members["meta"].tobytes()
-        _require(hashlib.sha256(text).digest() == members["meta_sha256"].tobytes(), "digest of the metadata")
-        meta = json.loads(text)
-        digests = meta.pop("digests")
-        arrays = {name: members[f"array:{name}"] for name in digests}
-    _require(meta["key"] == key, "key")
-    for name, array in arrays.items():
-        _require(_array_digest(array) == digests[name], f"digest of array {name!r}")
-    return Result(arrays=arrays, cached=True, **meta)
-
-
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(f"the {what} does not match")
-
-
-def _array_digest(array: np.ndarray) -> str:
-    head = f"{array.dtype.str} {array.shape} ".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def _now() -> str:

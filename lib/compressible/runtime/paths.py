@@ -1,4 +1,4 @@
-"""Where things live: the repository, the cache, the figures; and writing that is never half done."""
+"""Where things live: repository, cache, figures; variables that say so; and writing that is never half done."""
 
 from __future__ import annotations
 
@@ -102,3 +102,15 @@ def _is_project(file: Path) -> bool:
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def variables_set(**values: str) -> Iterator[None]:
+    """Set variables of this process's environment for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
