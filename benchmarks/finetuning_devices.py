@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from written import measured
 
 import compressible as cd
 from compressible.data.pretrained import load_for_task
@@ -98,11 +98,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4], help="numbers of devices")
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    args = parser.parse_args()
-    result = measure(args)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measured(parser, measure)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from written import measured
 
 from compressible.data.tasks import Task, load_task
 from compressible.experiments.speed.finetuning import Endless, _gemm, config_of, count_step
@@ -207,11 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of a trainer, which start again twice")
     parser.add_argument("--budget", type=float, default=95.0, help="seconds after which no case begins")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    args = parser.parse_args()
-    result = measure(args)
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    measured(parser, measure)
 
 
 if __name__ == "__main__":

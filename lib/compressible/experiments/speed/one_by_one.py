@@ -50,13 +50,11 @@ def step_seconds(
 
     Example:
         >>> import compressible as cd
-        >>> import peft
-        >>> import torch
+        >>> import peft, torch
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, num_labels=1))
-        >>> ids = torch.arange(48).reshape(8, 6)
-        >>> tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        >>> tokens = dict.fromkeys(("input_ids", "attention_mask"), torch.ones(8, 6, dtype=torch.int64))
         >>> rows = cd.Examples(tokens, torch.rand(8), texts=(("a",),) * 8)
         >>> task = cd.Task("random", "regression", 1, "pearson", train=rows, validation=rows)
         >>> run = cd.FineTuningRun(peft.LoraConfig(r=2, target_modules=["query"]), lr=1e-4)
