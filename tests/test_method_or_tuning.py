@@ -131,6 +131,8 @@ def test_the_plan_has_every_place_and_method_once_and_the_telling_ones_first():
         ("one", 8, 4), ("one", 12, 4), ("one", 16, 4), ("two", 8, 4), ("one", 8, 2)
     }  # fmt: skip
     assert planned[-1][1] == "dora"
+    others = {place for place, name in planned if name not in tuning_sweep.CORE}
+    assert others == {("one", 8, 4), ("one", 16, 4), ("two", 8, 4)}
 
 
 def test_cells_of_two_machines_merge_and_those_of_another_setting_are_never_met(tmp_path):

@@ -25,8 +25,9 @@ Place = tuple[str, int, int]  # task, size, rank
 class Sweep:
     """What is run: the parameters of the notebook, whose comments say what they are.
 
-    validation_rows: rows of each half at most, 0 for all; other_sizes: of all tasks but the first; ranks: beside
-    `adapter_rank`, on the first task with the first size; more_rates: how often a grid may grow.
+    validation_rows: rows of each half at most, 0 for all; other_sizes: of all tasks but the first, the first of them
+    with all methods; ranks: beside `adapter_rank`, on the first task with the first size; more_rates: how often a grid
+    may grow.
     """
 
     encoder: str
@@ -78,8 +79,9 @@ class Sweep:
     def blocks(self) -> list[tuple[list[Place], list[str]]]:
         """What is computed together, the most telling first: places of one task, and methods.
 
-        The core methods with the first and third size of the first task, then all other stacked ones there, then the
-        other tasks, the other sizes, the other ranks; what costs most, full width and what goes alone, comes last.
+        All stacked methods are compared with the first and third size of the first task and with the first of
+        other_sizes of the others; elsewhere the core methods alone. What costs most, full width and what goes alone,
+        has the first two places and comes last.
         """
         stacked = [name for name in self.methods if name not in (*ALONE, "full")]
         core = [name for name in stacked if name in CORE]
@@ -87,10 +89,12 @@ class Sweep:
         places, first = self.places(), self.tasks[0]
         main = [place for place in places if place[0] == first and place[2] == self.adapter_rank]
         ahead, later = main[::2], main[1::2]
-        others = [[place for place in places if place[0] == task] for task in self.tasks[1:]]
         ranks = [place for place in places if place[2] != self.adapter_rank]
-        order = [(ahead, core), (ahead, rest), *((of, core) for of in others), (later, core), (ranks, core)]
-        order += [(later, rest), *((of, rest) for of in others), (ranks, rest)]
+        others = [place for place in places if place[0] != first]
+        wide = [[place] for place in others if place[1] == self.other_sizes[0]]
+        narrow = [[place] for place in others if place[1] != self.other_sizes[0]]
+        order = [(ahead, core), (ahead, rest), *((of, core) for of in wide), (later, core)]
+        order += [*((of, rest) for of in wide), (ranks, core), *((of, core) for of in narrow)]
         order += [([place], [name]) for name in ("full", *ALONE) if name in self.methods for place in ahead]
         return [(of, names) for of, names in order if of and names]
 
