@@ -7,8 +7,8 @@
     compressed  Deep LoRA with outer factors from the first gradient, for even r
 
 A rate is chosen by its mean score over other seeds on training rows that neither train nor judge. If the best rate is
-c r^k, P1's one rate for all ranks is wrong by r^k; theory for unscaled LoRA has k = -1/2 (papers_supplement E.1: LR
-scaling across ranks, arXiv 2602.06204).
+c r^k, P1's one rate for all ranks is wrong by r^k; theory for unscaled LoRA has k = -1/2
+(learning rates across ranks, arXiv 2602.06204).
 """
 
 from __future__ import annotations
