@@ -136,6 +136,7 @@ rule figure:
         commit=commit(),
         code=code,
     threads: 1
+    priority: lambda wildcards: CHOICES[wildcards.id].get("minutes", 10)
     resources:
         runtime=minutes,
     message:

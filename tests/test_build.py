@@ -55,6 +55,7 @@ def test_a_batch_says_in_few_lines_what_was_built_where_and_what_failed(batch_of
         ([], "-p rank '", "No closing quotation"),
         (["--jobs", "0"], "", "--jobs is 0, expected an integer from 1"),
         (["--gpus", "-1"], "", "--gpus is -1, expected an integer from 0"),
+        (["--within", "0"], "", "--within is 0.0, expected minutes above 0"),
     ],
 )
 def test_a_batch_refuses_in_a_line_and_starts_nothing(arguments, given, told, batch_of, capfd, monkeypatch):
@@ -168,3 +169,28 @@ def test_the_reason_of_a_failure_is_the_error_s_own_line(batch_of, capfd):
     write_notebook(Path("notebooks", f"{bad}.ipynb"), "raise RuntimeError('no such file\\nwhat to do: nothing')")
     assert main(["build", bad]) == 1
     assert f"failed: {bad}: RuntimeError: no such file; log: " in capfd.readouterr().out
+
+
+def test_a_batch_ends_in_time_and_the_same_call_goes_on(batch_of, add_notebook, capfd):
+    slow, good = batch_of
+    add_notebook("00_bad", "import time; time.sleep(120)")
+    assert main(["build", good]) == 0
+    before = Path(f"figures/quick/{good}.json").read_bytes()
+    began = time.monotonic()
+    assert main(["build", slow, "--within", "0.3"]) == build.TIME_IS_UP
+    assert time.monotonic() - began < 60
+    assert "time is up after 0.3 minutes: the same command goes on" in capfd.readouterr().err
+    assert not list(Path("figures/quick").glob(".staging*")), "what was under way left no half-made figure"
+    assert Path(f"figures/quick/{good}.json").read_bytes() == before
+    add_notebook("00_bad", SAVE.format(id=slow))
+    assert main(["build", slow, "--within", "9"]) == 0 and Path(f"figures/quick/{slow}.json").is_file()
+
+
+def test_resuming_leaves_figures_whose_records_are_of_this_code(batch_of, monkeypatch, capfd):
+    bad, good = batch_of
+    asked = []
+    monkeypatch.setattr(build, "build", lambda ids, *_: asked.append(list(ids)) or 0)
+    monkeypatch.setattr(notebooks, "state", lambda id, label: "done" if id == good else "missing")
+    assert main(["build", "--resume"]) == 0 and asked == [[bad]]
+    assert main(["build", good, "--resume"]) == 0 and asked == [[bad]]
+    assert capfd.readouterr().out == "all figures of quick are of the code that is here\n"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, build, gpu_slots, index, kernels, notebooks
+from compressible.companion import batch, build, gpu_slots, index, kernels, notebooks, publishing
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -34,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m compressible", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
+    listing.add_argument("--check", action="store_true", help="hold each record against code, data, environment, "
+                         "commit and files, and say what does not fit")  # fmt: skip
     listing.set_defaults(command=_list)
     _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
     _add_build(commands.add_parser("build", help="execute many notebooks, side by side, and keep their figures"))
@@ -47,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     site = commands.add_parser("site", help="static, offline site of records, claims and notebooks; executes nothing")
     site.add_argument("--out", type=Path, metavar="FOLDER", help="where to build it (default: build/site)")
     site.set_defaults(command=_site)
+    publishing.add(commands)
     commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
     refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
     refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
@@ -73,6 +78,9 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
     build.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     build.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one a job; 0 hides them (default: 0)")
+    build.add_argument("--resume", action="store_true", help="leave figures whose records are of the code that is here")
+    build.add_argument("--within", type=float, default=math.inf, metavar="MINUTES", help="end after so long with status "
+                       "75; the same call goes on")  # fmt: skip
     build.set_defaults(command=_build)
 
 
@@ -97,6 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
     kernels.check_kernel(arguments.kernel)
     if arguments.check:
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave by the way that cleans up
     slot = contextlib.nullcontext() if arguments.gpus is None else gpu_slots.gpu_slot(arguments.gpus)
     started = time.perf_counter()
     with slot:
@@ -111,12 +120,17 @@ def _build(arguments: argparse.Namespace) -> int:
     label, given = arguments.label or arguments.preset, os.environ.get("COMPRESSIBLE_ARGS", "").strip()
     checks.expect_integer("--jobs", arguments.jobs, 1, 10_000)
     checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
+    checks.expect("--within", arguments.within, arguments.within > 0, "minutes above 0")
     for id in build.chosen(arguments.ids, arguments.preset):
         named = ["--preset", arguments.preset, "--label", label]
         if status := main(["run", id, *named, "--check", *shlex.split(given)]):
             print(f"{id} refuses these values, and nothing was started", file=sys.stderr)
             return status
-    return build.build(arguments.ids, arguments.preset, label, arguments.jobs, arguments.gpus, given)
+    ids = build.not_done(arguments.ids, arguments.preset, label) if arguments.resume else arguments.ids
+    if arguments.resume and not ids:
+        print(f"all figures of {label} are of the code that is here")
+        return 0
+    return build.build(ids, arguments.preset, label, arguments.jobs, arguments.gpus, given, arguments.within)
 
 
 def _each_once(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
@@ -136,6 +150,8 @@ def _redraw(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        return publishing.check_records()
     rows = [("notebook", "preset", "minutes", "GPU", "state")]
     for id in notebooks.ids():
         for label, preset in notebooks.presets(id).items():

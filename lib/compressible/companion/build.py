@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import queue
 import re
@@ -21,6 +23,7 @@ from compressible.runtime import paths
 ENDED = re.compile(r"(?P<id>[\w.-]+/[\w.-]+): (?P<how>done|FAILED) after (?P<seconds>\d+) s")
 COUNTED = re.compile(r"(?P<rule>figure|figure_on_gpu)\s+(?P<count>\d+)")
 STOPPED = 130  # exit status after Ctrl-C, as a shell has it
+TIME_IS_UP = 75  # EX_TEMPFAIL: call again
 
 
 @dataclass
@@ -93,8 +96,18 @@ def chosen(ids: Sequence[str], preset: str) -> dict[str, float]:
     return having
 
 
-def build(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int, given: str = "") -> int:
-    """Build figures on this machine; 0 when all are there, 1 when one failed, 130 after Ctrl-C.
+def not_done(ids: Sequence[str], preset: str, label: str) -> list[str]:
+    """Of the notebooks that have a preset, or of those named, the ones whose record another code or no one made."""
+    return [id for id in chosen(ids, preset) if notebooks.state(id, label) != "done"]
+
+
+def build(
+    ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int, given: str = "", within: float = math.inf
+) -> int:
+    """Build figures on this machine; 0 when all are there, 1 when one failed, 130 after Ctrl-C, 75 when time is up.
+
+    After `within` minutes what is under way is ended, and the same call goes on: figures that are there stay, results
+    come from the cache, fine-tuning from its checkpoint. The longest figures start first, so that they have all of it.
 
     `given` holds arguments of `python -m compressible run`, as a shell would take them. What snakemake writes goes to
     figures/<label>/.batch/log.txt. Raises BatchError or ParameterError, before anything starts, for what is refused.
@@ -105,12 +118,15 @@ def build(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int, giv
     log.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(minutes, jobs, len(minutes))
     with log.open("w", encoding="utf-8") as out:
-        status = _follow(_command(ids, preset, label, jobs, gpus), given, out, progress)
+        command = _command(ids, preset, label, jobs, gpus)
+        status = _follow(command, given, out, progress, time.monotonic() + 60 * within)
     index.write_index(root, label, began)
     print(*index.summary(root, label, began, list(minutes)), sep="\n")
-    if status not in (0, STOPPED) and not progress.failed:
+    if status == TIME_IS_UP:
+        print(f"time is up after {within:g} minutes: the same command goes on", file=sys.stderr)
+    elif status not in (0, STOPPED) and not progress.failed:
         print(f"the batch ended early: {_reason(log)}; all that it wrote: {log}", file=sys.stderr)
-    return status if status in (0, STOPPED) else 1
+    return status if status in (0, STOPPED, TIME_IS_UP) else 1
 
 
 def _command(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int) -> list[str]:
@@ -122,25 +138,44 @@ def _command(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int) 
     return [sys.executable, "-m", "snakemake", *options, *counts, "--config", *values]
 
 
-def _follow(command: Sequence[str], given: str, out: IO[str], progress: Progress) -> int:
-    """Run snakemake, keep what it writes, and show how far it is. It gets a Ctrl-C, too, and is waited for."""
+def _follow(command: Sequence[str], given: str, out: IO[str], progress: Progress, until: float = math.inf) -> int:
+    """Run snakemake, keep what it writes, and show how far it is. It gets a Ctrl-C, too, and is waited for.
+
+    At `until`, of time.monotonic, it is ended with all that it started.
+    """
     told = os.environ | {"COMPRESSIBLE_ARGS": given, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, cwd=paths.repository(), env=told, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        stopped = False
+        stopped = late = False
         lines = _Lines(process.stdout)
         while True:
             try:
                 for line in lines:
                     _show(line, out, progress)
+                    if not late and time.monotonic() > until:
+                        late = True
+                        _end(process.pid)
                 break
             except KeyboardInterrupt:
                 stopped = True
                 print("\nstopping: what is under way ends first", file=sys.stderr)
-    return STOPPED if stopped else process.returncode
+    return STOPPED if stopped else TIME_IS_UP if late else process.returncode
+
+
+def _end(pid: int, patience: float = 10) -> None:
+    """End a process and all that it started: politely, which leaves no half-made figure, and by force after a while."""
+    import psutil  # snakemake brings it
+
+    parent = psutil.Process(pid)
+    every = [parent, *parent.children(recursive=True)]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in every:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        _, every = psutil.wait_procs(every, timeout=patience)
 
 
 class _Lines:

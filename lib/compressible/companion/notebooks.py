@@ -222,20 +222,24 @@ def state(id: str, label: str) -> str:
     if made < 0:
         return "missing"
     content = json.loads(record.read_text(encoding="utf-8"))
-    if is_stale(id, label, content):
+    if differences(id, label, content):
         return "stale"
     return "done" if content.get("notebook") and content.get("library") else "unknown"
 
 
-def is_stale(id: str, label: str, record: Mapping[str, Any]) -> bool:
-    """Whether a record has other parameters than the preset now sets, or was made by other code.
+def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
+    """In what a record differs from what would be made now: by other code, or with other values than the preset sets.
 
     Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
     """
     code = {"notebook": notebook_digest(notebook_path(id)), "library": LIBRARY}
-    if any(record.get(name) not in (None, digest) for name, digest in code.items()):
-        return True
-    if label not in presets(id):  # one's own values, which nothing sets
-        return False
+    told = [f"{name} has changed since" for name, digest in code.items() if record.get(name) not in (None, digest)]
+    if label not in presets(id) or "parameters" not in record:  # one's own values, which nothing sets
+        return told
     values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
-    return "parameters" in record and record["parameters"] != {n: v for n, v in values.items() if n != "preset"}
+    given = record["parameters"]
+    for name in sorted((values.keys() | given.keys()) - {"preset"}):
+        if name not in given or name not in values or given[name] != values[name]:
+            was, now = (checks.shown(of[name]) if name in of else "no parameter" for of in (given, values))
+            told.append(f"{name} was {was}, now {now}")
+    return told

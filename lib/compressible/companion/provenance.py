@@ -8,6 +8,7 @@ import subprocess
 from importlib import metadata
 from typing import Any
 
+from compressible.companion import pins
 from compressible.companion.library import library_digest
 from compressible.runtime import paths
 
@@ -18,7 +19,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the packages that matter and are installed, the CPU and the thread settings."""
+    """Versions of the packages that matter and are installed, which pinned environment they are, CPU and threads."""
     from compressible.runtime.devices import cpu_model  # imports PyTorch, seconds that `list` can do without
 
     return {
@@ -26,6 +27,7 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": _versions(),
+        "environment": pins.state(PACKAGES),
     }
 
 

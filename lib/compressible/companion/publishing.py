@@ -1,0 +1,41 @@
+"""The commands of a release: python -m compressible environment, and list --check."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from compressible.companion import notebooks, pins, provenance
+
+
+def add(commands: Any) -> None:
+    """Add these commands to the subparsers of the command line."""
+    pinned = commands.add_parser("environment", help="whether what is installed is a pinned environment")
+    pinned.add_argument("--freeze", action="store_true", help="print what is installed, as a file of pins")
+    pinned.set_defaults(command=_environment)
+
+
+def check_records() -> int:
+    """Print why records cannot be trusted as ones of this checkout; 0 where all can, else 1."""
+    from compressible.companion import verification
+
+    found = {
+        (id, label): verification.reasons(id, label) for id in notebooks.ids() for label in verification.labels(id)
+    }
+    for (id, label), reasons in found.items():
+        print("".join(f"{id}, {label}: {reason}\n" for reason in reasons), end="")
+    good = sum(not reasons for reasons in found.values())
+    print(f"{good} of {len(found)} records are of this code, data and environment, whole, and of a commit behind HEAD")
+    return 0 if good == len(found) else 1
+
+
+def _environment(arguments: argparse.Namespace) -> int:
+    found, python = pins.installed(), sys.version.split()[0]
+    if arguments.freeze:
+        print(f"# Python {python}, {sys.platform}\n{pins.written(found)}", end="")
+        return 0
+    state = pins.state(provenance.PACKAGES)
+    told = f"{len(found)} packages of Python {python} are those of {state['pinned']}"
+    print(told if state["pinned"] else "\n".join(["installed is no pinned environment:", *state["differs"]]))
+    return 0 if state["pinned"] else 1

@@ -1,0 +1,115 @@
+"""Whether each record is what it says: of this code, these data and a pinned environment, whole, and of a commit here.
+
+What a record holds is held against the checkout: the digests of notebook and library, the preset's values, the data
+manifest, the pinned environment, the pictures and arrays beside it. Its commit must lie behind HEAD, and the library
+and the notebook of that commit must have the very digests that the record names: a digest that is typed by hand, or of
+code that nobody committed, is told.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from compressible.companion import notebooks, pins, records
+from compressible.companion.library import library_digest, notebook_digest
+from compressible.data import manifest
+from compressible.runtime import paths
+
+DIGEST = re.compile("[0-9a-f]{64}")
+HELD = ("library", "notebook", "function", "computed_in", "run")
+
+
+def labels(id: str) -> list[str]:
+    """Labels under which a notebook has a record, but for `quick`, which is never committed."""
+    known = [*notebooks.presets(id), *notebooks.own_labels(id)]
+    return [label for label in known if label != "quick" and notebooks.record_path(id, label).is_file()]
+
+
+def reasons(id: str, label: str) -> list[str]:
+    """Why the record of a figure cannot be trusted as one of this checkout; none where it can."""
+    path = notebooks.record_path(id, label)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    told = [f"does not hold the digest {name!r}" for name in HELD if not DIGEST.fullmatch(str(record.get(name)))]
+    other = notebooks.differences(id, label, record)
+    told += [*other, *_data(record), *_environment(record), *_files(path, record)]
+    return told + _commit(record, compare=not told)
+
+
+def _data(record: Mapping[str, Any]) -> list[str]:
+    if not isinstance(record.get("data"), dict):
+        return ["does not hold the digests of its data"]
+    known = {name: entry.sha256 for name, entry in manifest.load_manifest().items()}
+    held = record["data"].items()
+    return [f"read {name} {digest[:12]}, the manifest has {known[name][:12]}" for name, digest in held
+            if known.get(name, digest) != digest]  # fmt: skip
+
+
+def _environment(record: Mapping[str, Any]) -> list[str]:
+    held = record.get("environment")
+    if not isinstance(held, dict):
+        return ["does not name its environment"]
+    if not held.get("pinned"):
+        few = "; ".join(held.get("differs", [])[:3]) or "there was no file of pins"
+        return [f"was made in no pinned environment ({few})"]
+    file = paths.repository() / held["pinned"]
+    same = file.is_file() and pins.sha256(file.read_bytes()) == held["sha256"]
+    return [] if same else [f"was made in another {held['pinned']} than the one that is here"]
+
+
+def _files(path: Path, record: Mapping[str, Any]) -> list[str]:
+    told = []
+    for suffix, digest in record.get("pictures", {}).items():
+        picture = path.with_suffix(f".{suffix}")
+        if not picture.is_file() or pins.sha256(picture.read_bytes()) != digest:
+            told.append(f"{picture.name} is missing, or is not the picture that was drawn")
+    try:
+        records.read_arrays(path, record)
+    except records.RecordError as error:
+        told.append(str(error))
+    return told
+
+
+def _commit(record: Mapping[str, Any], compare: bool) -> list[str]:
+    """What is wrong with the commit; with `compare`, also whether its tree has the digests that the record names."""
+    commit, told = (
+        record.get("commit"),
+        ["was made with changes that were not committed"] if record.get("dirty") else [],
+    )
+    if not commit:
+        return ["does not name its commit"]
+    if _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
+        return [*told, f"its commit {commit[:12]} does not lie behind HEAD"]
+    if compare and not told:
+        library, of = at_commit(commit)
+        names = {"library": library, "computed_in": of.get(record["id"])}
+        told = [f"{name} is not the digest of commit {commit[:12]}" for name in names if record[name] != names[name]]
+    return told
+
+
+@lru_cache
+def at_commit(commit: str) -> tuple[str, dict[str, str | None]]:
+    """The digests of the library and of each notebook, by id, that a commit of this checkout has."""
+    content = _git("archive", commit, "lib/compressible", "notebooks") or b""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        archive.extractall(folder, filter="data")
+        root = Path(folder)
+        found = {f"{file.parent.name}/{file.stem}": notebook_digest(file) for file in root.glob("notebooks/*/*.ipynb")}
+        return library_digest(root / "lib" / "compressible"), found
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says; None where it refuses, or is not here."""
+    try:
+        command = ["git", "-C", str(paths.repository()), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,125 @@
+"""`list --check`: each way in which a record is not what it says is told by its reason, and a true one passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compressible.__main__ import main
+from compressible.companion import notebooks, pins, records, verification
+from compressible.companion.library import notebook_digest
+
+ID = "kwon2024/01_good"
+PATH = Path(f"figures/paper/{ID}.json")
+
+
+def git(*arguments: str) -> str:
+    who = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+    return subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def keep(record: dict[str, Any]) -> None:
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    PATH.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def record(checkout: Path, add_notebook: Callable[..., str]) -> dict[str, Any]:
+    """A record as a batch would leave it, of a checkout with one commit."""
+    add_notebook("01_good")
+    Path("constraints.txt").write_text("numpy==2.5.2\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    notebook = notebook_digest(Path("notebooks", f"{ID}.ipynb"))
+    content, arrays = records.pack({"x": np.arange(3.0)})
+    PATH.parent.mkdir(parents=True)
+    PATH.with_suffix(".npz").write_bytes(content)
+    PATH.with_suffix(".png").write_bytes(b"picture")
+    values = notebooks.plan(ID, "paper")
+    known = notebooks.defaults(notebooks.notebook_path(ID)) | values
+    pinned = {"pinned": "constraints.txt", "sha256": pins.sha256(Path("constraints.txt").read_bytes()), "differs": []}
+    made = {
+        "id": ID, "preset": "paper", "parameters": {n: v for n, v in known.items() if n != "preset"},
+        "commit": git("rev-parse", "HEAD"), "dirty": False, "library": notebooks.LIBRARY, "notebook": notebook,
+        "computed_in": notebook, "function": "a" * 64, "run": "b" * 64,
+        "data": {"mnist-5k/mnist_5k.csv.gz": _known_digest()}, "environment": pinned, "metrics": {}, "arrays": arrays,
+        "pictures": {"png": hashlib.sha256(b"picture").hexdigest()},
+    }  # fmt: skip
+    keep(made)
+    return made
+
+
+def _known_digest() -> str:
+    from compressible.data import manifest
+
+    return manifest.load_manifest()["mnist-5k/mnist_5k.csv.gz"].sha256
+
+
+def test_a_record_that_is_what_it_says_passes(record, capsys):
+    assert verification.reasons(ID, "paper") == []
+    assert main(["list", "--check"]) == 0 and capsys.readouterr().out.startswith("1 of 1 records are of this code")
+
+
+ALTERED = {
+    "library": ("f" * 64, "library has changed since"),
+    "notebook": ("f" * 64, "notebook has changed since"),
+    "function": (None, "does not hold the digest 'function'"),
+    "computed_in": ("f" * 64, "computed_in is not the digest of commit"),
+    "run": ("", "does not hold the digest 'run'"),
+    "parameters": ({"rank": 3, "step_size": 0.001, "ranks": [1, 2]}, "rank was 3, now 5"),
+    "data": ({"mnist-5k/mnist_5k.csv.gz": "f" * 64}, "read mnist-5k/mnist_5k.csv.gz ffffffffffff, the manifest has"),
+    "environment": ({"pinned": None, "differs": ["torch 2, pinned 1"]}, "in no pinned environment (torch 2, pinned 1)"),
+    "commit": ("f" * 40, "its commit ffffffffffff does not lie behind HEAD"),
+    "dirty": (True, "with changes that were not committed"),
+    "pictures": ({"png": "f" * 64}, "01_good.png is missing, or is not the picture"),
+    "arrays": ({"sha256": "f" * 64, "float32": [], "left_out": []}, "01_good.npz is not the file"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_what_is_altered_in_a_record_is_told(name, record, capsys):
+    value, told = ALTERED[name]
+    keep(record | {name: value})
+    assert main(["list", "--check"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f"{ID}, paper: ") and told in lines[0], lines
+    assert lines[1].startswith("0 of 1 records")
+
+
+@pytest.mark.parametrize("name", ["environment", "data", "commit"])
+def test_what_a_record_lacks_is_told(name, record):
+    keep({key: value for key, value in record.items() if key != name})
+    (told,) = verification.reasons(ID, "paper")
+    assert told.startswith(("does not name", "does not hold"))
+
+
+def test_another_file_of_pins_and_another_branch_are_told(record):
+    Path("constraints.txt").write_text("numpy==2.6\n")
+    assert verification.reasons(ID, "paper") == ["was made in another constraints.txt than the one that is here"]
+    git("checkout", "-q", "--orphan", "other")
+    git("commit", "-q", "-m", "without history")
+    told = verification.reasons(ID, "paper")
+    assert [reason.startswith(f"its commit {record['commit'][:12]} does not lie") for reason in told] == [False, True]
+
+
+def test_a_library_that_nobody_committed_is_told(record, monkeypatch):
+    """Record and checkout agree, and the commit that the record names has other code than both."""
+    monkeypatch.setattr(notebooks, "LIBRARY", "e" * 64)
+    keep(record | {"library": "e" * 64})
+    (told,) = verification.reasons(ID, "paper")
+    assert told.startswith("library is not the digest of commit ")
+
+
+def test_quick_figures_are_not_checked(record):
+    quick = Path(f"figures/quick/{ID}.json")
+    quick.parent.mkdir(parents=True)
+    quick.write_text("{}")
+    assert verification.labels(ID) == ["paper"]
