@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -73,6 +74,14 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Non
     notebook.cells = [tagged, *map(nbformat.v4.new_code_cell, cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_out_of_the_collectors_way() -> None:
+    """Keep what is imported by now out of garbage collections: each pass of fine-tuning asks for one, which takes half
+    a second among all that transformers and these tests hold."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -120,14 +120,33 @@ def test_the_papers_lora_start_is_normal_outputs_and_zero_inputs():
             cd.paper_lora_start(other)
 
 
-@pytest.mark.parametrize("order", [
-    "import compressible; import peft", "import peft; import compressible",
-    "import compressible.adapters.config; import peft", "from compressible import DeepLoraConfig; import peft",
-    "import compressible.adapters.model; import peft",
-])  # fmt: skip
-def test_the_method_is_registered_in_either_order(order):
-    code = f"{order}; import sys; sys.exit('DEEP_LORA' not in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+# Interpreters that hold what peft imports, which takes seconds, and neither peft nor this library.
+FORKED = """
+import os, sys
+import accelerate, torch, transformers
+from transformers import PreTrainedModel
+assert not {"peft", "compressible"} & set(sys.modules)
+failed = []
+for order in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            exec(order)
+            os._exit("DEEP_LORA" not in sys.modules["peft"].mapping.PEFT_TYPE_TO_TUNER_MAPPING)
+        finally:
+            os._exit(2)
+    failed += [order] if os.waitpid(child, 0)[1] else []
+sys.exit(", ".join(failed) or 0)
+"""
+
+
+def test_the_method_is_registered_in_either_order():
+    orders = [
+        "import compressible; import peft", "import peft; import compressible",
+        "import compressible.adapters.config; import peft", "from compressible import DeepLoraConfig; import peft",
+        "import compressible.adapters.model; import peft",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", FORKED, *orders], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_package_alone_imports_neither_torch_nor_peft():

@@ -79,9 +79,10 @@ def _parsed(source: str, tries: int = 3) -> ast.Module:
 def _written(node: Any) -> str:
     """A syntax tree as text, without the empty fields, of which each version of Python has others."""
     if isinstance(node, list):
-        return f"[{', '.join(map(_written, node))}]"
+        return f"[{', '.join([_written(each) for each in node])}]"
     if not isinstance(node, ast.AST):
         return repr(node)
+    if isinstance(node, ast.Constant):
+        return f"Constant(value={node.value!r})"
     filled = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-    fields = [("value", node.value)] if isinstance(node, ast.Constant) else filled
-    return f"{type(node).__name__}({', '.join(f'{name}={_written(value)}' for name, value in fields)})"
+    return f"{type(node).__name__}({', '.join([f'{name}={_written(value)}' for name, value in filled])})"

@@ -10,7 +10,9 @@ import ast
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,10 +57,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+@lru_cache(32)
+def _parsed(text: str) -> Any:
+    """What a YAML text holds; the few files of presets are asked for a thousand times where claims are judged."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Mapping in a YAML file, {} for an empty one. Raises BatchError when it is absent or no mapping of names."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no such date, ...
         raise BatchError(f"cannot read {path}: {checks.one_line(error)}") from error
     if content is not None and not isinstance(content, dict):
