@@ -250,6 +250,12 @@ def test_stacks_may_be_limited():
         assert found.shared <= 2
 
 
+def test_a_run_of_full_width_counts_as_three():
+    runs = [cd.FineTuningRun(config(variant), 1e-3, seed) for variant in ("full", "thin") for seed in range(4)]
+    found = cd.fine_tune(bert(layers=1), runs, task(), 2, 4, max_stack=6)
+    assert [run.shared for run in found] == [2] * 4 + [4] * 4
+
+
 def test_a_decoder_with_conv1d_and_a_t5_go_as_the_plain_run():
     torch.manual_seed(0)
     gpt = GPT2ForSequenceClassification(GPT2Config(

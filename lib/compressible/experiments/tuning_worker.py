@@ -21,11 +21,11 @@ from compressible.experiments.tuned_methods import ALONE, method
 from compressible.experiments.tuning_cells import Cell, Cells, Scored
 from compressible.experiments.tuning_rates import judged_cells, mean_score
 from compressible.experiments.tuning_sweep import SPLIT_SEED, Place, Sweep
-from compressible.finetuning.finetune import fine_tune
+from compressible.finetuning.finetune import FULL_COST, fine_tune
 from compressible.finetuning.run import RunHistory
 from compressible.runtime.devices import device_name
 
-COSTS = {"full": 4.0, **dict.fromkeys(ALONE, 10.0)}  # about what a run costs, in runs that share a pass
+COSTS = {"full": FULL_COST, **dict.fromkeys(ALONE, 10.0)}  # about what a run costs, in runs that share a pass
 Loaded = tuple[nn.Module, Task]
 
 
@@ -109,8 +109,7 @@ class Worker:
             counts.append(len(seeds))
         options: dict[str, Any] = {"precision": sweep.precision, "devices": self.devices, "keep_factors": False}
         options |= {"evaluate_at": [sweep.steps], "watch_at": [sweep.steps], "watch": update_norms}
-        heaviest = max(COSTS.get(cell.method, 1.0) for cell in part)  # of full width few fit a device
-        options |= {"max_stack": max(1, int(self.max_stack / heaviest)), "show_progress": False}
+        options |= {"max_stack": self.max_stack, "show_progress": False}
         histories = iter(fine_tune(model, runs, given, sweep.steps, sweep.batch_size, **options))
         spent, device = time.perf_counter() - before, device_name(str(next(model.parameters()).device))
         self.pace = max(self.pace, spent / self._cost(part))

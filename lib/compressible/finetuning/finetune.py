@@ -74,7 +74,8 @@ def fine_tune(
         checkpoint: a file name, with which a killed call goes on where it was; what `watch` gives must then be
             numbers, text, tensors, numpy arrays, Spectra, or lists, tuples and dicts of these.
         checkpoint_every: steps between two writings of it.
-        max_stack: runs of a pass at most, by default all that fit.
+        max_stack: runs of a pass at most, by default all; one of full width, which takes the memory and the time of
+            several, counts as three.
         keep_factors: whether histories hold factors, which for many wide runs are much memory.
         show_progress: whether a bar is drawn, by default where a person may see it.
         devices: where passes go, a process each, in place of the model's device in this one: "all" or a number of
@@ -205,7 +206,7 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
         groups.setdefault((at,) if own.alone else own.key, []).append(at)
     for members in groups.values():
         members.sort(key=lambda i: structures[i].length)
-        size = max_stack or len(members)
+        size = max(1, int(max_stack / _cost(runs[members[0]]))) if max_stack else len(members)
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
