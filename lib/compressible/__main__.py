@@ -79,8 +79,8 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     build.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one a job; 0 hides them (default: 0)")
     build.add_argument("--resume", action="store_true", help="leave figures whose records are of the code that is here")
-    build.add_argument("--within", type=float, default=math.inf, metavar="MINUTES", help="end after so long with status "
-                       "75; the same call goes on")  # fmt: skip
+    build.add_argument("--within", type=float, default=math.inf, metavar="MINUTES", help="end after so long with "
+                       "status 75; the same call goes on")  # fmt: skip
     build.set_defaults(command=_build)
 
 
