@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_finetune import assert_equal, bert, lora, mixed, task
+from test_finetune import assert_equal, bert, lora, mixed, rows, task
 from torch import nn
 
 import compressible as cd
@@ -133,6 +133,24 @@ def test_a_state_belongs_to_its_kind_of_task(tmp_path):
     cd.fine_tune(task=data, **given)
     with pytest.raises(ValueError, match="belongs to other runs"):
         cd.fine_tune(task=dataclasses.replace(data, kind="regression"), **given)
+
+
+def test_a_state_says_what_is_another(tmp_path, monkeypatch):
+    data = cd.Task("own", "classification", 3, "accuracy", rows(12, "classification", 0), rows(8, "classification", 1))
+    given = {"task": data, "steps": 2, "batch_size": 4, "checkpoint": tmp_path / "state"}
+    first = mixed()[1]
+    cd.fine_tune(bert(3), [first], **given)
+    with pytest.raises(ValueError, match="by its runs: "):
+        cd.fine_tune(bert(3), [dataclasses.replace(first, lr=2 * first.lr)], **given)
+    with pytest.raises(ValueError, match="by its settings: "):
+        cd.fine_tune(bert(3), [first], **given | {"steps": 3})
+    with pytest.raises(ValueError, match="by its task: "):  # its scores would be of the other metric
+        cd.fine_tune(bert(3), [first], **given | {"task": dataclasses.replace(data, metric="matthews")})
+    with pytest.raises(ValueError, match="by its settings, model: "):
+        cd.fine_tune(bert(3, dropout=0.2), [first], **given | {"decay_ratio": 0.5})
+    monkeypatch.setattr(cd, "__version__", "9.9")
+    with pytest.raises(ValueError, match="by its version of compressible: "):
+        cd.fine_tune(bert(3), [first], **given)
 
 
 def test_a_state_says_which_marks_it_is_past_and_gives_those_that_are_asked_for(tmp_path):

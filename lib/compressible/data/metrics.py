@@ -10,9 +10,10 @@ import numpy as np
 
 
 def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation of (N,) or (N, 1) outputs with (N,) labels; 0 if one is constant, NaN if not finite."""
+    """Pearson's correlation of outputs and labels, each (N,) or (N, 1); 0 if one is constant, NaN if not finite."""
     from scipy.stats import pearsonr
 
+    labels = labels.reshape(len(labels))
     found = outputs.reshape(len(labels)).astype(np.float64)
     if not np.isfinite(found).all():
         return float("nan")

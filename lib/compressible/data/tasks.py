@@ -163,12 +163,15 @@ class Task:
     def score(self, outputs: np.ndarray | Sequence[str], labels: np.ndarray | Sequence[Sequence[str]]) -> float:
         """The task's metric, higher is better, of outputs (N, outputs) and labels (N,) as numpy arrays.
 
-        For generation: N texts and, for each, one or more references. Raises ValueError if N differs.
+        For generation: N texts and, for each, one or more references. Raises ValueError if N differs, or for
+        an unknown metric.
         """
         if len(outputs) != len(labels):
             raise ValueError(f"score: {len(outputs)} outputs and {len(labels)} labels, expected as many")
         if self.metric == "bleu":
             return metrics.bleu(list(outputs), [[*known] for known in labels])
+        if self.metric not in metrics.METRICS:
+            raise ValueError(checks.unknown("metric", self.metric, [*metrics.METRICS, "bleu"]))
         return metrics.METRICS[self.metric](np.asarray(outputs), np.asarray(labels))
 
 

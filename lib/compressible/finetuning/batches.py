@@ -38,7 +38,8 @@ class TaskLike(Protocol):
 
 def validation_score(task: TaskLike, outputs: np.ndarray) -> float:
     """Return the task's score of outputs (N, outputs) for its validation rows."""
-    return float(task.score(outputs, task.validation.labels.cpu().numpy()))
+    labels = task.validation.labels.cpu()
+    return float(task.score(outputs, (labels.float() if labels.dtype is torch.bfloat16 else labels).numpy()))
 
 
 class RunsMixError(ValueError):
@@ -84,10 +85,15 @@ class DeviceRows:
         mask = rows.tokens.get("attention_mask")
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])
-            raise ValueError(f"attention_mask has tokens after padding in row {row}, expected padding at the end")
+            todo = 'with a tokenizer of padding_side="right"'
+            raise ValueError(
+                f"attention_mask has tokens after padding in row {row}, expected padding at the end: {todo}"
+            )
         self.lengths = None if mask is None else mask.sum(1).cpu()
         self.tokens = {name: value.to(device) for name, value in rows.tokens.items()}
-        self.labels, self.counts = (rows.labels if labels is None else labels).to(device), counts
+        labels = rows.labels if labels is None else labels
+        kind = labels.dtype if labels.is_floating_point() else torch.int64  # which cross-entropies ask for
+        self.labels, self.counts = labels.to(device, kind), counts
 
     def batch(self, rows: Tensor, multiple: int, least: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """Return tokens (P, T) and labels (P, ...) of `rows` (P,); T >= least a multiple, at most the examples' own."""

@@ -53,7 +53,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, key: str, state: Mapping[str, Tensor], steps: int, keep_factors: bool = True
+        self, path: Path, key: dict[str, str], state: Mapping[str, Tensor], steps: int, keep_factors: bool = True
     ) -> None:
         self.path, self.key, self.state, self.steps = Path(path), key, state, steps
         self.last = ("losses", "value") if keep_factors else ("losses",)
@@ -97,8 +97,9 @@ class Checkpoint:
             reason = f"is no checkpoint, or damaged ({type(error).__name__}: {error})"
             raise _DamagedError(f"{self.path} {reason}: delete it, or name another") from error
         if key != self.key:
-            other = f"{self.path} is {key}, expected {self.key}"
-            raise ValueError(f"{other}: it belongs to other runs; delete it, or name another")
+            known = key if isinstance(key, dict) else {}
+            other = ", ".join(name for name, own in self.key.items() if known.get(name) != own)
+            raise ValueError(f"{self.path} belongs to other runs, by its {other}: delete it, or name another")
         return meta, tensors
 
     def _expect_marks(self, name: str, lacking: list[int], step: int) -> None:
@@ -134,8 +135,10 @@ def _digest_of(state: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def digest(stacked: StackedPass, settings: list) -> str:
+def digests(stacked: StackedPass, settings: list) -> dict[str, str]:
     """Return what must be equal for a state to be of use: of runs, data and model of a pass, and further `settings`."""
+    from compressible import __version__
+
     subsets = [None if run.subset is None else torch.as_tensor(run.subset).tolist() for run in stacked.runs]
     runs = [{**asdict(run), "subset": subset} for run, subset in zip(stacked.runs, subsets, strict=True)]
     model, task = stacked.source, stacked.task
@@ -143,9 +146,15 @@ def digest(stacked: StackedPass, settings: list) -> str:
     weights = {name: _bytes(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     config: dict = getattr(getattr(model, "config", None), "to_dict", dict)()
     structure = {name: config[name] for name in config if name not in MOVES_NOTHING}, repr(model)
-    order = list(stacked.order.shape), stacked.precision, stacked.dropout, task.kind
-    text = json.dumps([runs, settings, order, rows, weights, structure], sort_keys=True, default=_plain)
-    return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:16]
+    settings = [*settings, list(stacked.order.shape), stacked.precision, stacked.dropout]
+    parts: dict[str, Any] = {"runs": runs, "settings": settings, "model": [weights, structure]}
+    parts |= {"task": [rows, task.kind, getattr(task, "metric", None)], "version of compressible": __version__}
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def _digest(part: Any) -> str:
+    text = re.sub(" at 0x[0-9a-f]+", "", json.dumps(part, sort_keys=True, default=_plain))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:

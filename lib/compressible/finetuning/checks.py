@@ -11,13 +11,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.data.tasks import IGNORED
+from compressible.data.tasks import IGNORED, Task
 from compressible.finetuning.batches import ExamplesLike, TaskLike
-from compressible.finetuning.losses import KINDS
+from compressible.finetuning.losses import KINDS, WRITTEN
 from compressible.finetuning.peft_models import DRAWN, GradientStart, starts_compressed
 from compressible.finetuning.run import FineTuningRun
 from compressible.runtime.checks import expect, is_integer, is_number
 
+METRICS_OF = {"regression": ("pearson",), "classification": ("accuracy", "matthews")}
+PLACES = ("position_embeddings", "wpe")  # ends of the names of tables that have a row a place
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -48,9 +50,12 @@ def check_task(task: TaskLike, scored: bool) -> None:
     """Raise ValueError for labels that no loss is of; of the validation set, too, if it is to be `scored`."""
     expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
     parts = {"train": task.train} | ({"validation": task.validation} if scored else {})
+    if scored and isinstance(task, Task) and task.kind not in WRITTEN:
+        metrics = METRICS_OF[task.kind]
+        expect("task.metric", task.metric, task.metric in metrics, f"of a {task.kind} one of {', '.join(metrics)}")
     for name, part in parts.items():
+        _check_rows(f"task.{name}", part)
         labels = part.labels
-        expect(f"task.{name}", f"{len(labels)} rows", len(labels) > 0, "at least one")
         if task.kind == "regression":
             spoilt = (~torch.isfinite(labels.reshape(len(labels), -1)).all(1)).nonzero().flatten().tolist()
             expect(f"task.{name}.labels", f"not finite in rows {spoilt[:5]}", not spoilt, "finite labels")
@@ -62,6 +67,57 @@ def check_task(task: TaskLike, scored: bool) -> None:
         if task.kind == "classification":
             found = tuple(labels.shape), int(labels.min())
             expect(f"task.{name}.labels", found, labels.dim() == 1 and found[1] >= 0, "shape (N,), classes from 0")
+
+
+def _check_rows(name: str, part: ExamplesLike) -> None:
+    """Raise ValueError unless labels and tokens are tensors of the same rows, each with a token."""
+    given = {f"{name}.labels": part.labels} | {f"{name}.tokens[{key!r}]": each for key, each in part.tokens.items()}
+    for key, value in given.items():
+        expect(key, type(value).__name__, isinstance(value, Tensor), "a tensor, by torch.as_tensor")
+    rows = len(part.labels)
+    expect(name, f"{rows} rows", rows > 0, "at least one")
+    for key, value in given.items():
+        expect(key, f"{len(value)} rows", len(value) == rows, f"{rows}, one a label")
+    mask = part.tokens.get("attention_mask")
+    empty = [] if mask is None else (~(mask != 0).flatten(1).any(1)).nonzero().flatten().tolist()
+    expect(f"{name}.tokens['attention_mask']", f"without a token in rows {empty[:5]}", not empty, "one in every row")
+
+
+def check_ids(model: nn.Module, task: TaskLike) -> None:
+    """Raise ValueError for ids, types or places of tokens that the model's tables have no row for.
+
+    A GPU stops the whole process there, in the middle of a run.
+    """
+    words, named = _words_of(model), dict(model.named_modules())
+    types = [table for name, table in named.items() if name.endswith("token_type_embeddings")]
+    for name, part in (("train", task.train), ("validation", task.validation)):
+        for key, tables in (("input_ids", [words]), ("token_type_ids", types)):
+            for table in tables if key in part.tokens and len(part.tokens[key]) else ():
+                _check_below(f"task.{name}.tokens[{key!r}]", part.tokens[key], table)
+        for table in (table for end, table in named.items() if end.endswith(PLACES)):
+            _check_places(f"task.{name}", part, table)
+
+
+def _words_of(model: Any) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # as of models of no words
+        return None
+
+
+def _check_below(name: str, ids: Tensor, table: Any) -> None:
+    if isinstance(table, nn.Embedding):
+        low, high = int(ids.min()), int(ids.max())
+        known = f"from 0 to {table.num_embeddings - 1}, which the model's embedding has"
+        expect(name, f"from {low} to {high}", low >= 0 and high < table.num_embeddings, known)
+
+
+def _check_places(name: str, part: ExamplesLike, table: Any) -> None:
+    ids, mask = part.tokens.get("input_ids"), part.tokens.get("attention_mask")
+    if type(table) is nn.Embedding and ids is not None and len(ids):
+        first = 0 if table.padding_idx is None else table.padding_idx + 1  # as RoBERTa counts
+        longest, room = ids.shape[1] if mask is None else int(mask.sum(1).max()), table.num_embeddings - first
+        expect(name, f"a row of {longest} tokens", longest <= room, f"at most {room}, as the model has positions")
 
 
 def _check_words(name: str, part: ExamplesLike) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.finetuning.checkpoint import Checkpoint, Kept, digest, stored
+from compressible.finetuning.checkpoint import Checkpoint, Kept, digests, stored
 from compressible.finetuning.dry_run import try_out
 from compressible.finetuning.graphs import StepGraphs, cause
 from compressible.finetuning.run import RunHistory
@@ -149,7 +149,7 @@ class Trainer:
     def _checkpoint(self, path: Path, keep_factors: bool) -> Checkpoint:
         adam = self.adam
         state = {"losses": self.losses, "value": adam.value, "mean": adam.mean, "square": adam.square}
-        key = digest(self.stacked, [self.decay_ratio, keep_factors, adam.shapes])
+        key = digests(self.stacked, [self.decay_ratio, keep_factors, adam.shapes])
         return Checkpoint(path, key, state | {"count": adam.count}, self.steps, keep_factors)
 
     def _histories(self, kept: Kept, peak: int) -> list[RunHistory]:

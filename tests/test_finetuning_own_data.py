@@ -1,0 +1,87 @@
+"""Data of one's own: what no run could be trained or judged on is refused before the first step, by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("peft")
+from test_finetune import LENGTH, VOCABULARY, bert, config
+
+import compressible as cd
+from compressible.finetuning.trainer import Trainer
+
+
+def own(kind: str = "regression", metric: str = "pearson", labels=None, count: int = 12, **tokens) -> cd.Task:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (count, LENGTH), generator=draw)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | tokens
+    rows = cd.Examples(given, torch.rand(count, generator=draw) if labels is None else labels, texts=())
+    return cd.Task("own", kind, 1, metric, train=rows, validation=rows)
+
+
+def tuned(data: cd.Task, outputs: int = 1, runs: int = 1, **options):
+    given = [cd.FineTuningRun(config("thin"), 1e-2, seed) for seed in range(runs)]
+    options = {"steps": 3, "batch_size": 4, "evaluate_at": (3,), "show_progress": False} | options
+    return cd.fine_tune(bert(outputs), given, data, **options)
+
+
+IDS = torch.full((12, LENGTH), 5)
+HOLE = (torch.arange(12) != 3).long()[:, None].expand(12, LENGTH)
+
+
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        (own(metric="rmse"), "task.metric is 'rmse', expected of a regression one of pearson"),
+        (own("classification", labels=torch.arange(12) % 2), "task.metric is 'pearson', .* accuracy, matthews"),
+        (own(labels=torch.rand(9)), r"task.train.tokens\['input_ids'\] is '12 rows', expected 9, one a label"),
+        (own(attention_mask=torch.ones(11, LENGTH)), r"attention_mask'\] is '11 rows', expected 12"),
+        (own(labels=np.zeros(12, np.float32)), "task.train.labels is 'ndarray', expected a tensor"),
+        (own(input_ids=IDS.tolist()), r"tokens\['input_ids'\] is 'list', expected a tensor"),
+        (own(attention_mask=HOLE), r"without a token in rows \[3\]"),
+        (own(input_ids=IDS + VOCABULARY), f"from 0 to {VOCABULARY - 1}, which the model's embedding has"),
+        (own(input_ids=IDS - 6), "is 'from -1 to -1'"),
+        (own(token_type_ids=IDS), r"token_type_ids'\] is 'from 5 to 5', expected from 0 to 1"),
+        (own(attention_mask=torch.ones_like(IDS).flip(1).cumsum(1).sub(1).clamp(max=1)), 'padding_side="right"'),
+    ],
+)  # fmt: skip
+def test_what_no_run_could_be_trained_or_judged_on_is_refused_before_a_step(data, named, monkeypatch):
+    monkeypatch.setattr(Trainer, "advance", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(ValueError, match=named):
+        tuned(data)
+
+
+def test_a_row_of_the_validation_set_that_is_longer_than_the_model_is_refused():
+    data, ids = own(), torch.full((2, LENGTH + 8), 5)
+    longer = cd.Examples({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.rand(2), texts=())
+    with pytest.raises(
+        ValueError, match=f"task.validation is 'a row of {LENGTH + 8} tokens', expected at most {LENGTH}"
+    ):
+        tuned(dataclasses.replace(data, validation=longer))
+    padded = {"input_ids": ids, "attention_mask": (torch.arange(LENGTH + 8) < 3).long().expand(2, -1)}
+    tuned(dataclasses.replace(data, validation=cd.Examples(padded, torch.rand(2), texts=())))  # it is cut to its tokens
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16])
+def test_classes_of_all_integers_are_those_of_int64(kind):
+    classes = torch.arange(12) % 3
+    found, expected = (tuned(own("classification", "accuracy", labels), 3)[0] for labels in (classes.to(kind), classes))
+    np.testing.assert_array_equal(found.losses, expected.losses)
+    assert found.scores == expected.scores
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x.bfloat16(), lambda x: x.double()])
+def test_labels_of_a_regression_may_be_a_column_or_of_another_type(change):
+    labels = torch.arange(12) / 8  # the same in all types
+    found, expected = (tuned(own(labels=given))[0] for given in (change(labels), labels))
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-6)
+    assert found.scores[3] == pytest.approx(expected.scores[3], rel=1e-6)
+
+
+def test_an_unknown_metric_is_named_by_the_task_itself():
+    with pytest.raises(ValueError, match="unknown metric 'rmse'"):
+        own(metric="rmse").score(np.zeros((12, 1)), np.zeros(12))
