@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from torch import Generator, Tensor
 
-from compressible.runtime.adaptable import check_names
+from compressible.runtime.adaptable import check_names, is_pattern
 from compressible.runtime.checks import expect, is_integer, is_number
 from compressible.runtime.plain_layers import LEAVE
 from compressible.runtime.starting_factors import framed_chain, orthogonal_chain
@@ -129,6 +129,9 @@ class DeepLoraConfig(PeftConfig):
         return lr * (self.lr_ratio or 0.0)
 
     def _check_numbers(self) -> None:
+        patterns = self.rank_pattern
+        known = patterns is None or (isinstance(patterns, dict) and all(map(is_pattern, patterns)))
+        expect("rank_pattern", patterns, known, "a dict of r by regular expression, such as {'mlp.*': 16}")
         others = {f"rank_pattern[{key!r}]": r for key, r in (self.rank_pattern or {}).items()}
         for name, r in {"r": self.r, **others}.items():
             expect(name, r, is_integer(r, numpys=False) and r >= 1, "an integer >= 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -18,7 +19,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import nn
 
-from compressible.runtime.checks import expect, names
+from compressible.runtime.checks import expect, is_integer, names
 from compressible.runtime.plain_layers import LEAVE, check_plain
 from compressible.runtime.shared_weights import sharers, stacked_weights
 
@@ -49,8 +50,21 @@ def check_names(config: Any) -> None:
     for name in ("layers_to_transform", "layers_pattern"):
         value, listed = getattr(config, name), not isinstance(config.target_modules, str)
         expect(name, value, value is None or listed, "None where target_modules is a string")
+    indices = config.layers_to_transform
+    several = [indices] if is_integer(indices) else indices
+    counted = isinstance(several, list | tuple | set | range) and all(is_integer(at) and at >= 0 for at in several)
+    expect("layers_to_transform", indices, indices is None or counted, "an index or several, each an integer >= 0")
     alone = config.layers_pattern is None or config.layers_to_transform is not None
     expect("layers_pattern", config.layers_pattern, alone, "None without layers_to_transform")
+
+
+def is_pattern(text: Any) -> bool:
+    """Whether a text is a regular expression, as peft matches names with."""
+    try:
+        re.compile(f"({text})")
+    except re.error:
+        return False
+    return isinstance(text, str)
 
 
 def base_of(layer: Any) -> Any:
