@@ -20,6 +20,8 @@ JOBS ?= $(if $(filter 0 1 2,$(GPUS)),2,$(GPUS))
 GPU ?= $(if $(filter-out 0,$(GPUS)),1,0)
 ID ?=
 ARGS ?=
+PRESETS ?= paper mpnet mpnet_clean minilm minilm_clean ratings gemma
+WITHIN ?= 600
 ROUNDS ?= 20
 BUSY ?=
 
@@ -30,7 +32,8 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 # By the environment, since a shell would take off the quotes inside of it.
 export COMPRESSIBLE_ARGS = $(ARGS)
 
-.PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks nbval clean distclean
+.PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks nbval clean \
+	distclean everything verify release
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -106,6 +109,22 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 
 site: $(STAMP)  ## static, offline site in build/site/html: gallery, notebooks, claims, reference; executes nothing
 	@$(RUN) python -m compressible site
+
+# In calls of WITHIN minutes, each of which goes on where the last one ended: exit status 2 of make says to call again.
+everything: $(STAMP)  ## all presets of a release, what is made left alone: PRESETS, JOBS, GPUS, WITHIN (minutes)
+	@ended=$$(( $$(date +%s) + 60 * $(WITHIN) )); failed=0; for preset in $(PRESETS); do \
+		left=$$(( (ended - $$(date +%s)) / 60 )); [ $$left -gt 0 ] || { echo "time is up: the same command goes on" >&2; exit 75; }; \
+		$(RUN) python -m compressible build --preset $$preset --jobs $(JOBS) --gpus $(GPUS) --resume --within $$left $(ID); status=$$?; \
+		case $$status in 0) ;; 75|130) exit $$status ;; *) failed=1 ;; esac; done; exit $$failed
+
+verify: $(STAMP)  ## records against code, data, environment, commit and files, with the reasons
+	@$(BIN)/python -m compressible environment; $(BIN)/python -m compressible list --check
+
+# The wheel is tried in an empty environment before the files are left: it takes minutes.
+release: $(STAMP)  ## source, wheel, site and records with checksums in dist/: ARGS=--draft where records are stale
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[release]"
+	@$(RUN) python -m compressible release $(ARGS)
+	@$(BIN)/python tests/installed_wheel.py "$$(ls -t dist/*/*.whl | head -1)"
 
 list: $(STAMP)  ## ids, presets, expected minutes, state
 	@$(BIN)/python -m compressible list

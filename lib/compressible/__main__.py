@@ -89,6 +89,7 @@ def _add_claims(claims: argparse.ArgumentParser) -> None:
     claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
     claims.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
                         "what notebooks show of their records")  # fmt: skip
+    claims.add_argument("--since", metavar="COMMIT", help="verdicts that changed since then, as lines of CHANGELOG.md")
     claims.set_defaults(command=_claims)
 
 
@@ -167,6 +168,11 @@ def _claims(arguments: argparse.Namespace) -> int:
 
     if arguments.preset:
         claims.check_preset(arguments.preset)
+    if arguments.since:
+        from compressible.companion.claims import changes
+
+        print(changes.since(arguments.since), end="")
+        return 0
     if arguments.write:
         for path in claims.write():
             print(f"written: {path.relative_to(paths.repository())}")

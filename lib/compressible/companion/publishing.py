@@ -1,9 +1,11 @@
-"""The commands of a release: python -m compressible environment, and list --check."""
+"""The commands of a release: python -m compressible environment | times | release, and list --check."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from compressible.companion import notebooks, pins, provenance
@@ -11,6 +13,11 @@ from compressible.companion import notebooks, pins, provenance
 
 def add(commands: Any) -> None:
     """Add these commands to the subparsers of the command line."""
+    commands.add_parser("times", help="how long each committed figure took, as a table").set_defaults(command=_times)
+    release = commands.add_parser("release", help="source archive, wheel, site and records with checksums, of HEAD")
+    release.add_argument("--draft", action="store_true", help="also where records are not of the code that is here")
+    release.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder (default: dist/<version>)")
+    release.set_defaults(command=_release)
     pinned = commands.add_parser("environment", help="whether what is installed is a pinned environment")
     pinned.add_argument("--freeze", action="store_true", help="print what is installed, as a file of pins")
     pinned.set_defaults(command=_environment)
@@ -28,6 +35,26 @@ def check_records() -> int:
     good = sum(not reasons for reasons in found.values())
     print(f"{good} of {len(found)} records are of this code, data and environment, whole, and of a commit behind HEAD")
     return 0 if good == len(found) else 1
+
+
+def _times(arguments: argparse.Namespace) -> int:
+    from compressible.companion import timings
+
+    print(timings.table(), end="")
+    return 0
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from compressible.companion import release
+
+    began = time.perf_counter()
+    if check_records() and not arguments.draft:
+        raise release.ReleaseError(
+            "records do not fit this checkout, expected that all do; --draft makes one all the same"
+        )
+    folder = release.build(arguments.out and arguments.out.absolute())
+    print(release.report(folder, began))
+    return 0
 
 
 def _environment(arguments: argparse.Namespace) -> int:
