@@ -85,3 +85,41 @@ def test_labels_of_a_regression_may_be_a_column_or_of_another_type(change):
 def test_an_unknown_metric_is_named_by_the_task_itself():
     with pytest.raises(ValueError, match="unknown metric 'rmse'"):
         own(metric="rmse").score(np.zeros((12, 1)), np.zeros(12))
+
+
+@pytest.mark.parametrize(
+    "around, named",
+    [
+        (torch.no_grad, "the mode of gradients is 'no_grad or inference_mode'"),
+        (torch.inference_mode, "expected gradients, which training takes"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), "torch.autocast is 'on', expected off around fine_tune"),
+    ],
+)
+def test_a_call_inside_of_what_would_change_its_numbers_is_refused(around, named):
+    data = own()
+    with around(), pytest.raises(ValueError, match=named):
+        tuned(data)
+
+
+def test_a_folder_is_no_checkpoint_and_stays(tmp_path):
+    with pytest.raises(ValueError, match="expected a file's name, and it is a folder"):
+        tuned(own(), checkpoint=tmp_path)
+    assert tmp_path.is_dir()
+
+
+@pytest.mark.parametrize(
+    "runs, named",
+    [
+        (cd.FineTuningRun(config("thin"), 1e-2), "expected a list of FineTuningRun"),
+        ((run for run in ()), "expected a list of FineTuningRun"),
+        ([cd.FineTuningRun(config("thin"), 1e-2, 2**63)], f"seed is {2**63}, expected an integer >= 0, below 2.63"),
+    ],
+)
+def test_runs_are_a_list_with_seeds_that_generators_take(runs, named):
+    with pytest.raises(ValueError, match=named):
+        cd.fine_tune(bert(), runs, own(), 1, 4)
+
+
+def test_the_largest_seed_is_taken():
+    given = [cd.FineTuningRun(config(kind), 1e-2, 2**63 - 1) for kind in ("thin", "compressed")]
+    assert all(run.divergence is None for run in cd.fine_tune(bert(), given, own(), 2, 4, show_progress=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def check_settings(
     expect("max_stack", max_stack, fits, "None or an integer >= 1")
     expect("decay_ratio", decay_ratio, is_number(decay_ratio) and 0 <= decay_ratio <= 1, "a number in [0, 1]")
     expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+
+
+def check_surroundings(model: nn.Module, checkpoint: str | Path | None) -> None:
+    """Raise ValueError where gradients are off or autocast is on around a call, or its file is a folder."""
+    off, device = not torch.is_grad_enabled(), next(model.parameters()).device.type
+    expect("the mode of gradients", "no_grad or inference_mode", not off, "gradients, which training takes")
+    precise = not torch.is_autocast_enabled(device)
+    expect("torch.autocast", "on", precise, "off around fine_tune, whose argument precision says what is half")
+    folder = checkpoint is not None and Path(checkpoint).is_dir()
+    expect("checkpoint", str(checkpoint), not folder, "a file's name, and it is a folder")
 
 
 def checked_marks(name: str, marks: Iterable[int], steps: int) -> list[int]:
@@ -138,13 +149,14 @@ def _check_words(name: str, part: ExamplesLike) -> None:
 
 def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> None:
     """Raise ValueError for a run that cannot be trained on `rows` rows."""
+    expect("runs", runs, isinstance(runs, Sequence), "a list of FineTuningRun")
     expect("runs", list(runs), len(runs) > 0, "at least one run")
     for run in runs:
         expect("runs", run, isinstance(run, FineTuningRun), "each a FineTuningRun")
         _check_config(run)
         for name, rate in (("lr", run.lr), ("head_lr", run.lr if run.head_lr is None else run.head_lr)):
             expect(name, rate, is_number(rate, above=0), "a finite number > 0")
-        expect("seed", run.seed, is_integer(run.seed) and run.seed >= 0, "an integer >= 0")
+        expect("seed", run.seed, is_integer(run.seed) and 0 <= run.seed < 2**63, "an integer >= 0, below 2^63")
         own = torch.arange(rows) if run.subset is None else _subset(run.subset)
         expect("subset", f"{len(own)} rows", len(own) >= batch_size, f"at least one batch of {batch_size}")
         expect("subset", run.subset, int(own.min()) >= 0 and int(own.max()) < rows, f"rows from 0 to {rows - 1}")

@@ -18,7 +18,15 @@ import torch
 from torch import nn
 
 from compressible.finetuning.batches import RunsMixError, TaskLike
-from compressible.finetuning.checks import check_ids, check_model, check_runs, check_settings, check_task, checked_marks
+from compressible.finetuning.checks import (
+    check_ids,
+    check_model,
+    check_runs,
+    check_settings,
+    check_surroundings,
+    check_task,
+    checked_marks,
+)
 from compressible.finetuning.devices import Pass, device_names, split
 from compressible.finetuning.run import FineTuningRun, RunHistory
 from compressible.finetuning.stackable import Structure, structure
@@ -117,6 +125,7 @@ def fine_tune(
     check_runs(runs, len(task.train.labels), batch_size)
     check_model(model, dropout)
     check_ids(model, task)
+    check_surroundings(model, checkpoint)
     looks = Looks(evaluate_at, watch_at, watch, checkpoint_every, keep_factors, show_progress)
     settings = PassSettings(steps, batch_size, decay_ratio, precision, dropout, compiled, graphed, looks)
     names = None if devices is None else device_names(devices)
