@@ -19,6 +19,7 @@ NOT_COMPUTING = frozenset({
     "runtime/checks", "runtime/paths", "runtime/progress",
 })  # fmt: skip
 NOTEBOOK = "COMPRESSIBLE_NOTEBOOK"  # the batch tells by it what it executes, since the file may change meanwhile
+_TOLD = (ast.FunctionDef, ast.ClassDef, ast.Module)  # what a docstring is taken from
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
 
@@ -55,13 +56,9 @@ def normal_form(source: str) -> str:
     The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
     """
     try:
-        tree = _parsed(source)
+        return _written(_parsed(source))
     except SyntaxError:
         return source
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, False):
-            node.body = node.body[1:]
-    return _written(tree)
 
 
 def _parsed(source: str, tries: int = 3) -> ast.Module:
@@ -77,12 +74,14 @@ def _parsed(source: str, tries: int = 3) -> ast.Module:
 
 
 def _written(node: Any) -> str:
-    """A syntax tree as text, without the empty fields, of which each version of Python has others."""
+    """A syntax tree as text, without docstrings and the empty fields, of which each version of Python has others."""
     if isinstance(node, list):
         return f"[{', '.join([_written(each) for each in node])}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     if isinstance(node, ast.Constant):
         return f"Constant(value={node.value!r})"
+    if isinstance(node, _TOLD) and ast.get_docstring(node, False):
+        node.body = node.body[1:]
     filled = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
     return f"{type(node).__name__}({', '.join([f'{name}={_written(value)}' for name, value in filled])})"
