@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import field
 from functools import lru_cache
@@ -113,13 +115,28 @@ def defaults(notebook: Path) -> dict[str, Any]:
 
     Raises BatchError when a default is not a plain literal.
     """
-    import papermill
-
+    with _without_grammar_of_addresses():
+        import papermill
     found = papermill.inspect_notebook(str(notebook))
     try:
         return {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
     except (ValueError, SyntaxError) as error:
         raise BatchError(f"{notebook}: a parameter's default is not a plain literal: {error}") from error
+
+
+@contextmanager
+def _without_grammar_of_addresses() -> Iterator[None]:
+    """Let jsonschema, by which notebooks are checked, be imported without a package that builds a grammar of web
+    addresses meanwhile: each command would start a second later for what no notebook's schema asks for."""
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # as absent, of which jsonschema takes no notice
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def parse(text: str, default: Any) -> Any:

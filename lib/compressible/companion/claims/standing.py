@@ -91,15 +91,15 @@ def count(standing: Iterable[Standing]) -> dict[str, int]:
 
 
 def _standing(claim: Claim, records: list[Record], judged: Mapping[Any, Any], only_own: bool) -> Standing:
-    reason = f"no record: {_command(claim)}"
+    lacking = "no record"
     mine = [record for record in records if record["id"] == claim.figure]
     own = [record for record in mine if record["preset"] == claim.preset]
     for record in own if only_own else [*own, *(record for record in mine if record not in own)]:
         found = judged[record["id"], record["preset"]].get(claim.id)
         if found:
             return Standing(claim, found, record, found["reason"])
-        reason = f"no record since the claim changed: {_command(claim)}"
-    return Standing(claim, None, None, reason)
+        lacking = "no record since the claim changed"
+    return Standing(claim, None, None, f"{lacking}: {_command(claim)}")
 
 
 def _judged(record: Record, claims: list[Claim]) -> dict[str, Mapping[str, Any]]:
