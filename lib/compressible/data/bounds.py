@@ -84,20 +84,25 @@ def download(url: str, path: Path, limit: Bound, headers: Mapping[str, str] | No
             raise SourceError(f"the connection ended after {path.stat().st_size} of {told} bytes")
 
 
-def command(call: Sequence[str], size: int, seconds: float, cwd: Path | None = None) -> tuple[int, str]:
+def command(
+    call: Sequence[str], size: int, seconds: float, cwd: Path | None = None, beside: int | None = None
+) -> tuple[int, str]:
     """Run a program that downloads an archive with a member of `size` bytes: none of its files grows far beyond.
 
     Returns its exit status and what it wrote to stderr. Raises SourceError where it takes longer than `seconds`.
+    `beside` says how many bytes there may be beside the member, BESIDE if it is not given.
     """
     with subprocess.Popen(
         call, cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         if hasattr(resource, "prlimit"):  # Linux
-            most = 2 * size + BESIDE
+            most = 2 * size + (BESIDE if beside is None else beside)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (most, most))
         try:
             told = process.communicate(timeout=seconds)[1]
             return process.returncode, told
         except subprocess.TimeoutExpired:
-            process.kill()
-            raise SourceError(f"{' '.join(call[:4])} ... took longer than {seconds:.0f} s") from None
+            shown = " ".join(part for part in call[:4] if "\n" not in part)
+            raise SourceError(f"{shown} ... took longer than {seconds:.0f} s") from None
+        finally:
+            process.kill()  # after Ctrl-C, too, it would go on by itself; one that has ended does not notice

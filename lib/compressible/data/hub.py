@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from compressible.data.bounds import SourceError
 from compressible.data.manifest import DataError, fetch_all, load_manifest, sha256
+from compressible.data.snapshots import snapshot
 from compressible.runtime.checks import one_line
 
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # weights, settings, tokenizers
+TOKENIZERS = ("*.jinja", "*.tiktoken", "*.spm", "*.codes")  # more of what tokenizers are read from
+BELOW = ["*/*"]  # other formats and sizes of the same model, in folders of its repository, are not read
 
 
 def find_model(name: str) -> str:
@@ -86,16 +90,30 @@ def model_folder(name: str) -> Path:
     return _snapshot(name, "model", [*MODEL_FILES], None, f"model {name!r}", "COMPRESSIBLE_MODELS")
 
 
+def place_of(name: str) -> str:
+    """Where transformers finds a model: a folder as it is, and of a name on the hub the folder of its files, in bounds.
+
+    Off-line the name itself, since nothing comes then. Raises SourceError, or an error of the hub's, if the hub does
+    not give the files.
+    """
+    from huggingface_hub import constants
+
+    if Path(name).is_dir() or constants.is_offline_mode():
+        return name
+    return str(snapshot(name, "model", [*MODEL_FILES, *TOKENIZERS], BELOW, None))
+
+
 def _snapshot(name: str, kind: str, patterns: list[str], revision: str | None, what: str, variable: str) -> Path:
     try:
-        from huggingface_hub import snapshot_download
+        import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise DataError(f"{error.name} is not installed: pip install 'compressible-dynamics[adapters]'") from None
     try:
         with quiet():
-            return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=patterns))
+            return snapshot(name, kind, patterns, BELOW if kind == "model" else [], revision)
     except Exception as error:  # network, permission, cache: each with exceptions of its own
-        raise DataError(failure(what, [f"the hub: {one_line(error)}"], variable)) from error
+        told = str(error) if isinstance(error, SourceError) else one_line(error)
+        raise DataError(failure(what, [f"the hub: {told}"], variable)) from error
 
 
 def _named(repository: str, config: str, split: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from compressible.data import gguf_files, hub
+from compressible.data.bounds import SourceError
 from compressible.data.manifest import DataError
 from compressible.data.tasks import PROTOCOLS, Task, load_task
 from compressible.runtime import checks, devices
@@ -251,7 +252,7 @@ def _load(kind: str, name: str, settings: dict) -> Any:
     try:
         # Layers that a checkpoint lacks are drawn from the global generator: leave it as it was.
         with hub.quiet(), torch.random.fork_rng(devices=[]):
-            return _from_pretrained(getattr(transformers, kind), place, settings)
+            return _from_pretrained(getattr(transformers, kind), hub.place_of(place), settings)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(_cannot(name, place, error)) from error
 
@@ -270,8 +271,9 @@ def _from_pretrained(kind: Any, place: str, settings: dict) -> Any:
 def _cannot(name: str, place: str, error: Exception) -> str:
     below = os.environ.get("COMPRESSIBLE_MODELS")
     tried = [f"COMPRESSIBLE_MODELS: no folder {Path(below) / name}" if below else "COMPRESSIBLE_MODELS: not set"]
-    tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {checks.one_line(error)}")
-    if not isinstance(error, OSError):  # the files were there
+    came = str(error) if isinstance(error, SourceError) else checks.one_line(error)
+    tried.append(f"{'the folder' if Path(place).is_dir() else 'the hub,'} {place}: {came}")
+    if not isinstance(error, (OSError, SourceError)):  # the files were there
         return f"cannot use the model {name!r} of {tried[-1]}"
     message = hub.failure(f"model {name!r}", tried, "COMPRESSIBLE_MODELS")
     return message if name in KNOWN else f"{message}\nOr is it misspelt? {checks.unknown('model', name, KNOWN)}."
