@@ -30,6 +30,12 @@ def installed(*packages: str) -> bool:
 
 
 @pytest.fixture
+def cluster() -> None:
+    if os.environ.get("NO_CLUSTER") == "1":
+        pytest.skip("NO_CLUSTER is 1")
+
+
+@pytest.fixture
 def figures_of(checkout, add_notebook) -> list[str]:
     """A notebook that fails, one for the CPU, and one for a GPU, with what a batch needs beside them."""
     shutil.copy(REPOSITORY / "Snakefile", checkout)
@@ -84,7 +90,7 @@ def without_slurm() -> str:
 
 
 @pytest.fixture
-def slurm(tmp_path_factory) -> Iterator[None]:
+def slurm(tmp_path_factory, cluster) -> Iterator[None]:
     """A Slurm of this one node, without accounting; its settings are where its own programs look for them."""
     if reason := without_slurm():
         pytest.skip(reason)
@@ -129,7 +135,7 @@ def until(holds, seconds: float) -> None:
     assert holds()
 
 
-def test_a_real_slurm_without_accounting_runs_all_jobs_and_the_batch_ends(figures_of, slurm):
+def test_a_real_slurm_without_accounting_runs_all_jobs_and_the_batch_ends(slurm, figures_of):
     bad, good, on_gpu = figures_of
     command = [sys.executable, "-m", "snakemake", "--profile", str(PROFILES / "slurm"), "--resources", "gpu=1"]
     told = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -208,7 +214,7 @@ def bucket() -> Iterator[tuple[str, dict[str, bytes]]]:
         http.server_close()
 
 
-def test_kubernetes_gets_jobs_that_its_api_server_takes_with_all_sources(figures_of, checkout):
+def test_kubernetes_gets_jobs_that_its_api_server_takes_with_all_sources(cluster, figures_of, checkout):
     if not installed(f"{PLUGINS}kubernetes", "snakemake_storage_plugin_s3"):
         pytest.skip("the extra cluster is not installed")
     for command in (["git", "init", "-q"], ["git", "add", "-A"]):
