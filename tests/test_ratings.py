@@ -384,6 +384,8 @@ def test_an_automatic_split_depends_on_the_set_alone(world, monkeypatch):
         ("1,10,4,soon\n", "column timestamp holds 'soon' in row 1"),
         ("1,99999999999999999999,4,1\n", "column item_id holds .*99999999999999999999.* in row 1"),
         ("1,10,4\n2,10,4,1,7\n", "cannot be read as a table"),
+        ("1,10,4,5,881\n2,11,3,0,882\n", "cannot be read as a table"),  # decimal commas
+        ("True,10,4,1\nFalse,10,3,1\n", "column user_id holds True in row 1 below the head, expected an integer"),
         (None, "cannot be read as a table"),
         ("\udcff", "cannot be read as a table"),
     ],
@@ -397,6 +399,15 @@ def test_a_file_of_ratings_names_what_is_wrong(tmp_path, text, told):
     path.write_bytes(gzip.compress(content)[:9])
     with pytest.raises(data.DataError, match="cannot be read as a table"):
         movielens._read_table(path)
+
+
+def test_a_fold_is_found_by_ids_of_any_size(tmp_path, monkeypatch):
+    big = 2**40
+    rows = [(user, item, 3.0, 0) for user in (1, 2**31, 2**32 + 1) for item in (7, big, big + 2**32)]
+    whole = own_table(rows)
+    monkeypatch.setattr(movielens, "read_fold", lambda name, fold: (whole[:6], whole[6:]))
+    parts = ratings.split(ratings._ratings("own", whole, "own.csv"), "u1")
+    assert (len(parts.train), len(parts.test)) == (6, 3)
 
 
 def test_whole_numbers_written_as_floats_are_taken(tmp_path):

@@ -7,6 +7,7 @@ int64 with original ids, in the order of the file; a set without timestamps has 
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -95,8 +96,11 @@ def _fetch_archive(name: str, fold: str) -> Path:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        frame = pd.read_csv(path, sep="\t" if path.suffix == ".inter" else ",")
-    except (ValueError, EOFError, OSError, zlib.error) as error:  # pandas' errors of parsing are ValueErrors
+        with warnings.catch_warnings():
+            # Of rows that are longer than the head, as decimal commas make them, pandas drops a part.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(path, sep="\t" if path.suffix == ".inter" else ",", index_col=False)
+    except (ValueError, Warning, EOFError, OSError, zlib.error) as error:  # pandas' errors of parsing are ValueErrors
         raise DataError(f"{path} cannot be read as a table: {one_line(error)}") from error
     frame.columns = [str(column).partition(":")[0] for column in frame.columns]
     if list(frame.columns) == COLUMNS[:3]:
@@ -109,7 +113,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table in TYPES; DataError naming column, row and value of the first that is none of its column's kind."""
     for column, kind in TYPES.items():
-        numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(float)
+        known = frame[column].astype(str) if frame[column].dtype == bool else frame[column]  # "True" is no id
+        numbers = pd.to_numeric(known, errors="coerce").to_numpy(float)
         whole = kind == "int64"
         fine = np.isfinite(numbers) & ((np.abs(numbers) < EXACT) & (numbers % 1 == 0) if whole else True)
         if not fine.all():

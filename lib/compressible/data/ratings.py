@@ -257,13 +257,13 @@ def _checked(ratings: Ratings, index: np.ndarray) -> np.ndarray:
 
 
 def _official(ratings: Ratings, fold: str) -> Split:
-    own = _keys(_frame(ratings))
+    own = _pairs(_frame(ratings))
     tables = movielens.read_fold(ratings.name, fold)
-    train, test = (np.flatnonzero(np.isin(own, _keys(table))) for table in tables)
+    train, test = (np.flatnonzero(own.isin(_pairs(table))) for table in tables)
     if len(train) + len(test) != len(ratings) or np.intersect1d(train, test).size:
         raise DataError(f"{fold}: {len(train)} + {len(test)} ratings are not a split of {len(ratings)}")
     return Split(fold, train, test)
 
 
-def _keys(frame: pd.DataFrame) -> np.ndarray:
-    return (frame["user_id"].to_numpy() << 32) + frame["item_id"].to_numpy()
+def _pairs(frame: pd.DataFrame) -> pd.MultiIndex:
+    return pd.MultiIndex.from_frame(frame[["user_id", "item_id"]])
