@@ -177,6 +177,25 @@ def test_hub_source_without_the_hub_library_is_a_clear_reason(tmp_path, monkeypa
         data.fetch(NAME)
 
 
+@pytest.mark.parametrize("place", ["local", "cache/data"])
+def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, server, monkeypatch, place):
+    monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))
+    manifest_of(tmp_path)
+    there = tmp_path / place / NAME
+    there.parent.mkdir(parents=True)
+    there.write_bytes(CONTENT)
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("compressible.data.manifest.sha256", unreadable)
+    with pytest.raises(data.DataError) as caught:
+        data.fetch(NAME)
+    assert f"cannot read {there}: PermissionError" in str(caught.value) and "what to do" in str(caught.value)
+    with pytest.raises(data.DataError, match="what to do"):
+        data.fetch_all([NAME])
+
+
 def test_unwritable_cache_is_a_reason_not_a_crash(tmp_path, server, monkeypatch):
     (tmp_path / "taken").write_text("a file where the cache should be")
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "taken"))

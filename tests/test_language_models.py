@@ -101,6 +101,15 @@ def test_a_gguf_file_is_read_once_and_then_from_what_was_kept(tmp_path, own_cach
     assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
 
 
+def test_a_cache_that_cannot_be_written_is_said_before_a_file_is_widened(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.gguf").write_bytes(b"never read")
+    with pytest.raises(DataError, match=r"tiny\.gguf is widened once.*cannot be written.*COMPRESSIBLE_CACHE names"):
+        cd.load_causal_lm(str(tmp_path / "model"))
+
+
 def test_folders_of_several_files_or_of_none_that_can_be_read_are_refused(tmp_path, own_cache):
     folder = tmp_path / "model"
     folder.mkdir()

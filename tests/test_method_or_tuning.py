@@ -61,6 +61,15 @@ def done(tmp_path):
     return small, cells, tmp_path
 
 
+def test_cells_that_were_trained_survive_a_folder_that_cannot_be_written(tmp_path):
+    small = sweep(tasks=["one"], ranks=[4], sample_sizes=[8])
+    (tmp_path / "cells").write_text("a file where a folder should be")
+    cells = Cells(small.setting(), tmp_path / "cells")
+    with pytest.warns(RuntimeWarning, match="could not be kept in .*the next run computes it again"):
+        Worker(small, cells, load=loaded).work()
+    assert outcome(small, cells)["cells"] > 0
+
+
 def test_every_method_is_chosen_on_one_half_and_judged_on_the_other_with_fresh_seeds(done):
     small, cells, _ = done
     found = outcome(small, cells)

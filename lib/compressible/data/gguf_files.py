@@ -20,7 +20,7 @@ import torch
 from compressible.data import hub
 from compressible.data.manifest import DataError, sha256
 from compressible.runtime.checks import one_line
-from compressible.runtime.paths import cache_dir, write_atomic
+from compressible.runtime.paths import cache_dir, unwritable, write_atomic
 
 LOCK_SECONDS = 900
 CONTENTS = "contents.json"  # sha256 by file
@@ -43,7 +43,11 @@ def readable(place: str) -> str:
 
 def _widened(file: Path) -> Path:
     kept = cache_dir() / "widened" / sha256(file)[:16]
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    if reason := unwritable(kept.parent):
+        if _is_whole(kept):
+            return kept
+        told = f"{file.name} is widened once, into {kept.parent}, which cannot be written ({reason})"
+        raise DataError(f"{told}: COMPRESSIBLE_CACHE names another folder")
     with filelock.FileLock(f"{kept}.lock", timeout=LOCK_SECONDS):
         if not _is_whole(kept):
             shutil.rmtree(kept, ignore_errors=True)

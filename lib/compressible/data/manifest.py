@@ -200,18 +200,25 @@ def _from_local(entry: Entry, tried: list[str]) -> Path | None:
     if not path.is_file():
         tried.append(f"local folder: no file {path}")
         return None
-    _verify(path, entry)
+    try:
+        _verify(path, entry)
+    except OSError as error:  # a file of somebody else's, a disk that fails: the sources may still have it
+        tried.append(f"local folder: cannot read {path}: {one_line(error)}")
+        return None
     return path
 
 
 def _from_cache(entry: Entry, tried: list[str]) -> Path | None:
     path = cached_path(entry.name)
-    if not path.is_file():
-        tried.append(f"cache: no file {path}")
-    elif (found := sha256(path)) != entry.sha256:
-        tried.append(f"cache: {path} is damaged (sha256 {found}, expected {entry.sha256})")
-    else:
-        return path
+    try:
+        if not path.is_file():
+            tried.append(f"cache: no file {path}")
+        elif (found := sha256(path)) != entry.sha256:
+            tried.append(f"cache: {path} is damaged (sha256 {found}, expected {entry.sha256})")
+        else:
+            return path
+    except OSError as error:
+        tried.append(f"cache: cannot read {path}: {one_line(error)}")
     return None
 
 

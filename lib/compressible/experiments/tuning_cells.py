@@ -84,14 +84,18 @@ class Cells:
         return self.known[cell]
 
     def put(self, cell: Cell, found: Scored) -> None:
-        """Write a cell, with the commit and the library that made it."""
+        """Write a cell, with the commit and the library that made it; where that fails, it is known to this process."""
         made = git_state() | {"library": LIBRARY} | found.made
         whole = {"cell": asdict(cell), **asdict(found), "made": made}
-        described = self.folder / "setting.json"
-        if not described.is_file():
-            write_atomic(described, json.dumps(self.setting, indent=1, sort_keys=True) + "\n")
-        write_atomic(self.folder / cell.file, json.dumps(_strict(whole), indent=1) + "\n")
         self.known[cell] = Scored(**{**asdict(found), "made": made})
+        try:
+            described = self.folder / "setting.json"
+            if not described.is_file():
+                write_atomic(described, json.dumps(self.setting, indent=1, sort_keys=True) + "\n")
+            write_atomic(self.folder / cell.file, json.dumps(_strict(whole), indent=1) + "\n")
+        except OSError as error:
+            told = f"{cell.file} could not be kept in {self.folder} ({error}): the next run computes it again"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
 
     def missing(self, cells: Sequence[Cell]) -> list[Cell]:
         """Return those that have not run, in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import tarfile
@@ -21,9 +22,10 @@ def fetch(target: Path) -> str:
     kept = paths.cache_dir() / "site" / f"mathjax-{VERSION}-tex-svg.js"
     try:
         content = kept.read_bytes() if kept.is_file() and _digest(kept.read_bytes()) == SHA256 else _packed()
-        paths.write_atomic(kept, content)
     except (OSError, ValueError, KeyError, tarfile.TarError, subprocess.SubprocessError) as error:
         return checks.one_line(error)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next build a download
+        paths.write_atomic(kept, content)
     paths.write_atomic(target, content)
     return ""
 
