@@ -36,6 +36,10 @@ def entries(values: list[complex]) -> scipy.sparse.coo_matrix:
         ),
         (lambda: cd.MatrixFactorization([[1.0]]), "type of target is 'list', expected a torch tensor"),
         (lambda: cd.MatrixSensing(np.ones((2, 3, 4)), torch.ones(2)), "type of operators is 'ndarray'"),
+        (
+            lambda: cd.MatrixSensing(torch.ones(2, 3, 4), torch.tensor([1.0, np.nan])),
+            "measurements hold values that are not finite",
+        ),
         (lambda: cd.MatrixFactorization(target().half()), "dtype torch.float16, expected .* in float32 or float64"),
         (
             lambda: cd.MatrixFactorization(target().bfloat16()),
@@ -48,6 +52,19 @@ def entries(values: list[complex]) -> scipy.sparse.coo_matrix:
         (lambda: cd.compress_spectral(problem(), 4, scale=np.nan), "scale is nan, expected a finite number > 0"),
         (lambda: cd.compress_spectral(problem(), 4, surrogate=np.ones((12, 12))), "type of surrogate is 'ndarray'"),
         (lambda: cd.orthogonal_factors((12, 12), width=2.5), "width is 2.5, expected an integer >= 1"),
+        (lambda: cd.orthogonal_factors((2, 12, 12)), "shape is .2, 12, 12., expected two integers"),
+        (lambda: cd.low_rank_target("12", 2), "shape is '12', expected two integers"),
+        (lambda: cd.random_mask((12.0, 12), 0.5), "size 0 of shape is 12.0, expected an integer >= 1"),
+        (lambda: cd.gaussian_operators(5, (0, 12)), "size 0 of shape is 0, expected an integer >= 1"),
+        (
+            lambda: cd.descend(problem(), cd.compress_spectral(problem(), 4), 1.0, 5, snapshots=5),
+            "snapshots is 5, expected iterations from 0 to steps = 5",
+        ),
+        (
+            lambda: cd.descend(problem(), cd.compress_spectral(problem(), 4), 1.0, 5, snapshots=[2.5]),
+            r"snapshots is \[2.5\], expected iterations",
+        ),
+        (lambda: cd.descend(problem(), cd.compress_spectral(problem(), 4), True, 5), "step_size is True, expected"),
         (lambda: cd.low_rank_target((12, 12), 2.0), "rank is 2.0, expected an integer with 1 <= rank"),
         (lambda: cd.descend(problem(), [np.eye(12)] * 3, 1.0, 5), "type of W_1 is 'ndarray', expected a torch tensor"),
         (
@@ -92,6 +109,17 @@ def test_a_problem_keeps_what_it_was_given(kind):
     assert made.loss(point) == same.loss(point)
     assert torch.equal(made.gradient(point), same.gradient(point))
     assert torch.equal(made.surrogate(), same.surrogate())
+
+
+def test_measurements_may_be_written_into_afterwards():
+    operators = cd.gaussian_operators(30, (12, 12), generator=torch.Generator().manual_seed(2))
+    own, seen = target(), torch.einsum("kmn,mn->k", operators, target())
+    made = cd.MatrixSensing(operators, seen, own)
+    before, error = made.gradient(torch.eye(12, dtype=torch.float64)), made.error(torch.eye(12, dtype=torch.float64))
+    seen.zero_()
+    own.zero_()
+    assert torch.equal(made.gradient(torch.eye(12, dtype=torch.float64)), before)
+    assert torch.equal(made.error(torch.eye(12, dtype=torch.float64)), error)
 
 
 def test_a_mask_may_be_written_into_afterwards():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from compressible.descent.history import DivergenceError, History
 from compressible.descent.solver import Solver
 from compressible.recovery.factors import check_factors
 from compressible.recovery.problems import Problem
-from compressible.runtime.checks import expect, expect_integer
+from compressible.runtime.checks import expect, expect_integer, is_integer
 from compressible.runtime.devices import without_autocast
 from compressible.runtime.progress import progress
 
@@ -81,9 +82,7 @@ def descend(
     for name, value in (("outer_ratio", outer_ratio), ("weight_decay", weight_decay), ("tolerance", tolerance)):
         _check_number(name, value)
     steps, record_every = expect_integer("steps", steps, 0), expect_integer("record_every", record_every, 1)
-    wanted = {int(iteration) for iteration in snapshots}
-    inside = all(0 <= mark <= steps for mark in wanted)
-    expect("snapshots", sorted(wanted), inside, f"iterations from 0 to steps = {steps}")
+    wanted = _iterations(snapshots, steps)
     solver = Solver(problem, factors, step_size, outer_ratio, weight_decay, engine)
     solver.start(record_every, time.perf_counter() - began)
     records = sorted({*range(0, steps + 1, record_every), steps})
@@ -98,7 +97,17 @@ def descend(
     return solver.finish()
 
 
+def _iterations(snapshots: Any, steps: int) -> set[int]:
+    """The iterations of the snapshots, as Python's integers; ValueError unless they are some from 0 to `steps`."""
+    listed = snapshots.tolist() if hasattr(snapshots, "tolist") else snapshots
+    marks: list[Any] = list(listed) if isinstance(listed, Iterable) else [None]
+    inside = all(is_integer(mark) and 0 <= mark <= steps for mark in marks)
+    expect("snapshots", snapshots, inside, f"iterations from 0 to steps = {steps}")
+    return set(map(int, marks))
+
+
 def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:
+    expect(name, value, not isinstance(value, bool), "a number")
     tensor = torch.as_tensor(value, dtype=torch.float64)
     inside = torch.isfinite(tensor) & (tensor > 0 if exclusive else tensor >= 0)
     expect(name, value, bool(inside.all()), f"finite {'> 0' if exclusive else '>= 0'}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressible.runtime.checks import expect, expect_integer, is_number
+from compressible.runtime.checks import expect, expect_integer, expect_shape, is_number
 
 Factors = list[Tensor]
 
@@ -52,9 +52,8 @@ def orthogonal_factors(
     Reference:
         P1, Theorem 2.1, whose start this is where m = n = w; P2's original networks start so, too.
     """
-    m, n = shape
+    m, n = expect_shape(shape)
     width = max(m, n) if width is None else width
-    m, n = (expect_integer(f"size {at} of shape", size, 1) for at, size in enumerate((m, n)))
     depth, width = expect_integer("depth", depth, 2), expect_integer("width", width, 1)
     expect("scale", scale, is_number(scale, above=0), "a finite number > 0 (usually 1e-3 to 1)")
     sizes = [n, *[width] * (depth - 1), m]

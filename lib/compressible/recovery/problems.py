@@ -169,7 +169,7 @@ class MatrixSensing(DenseProblem):
         target: X* (..., m, n), for the recovery error ||X - X*||_F / ||X*||_F alone; without it the error is NaN.
 
     Raises:
-        ValueError: where the shapes disagree.
+        ValueError: where the shapes disagree, or operators or measurements are not finite.
 
     Example:
         >>> import torch, compressible as cd
@@ -191,11 +191,16 @@ class MatrixSensing(DenseProblem):
         if measurements.shape[-1:] != operators.shape[:1]:
             expected = f"(..., {operators.shape[0]})"
             raise ValueError(f"measurements have shape {tuple(measurements.shape)}, expected {expected}")
+        for name, given in (("operators", operators), ("measurements", measurements)):
+            if not torch.isfinite(given).all():
+                raise ValueError(f"{name} hold values that are not finite")
         if target is not None:
             check_tensor("target", target)
         if target is not None and tuple(target.shape[-2:]) != self.shape:
             raise ValueError(f"target has shape {tuple(target.shape)}, expected (..., m, n) with {self.shape}")
-        self.operators, self.measurements, self.target = operators, measurements, target
+        # Copies, which nobody else writes into; the operators are too large for that.
+        self.operators, self.measurements = operators, measurements.clone()
+        self.target = None if target is None else target.clone()
         self._rows = operators.reshape(operators.shape[0], -1)  # (k, m n), a view: the operator is held once
         self.batch_shape = tuple(measurements.shape[:-1])
 

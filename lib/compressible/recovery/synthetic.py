@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.runtime.checks import expect_integer
+from compressible.runtime.checks import expect_integer, expect_shape
 
 
 def low_rank_target(
@@ -45,6 +45,7 @@ def low_rank_target(
     Reference:
         The target of all synthetic figures of P1 and P2.
     """
+    shape = expect_shape(shape)
     rank = expect_integer("rank", rank, 1, min(shape), f"an integer with 1 <= rank <= min(m, n) = {min(shape)}")
     gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
@@ -83,7 +84,7 @@ def random_mask(
         >>> cd.random_mask((10, 10), observed=0.3).sum().item()
         30.0
     """
-    size = math.prod(shape)
+    size = math.prod(shape := expect_shape(shape))
     count = math.floor(observed * size + 1e-9) if math.isfinite(observed) else 0  # 0.3 * 100 is 29.999...
     if not 0 < observed <= 1 or count < 1:
         raise ValueError(f"observed is {observed}, expected a fraction in (0, 1] that leaves at least one entry")
@@ -129,6 +130,7 @@ def sparse_low_rank(
         (5000, 500)
     """
     hidden = max(count // 10, 1) if hidden is None else hidden
+    shape = expect_shape(shape)
     size = math.prod(shape)
     if not 1 <= rank <= min(shape):
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
@@ -190,7 +192,7 @@ def gaussian_operators(
     """
     if count < 1:
         raise ValueError(f"count is {count}, expected at least one measurement")
-    gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(count, *expect_shape(shape), generator=generator, dtype=torch.float64)
     return gaussian.div_(count).to(dtype=dtype, device=device)
 
 

@@ -33,6 +33,14 @@ def expect_integer(name: str, value: object, least: int, most: float = math.inf,
     return int(value)  # type: ignore[call-overload]
 
 
+def expect_shape(shape: object) -> tuple[int, int]:
+    """Return (m, n), of numpy, too, as Python's integers; ValueError unless it is two integers >= 1."""
+    sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else ()
+    expect("shape", shape, len(sizes) == 2, "two integers (m, n)")
+    m, n = (expect_integer(f"size {at} of shape", size, 1) for at, size in enumerate(sizes))
+    return m, n
+
+
 def is_number(value: object, above: float = -math.inf) -> bool:
     """Whether a value is a finite number above `above`; text and truth values are none."""
     return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf
