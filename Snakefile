@@ -31,7 +31,7 @@ LABEL = str(config.get("label") or PRESET)
 # GPUs that the batch may use at a time: make says so, a profile by its limit on the resource gpu.
 LIMIT = workflow.global_resources["gpu"].value if "gpu" in workflow.global_resources else 0
 GPUS = config["gpus"] = int(config.get("gpus", LIMIT))
-FIGURES = Path(os.environ.get("COMPRESSIBLE_FIGURES", "figures")) / LABEL
+FIGURES = Path(os.environ.get("COMPRESSIBLE_FIGURES") or "figures").expanduser() / LABEL
 # By the environment, make hands over what a shell would take apart otherwise.
 ARGS = str(config.get("args") or os.environ.get("COMPRESSIBLE_ARGS", "")).strip()
 AWAY = workflow.storage_settings.default_storage_provider is not None

@@ -76,12 +76,14 @@ def test_command_line_values_are_typed(text, default, value):
         (["-p", "rank", "1" * 5000], "rank: got '1111"),
         (["-p", "step_size", "1" * 400], "step_size: got 1111"),
         (["-p", "rank", "[" * 3000], "rank: got '[[["),
+        (["-p", "rank", "0x" + "f" * 9000], "rank: got an int too large to show"),
         (["-p", "ranks", "[" * 90 + "]" * 90], "ranks[0]: got [[[["),
         (["-p", "rank", "1", "-p", "step_size", "1", "-p", "rank", "2"], "-p rank comes 2 times"),
         (["--kernel", "nope"], "no Jupyter kernel 'nope'; known are"),
         (["--kernel", "nope", "--check"], "no Jupyter kernel 'nope'; known are"),
         (["--label", "a b"], "label: got 'a b', expected text matching"),
         (["--label", "../up"], "label: got '../up', expected text matching"),
+        (["--label", "paper"], "label: paper is the name of a preset, whose figure one with the values of quick would"),
     ],
 )
 def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_notebook, capsys, monkeypatch):
@@ -103,7 +105,10 @@ def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_no
         (b"rank: {a: 1, a: 2}", "a stands twice"),
         (b"rank: " + b"[" * 5000, "RecursionError"),
         (b"rank: " + b"1" * 5000, "cannot read own.yaml: ValueError"),
-        (b"rank: 0x" + b"f" * 9000, "rank: got an int too large to show"),
+        (b"rank: 0x" + b"f" * 9000, "rank: got '0xfff"),
+        (b"rank: 010", "rank: got '010' (str), expected an integer"),  # 8, YAML 1.1 would say
+        (b"rank: 1:30", "rank: got '1:30' (str)"),  # 90
+        (b"step_size: 1:30.5", "step_size: got '1:30.5' (str)"),
         (b"rank: 2001-99-99", "cannot read own.yaml: ValueError: month must be in 1..12"),
         (b"rank: &a [*a]", "rank: got [[[[[...]]]]] (list)"),
         (b"rank: \x00", "special characters are not allowed"),
@@ -209,6 +214,23 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
     assert [ID, "quick", "0.1", "no", "stale"] in lines and [ID, "paper", "2", "no", "missing"] in lines
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "5", '{"id": 1, "parameters": 5}', '{"id": "a", "preset": "b", "claims": [3]}', "\udcff"]
+)
+def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):
+    add_notebook("01_good")
+    (file := Path("figures", "mine", f"{ID}.json")).parent.mkdir(parents=True)
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    Path("data").mkdir()
+    Path("data/claims.toml").write_text("")
+    for arguments in (["list"], ["claims"], ["index", "mine"]):
+        assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(["redraw", ID, "--preset", "mine"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert notebooks.state(ID, "mine") in ("unknown", "done")
+
+
 def test_the_digest_of_a_notebook_is_of_its_code(add_notebook):
     path = Path(f"notebooks/{add_notebook('01_good', 'x = 1')}.ipynb")
     before, text = notebook_digest(path), path.read_text()
@@ -283,7 +305,43 @@ def test_a_record_of_another_library_is_refused(add_notebook, capsys, monkeypatc
     assert main(["run", ID]) == 0 and record() == {"library": "f" * 64}
 
 
+def test_a_failure_is_told_where_nothing_can_be_kept_of_it(add_notebook, capsys, monkeypatch):
+    add_notebook("01_good", "raise RuntimeError('as intended')")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(batch.paths, "write_atomic", full)
+    assert main(["run", ID]) == 1
+    said = capsys.readouterr()
+    assert "as intended" in said.err and "not kept: [Errno 28]" in said.err and "FAILED" in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", ID, "--gpus", "-1"], "--gpus is -1, expected an integer from 0"),
+        (["run", ID, "--gpus", "1000000000000", "--check"], "--gpus is 1000000000000, expected"),
+        (["run", ID, "--check", "--label", "a" * 101], "expected text matching"),
+        (["index", ".."], "label: got '..'"),
+        (["index", "quick/failed"], "label: got 'quick/failed'"),
+    ],
+)
+def test_what_names_no_folder_and_no_gpu_is_refused_before_anything_starts(arguments, told, add_notebook, capsys):
+    add_notebook("01_good")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == 1 and not Path("figures").exists()
+
+
 # GPUs
+
+
+def test_a_part_of_a_gpu_has_a_name_with_slashes(monkeypatch, tmp_path):
+    monkeypatch.setattr(batch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-GPU-1/1/0,MIG-GPU-1/2/0")
+    with gpu_slots.gpu_slot(2) as first, gpu_slots.gpu_slot(2):
+        assert first == "MIG-GPU-1/1/0"
 
 
 def test_no_gpu_hides_them_and_the_environment_comes_back(monkeypatch):

@@ -66,6 +66,31 @@ def test_a_batch_refuses_in_a_line_and_starts_nothing(arguments, given, told, ba
     assert told in said.err and "Traceback" not in said.err and not Path("figures").exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"LABEL": "it's mine"}, {"label": "it's mine"}),
+        ({"GPUS": "-1"}, {"gpus": "-1", "jobs": "-1"}),
+        ({"GPUS": "4"}, {"gpus": "4", "jobs": "4"}),
+        ({"GPUS": ""}, {"gpus": "", "jobs": ""}),
+        ({"GPUS": "0 1"}, {"gpus": "0 1", "jobs": "2"}),
+        ({"GPUS": "one"}, {"gpus": "one", "jobs": "one"}),
+        ({"PRESET": "-h", "JOBS": "$(touch made)"}, {"preset": "-h", "label": "-h", "jobs": "$(touch made)"}),
+    ],
+)
+def test_make_hands_variables_over_as_they_are(variables, told, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    given = [f"{name}={value.replace('$', '$$')}" for name, value in variables.items()]
+    done = subprocess.run(
+        ["make", "-s", "-o", "none/.stamp", "figures", "VENV=none", *given],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert set(done.stdout.splitlines()) >= {f"--{name}={value}" for name, value in told.items()}
+    assert not (REPOSITORY / "made").exists()
+
+
 def test_a_batch_that_cannot_begin_says_why(batch_of, capfd):
     Path("Snakefile").write_text("raise WorkflowError('of no use')\n")
     assert main(["build", "kwon2024/01_good"]) == 1

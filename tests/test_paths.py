@@ -46,6 +46,9 @@ def test_variables_name_the_directories(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_relative_places_are_made_absolute_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for name in paths.PLACES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", "hub")
     given = {"DATA": "own", "CACHE": str(tmp_path / "kept"), "FIGURES": "~/figures", "MANIFEST": "", "MODELS": "../m"}
     for name, value in given.items():
         monkeypatch.setenv(f"COMPRESSIBLE_{name}", value)
@@ -56,6 +59,7 @@ def test_relative_places_are_made_absolute_once(tmp_path: Path, monkeypatch: pyt
         "COMPRESSIBLE_CACHE": str(tmp_path / "kept"),
         "COMPRESSIBLE_FIGURES": str(home / "figures"),
         "COMPRESSIBLE_MODELS": str(tmp_path.parent / "m"),
+        "HF_HOME": str(tmp_path / "hub"),
         "PYTHONPATH": f"{tmp_path / 'lib'}{os.pathsep}/other",
     }
     monkeypatch.delenv("PYTHONPATH")

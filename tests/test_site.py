@@ -189,6 +189,23 @@ def test_a_build_executes_nothing_and_does_without_mathjax(add_notebook, checkou
     assert "Formulas are shown as TeX" in page.text and '<code class="math">x &gt; 0</code>' in page.text
 
 
+def test_a_folder_that_is_no_site_is_never_removed(add_notebook, checkout, tmp_path, capsys) -> None:
+    (tmp_path / "www" / "html").mkdir(parents=True)
+    (tmp_path / "www" / "html" / "index.html").write_text("mine")
+    assert main(["site", "--out", str(tmp_path / "www")]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'www' / 'html'} is there already and no site of ours" in said and said.count("\n") == 1
+    assert (tmp_path / "www" / "html" / "index.html").read_text() == "mine"
+    assert [file.name for file in (tmp_path / "www").iterdir()] == ["html"]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_formulas(tmp_path, monkeypatch) -> None:
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mathjax, "_packed", lambda: b"formulas")
+    assert mathjax.fetch(tmp_path / "tex-svg.js") == "" and (tmp_path / "tex-svg.js").read_bytes() == b"formulas"
+
+
 def test_another_file_in_the_place_of_mathjax_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mathjax, "_packed", lambda: (_ for _ in ()).throw(ValueError("has the sha256 0")))

@@ -104,6 +104,8 @@ def _run(arguments: argparse.Namespace) -> int:
     given = _each_once(arguments.values)
     values = notebooks.plan(arguments.id, arguments.preset, arguments.files, given, arguments.label)
     kernels.check_kernel(arguments.kernel)
+    if arguments.gpus is not None:
+        checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
     if arguments.check:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave by the way that cleans up
@@ -182,7 +184,7 @@ def _claims(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    root, label = paths.figures_dir(), arguments.label
+    root, label = paths.figures_dir(), notebooks.checked_label(arguments.label)
     if not (root / label).is_dir():
         raise notebooks.BatchError(f"no figures under the label {checks.shown(label)}: {root / label} is no folder")
     index.write_index(root, label, arguments.since)

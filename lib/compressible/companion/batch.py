@@ -185,13 +185,16 @@ def _publish(staging: Path, id: str, label: str, suffixes: Sequence[str]) -> Non
 
 
 def _keep_failure(output: Path, failed: Path, error: Exception) -> None:
-    if output.exists():
-        _move(output, failed)
     plain = isinstance(error, BatchError) or type(error).__name__ == "PapermillExecutionError"
     told = str(error) if plain else traceback.format_exc()
     report = ANSI.sub("", told).strip() + "\n"
-    paths.write_atomic(failed.with_suffix(".txt"), report)
-    print(f"{report}kept: {failed.with_suffix('.txt')}", file=sys.stderr)
+    try:
+        paths.write_atomic(failed.with_suffix(".txt"), report)
+        if output.exists():
+            _move(output, failed)
+        print(f"{report}kept: {failed.with_suffix('.txt')}", file=sys.stderr)
+    except OSError as other:  # a disk that is full, say, which is why it failed, too
+        print(f"{report}not kept: {other}", file=sys.stderr)
 
 
 def _move(source: Path, target: Path) -> None:

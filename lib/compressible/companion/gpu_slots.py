@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from compressible.runtime.paths import variables_set
 
@@ -45,7 +46,8 @@ def first_free(devices: Sequence[str]) -> tuple[str, Any]:
     # On this machine, not in the cache: that may be shared by machines with GPUs of their own.
     folder = Path(tempfile.gettempdir()) / f"compressible-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    locks = {device: FileLock(folder / f"{device}.lock") for device in devices}
+    # A part of a GPU has slashes in its name.
+    locks = {device: FileLock(folder / f"{quote(device.strip(), safe='')}.lock") for device in devices}
     while True:
         for device, lock in locks.items():
             with contextlib.suppress(Timeout):

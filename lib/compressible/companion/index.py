@@ -109,7 +109,11 @@ def _read(record: Path) -> dict[str, Any]:
         content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    told: Any = content.get("claims")
+    told = [each for each in told if isinstance(each, dict)] if isinstance(told, list) else []
+    return content | {"claims": [each for each in told if isinstance(each.get("verdict"), str) and "id" in each]}
 
 
 def _last_line(log: Path) -> str:
@@ -166,7 +170,7 @@ def _links(folder: Path, files: Mapping[str, str], id: str) -> str:
 
 
 def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
-    rows = [f"<li><strong>{escape(each['verdict'])}</strong> {escape(each['id'].split('.', 1)[-1])}"
+    rows = [f"<li><strong>{escape(each['verdict'])}</strong> {escape(str(each['id']).split('.', 1)[-1])}"
             f"{escape(': ' + each['reason'] if each.get('reason') else '')}</li>" for each in claims]  # fmt: skip
     verdicts = Counter(each["verdict"] for each in claims)
     told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())

@@ -43,8 +43,17 @@ class Preset:
     needs: str = ""
 
 
+# YAML 1.1 reads 1e-3 as text, 010 as 8 and 1:30 as 90, which nobody means.
+_NUMBERS = {
+    "int": re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"),
+    "float": re.compile(
+        r"^([-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.nan)$"
+    ),
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; here it is a number, as everywhere else, and no key stands twice."""
+    """Numbers are read as everywhere else, and no key stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping; ConstructorError where a key stands twice: which value is meant?"""
@@ -54,9 +63,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _NUMBERS.get(tag.rpartition(":")[2], known)) for tag, known in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 @lru_cache(32)
@@ -171,7 +181,7 @@ def plan(
         values |= read_yaml(Path(file))
     values |= {name: parse(text, known.get(name)) for name, text in (overrides or {}).items()}
     _check_names(id, values, known)
-    values["preset"] = _checked_label(label or preset)
+    values["preset"] = _own_label(id, preset, label or preset)
     checked = vocabulary.validate(known | values, allowed=known)
     if lines := rules.broken(conditions(id), checked):
         raise BatchError(f"{id}: {'; '.join(lines)}")
@@ -194,10 +204,19 @@ def chosen(id: str, preset: str) -> Preset:
     return available[preset]
 
 
-def _checked_label(label: str) -> str:
+def checked_label(label: str) -> str:
+    """The name of a folder of figures. Raises BatchError where it is none, but leads elsewhere, say."""
     form = vocabulary.VOCABULARY["preset"].allowed
     if not re.fullmatch(form, label):
         raise BatchError(f"label: got {checks.shown(label)}, expected text matching {form}: it names a folder")
+    return label
+
+
+def _own_label(id: str, preset: str, label: str) -> str:
+    """The label, which is no name of another preset: its figure would stand in the place of that preset's."""
+    if checked_label(label) != preset and label in presets(id):
+        told = f"label: {label} is the name of a preset, whose figure one with the values of {preset} would replace"
+        raise BatchError(f"{told}; expected --preset {label}, or a label that is none")
     return label
 
 
@@ -236,7 +255,7 @@ def state(id: str, label: str) -> str:
 
     done     its record was made by the code that is here, with the values that the preset sets, if the label is one's
     stale    it was made by other code, or with other values
-    unknown  its record does not say by which code: no digest of the notebook or of the library
+    unknown  its record does not say by which code: no digest of the notebook or of the library, or no record at all
     failed   the last run ended with an error, after whatever figure there is
     missing  there is no record
     """
@@ -246,7 +265,12 @@ def state(id: str, label: str) -> str:
         return "failed"
     if made < 0:
         return "missing"
-    content = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # half a file, which a full disk left, say
+        return "unknown"
+    if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict):
+        return "unknown"
     if differences(id, label, content):
         return "stale"
     return "done" if content.get("notebook") and content.get("library") else "unknown"

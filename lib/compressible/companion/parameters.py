@@ -102,7 +102,7 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(float, "[0, 1]"), "decay_ratio"),
     (Parameter(float, "[0, 1)", many=True), "mask_rates"),
     (Parameter(bool), "compiled"),
-    (Parameter(str, r"[a-z][a-z0-9_-]*"), "preset"),
+    (Parameter(str, r"[a-z][a-z0-9_-]{0,99}"), "preset"),
     (Parameter(str, r"auto|cpu|cuda(:\d+)?"), "device"),
     (Parameter(str, "one|all"), "devices"),
     (Parameter(str, "float64|float32", many=True), "precisions"),

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from compressible.runtime.checks import one_line
+
 LIMIT = 1_500_000  # bytes of one file of arrays, as a clone gets all of them
 SHORT = 1000  # values up to which an array is never rounded
 VARIABLE = "COMPRESSIBLE_REDRAW"  # the command `redraw` tells by it which record stands for the computation
@@ -136,8 +138,11 @@ def read(path: Path, id: str, preset: str) -> dict[str, Any]:
     """The record of a figure. Raises RecordError where it is absent or another's."""
     if not path.is_file():
         raise RecordError(f"there is no record {path.name} of {id} under {preset!r}")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    found = (record.get("id"), record.get("preset"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = (record.get("id"), record.get("preset"))
+    except (OSError, ValueError, AttributeError) as error:  # half a file, or something else
+        raise RecordError(f"{path} is no record: {one_line(error)}") from error
     if found != (id, preset):
         raise RecordError(f"{path.name} is the record of {found}, expected {(id, preset)}")
     return record

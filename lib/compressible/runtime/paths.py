@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROJECT = "compressible-dynamics"
-PLACES = tuple(f"COMPRESSIBLE_{name}" for name in ("DATA", "CACHE", "FIGURES", "MANIFEST", "MODELS"))
+PLACES = (
+    *(f"COMPRESSIBLE_{name}" for name in ("DATA", "CACHE", "FIGURES", "MANIFEST", "MODELS")),
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH"),  # of the hub
+    *("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "TMPDIR", "MPLCONFIGDIR", "NUMBA_CACHE_DIR"),
+    *("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"),
+    *("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"),
+)
 
 
 def repository() -> Path:

@@ -68,7 +68,8 @@ def read_records(root: Path, preset: str | None = None) -> list[Record]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
-            found.append(record | named)
+            if all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
+                found.append(record | named)
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return sorted(found, key=lambda record: record["preset"])

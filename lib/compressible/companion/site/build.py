@@ -15,6 +15,7 @@ from compressible.companion.site.cards import PAPERS, Card, read
 from compressible.companion.site.links import for_site
 from compressible.runtime import paths
 
+MARK = ".compressible-site"
 SETTINGS = "site.json"  # what the build tells conf.py
 TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
@@ -29,7 +30,7 @@ def build(out: Path | None = None) -> Path:
     The pages are made of the committed records, claims and executed notebooks and of docstrings; no notebook runs.
 
     Raises:
-        SiteError: Sphinx is not installed, or refuses the sources.
+        SiteError: Sphinx is not installed, or refuses the sources; or `out` has folders that are no site's.
     """
     try:
         from sphinx.cmd.build import build_main
@@ -40,12 +41,25 @@ def build(out: Path | None = None) -> Path:
     root = paths.repository()
     out = root / "build" / "site" if out is None else out
     sources, html = out / "sources", out / "html"
+    _claim(out, (sources, html))
     for folder in (sources, html):
         shutil.rmtree(folder, ignore_errors=True)
     write_sources(root, sources)
     if ended := build_main(["-q", "-j", "auto", "-b", "html", "-d", str(out / "doctrees"), str(sources), str(html)]):
         raise SiteError(f"sphinx ended with status {ended}")
     return html / "index.html"
+
+
+def _claim(out: Path, folders: Sequence[Path]) -> None:
+    """Mark a folder as a site's, whose folders a build removes; SiteError where they are somebody else's."""
+    mark = out / MARK
+    own = out == paths.repository() / "build" / "site" or mark.is_file()
+    others = [folder for folder in folders if not own and folder.exists()]
+    if others:
+        raise SiteError(
+            f"{others[0]} is there already and no site of ours: it would be removed, so name another folder"
+        )
+    paths.write_atomic(mark, "")
 
 
 def write_sources(root: Path, sources: Path) -> None:
