@@ -317,6 +317,17 @@ def test_a_failure_is_told_where_nothing_can_be_kept_of_it(add_notebook, capsys,
     assert "as intended" in said.err and "not kept: [Errno 28]" in said.err and "FAILED" in said.out
 
 
+@pytest.mark.parametrize("command", ["run", "build"])
+def test_a_place_that_takes_no_figures_is_said_before_the_work(command, add_notebook, tmp_path, capsys, monkeypatch):
+    add_notebook("01_good")
+    (tmp_path / "taken").write_text("a file where figures should go")
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(tmp_path / "taken"))
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    assert main([command, ID]) == 2
+    said = capsys.readouterr().err
+    assert "figures cannot be written in" in said and "COMPRESSIBLE_FIGURES" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

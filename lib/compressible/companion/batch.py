@@ -43,12 +43,19 @@ def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
 def _staging(label: str) -> Iterator[Path]:
     """A folder beside the figures under `label`, so that files move from it in one step; it goes away afterwards."""
     root = paths.figures_dir() / label
-    root.mkdir(parents=True, exist_ok=True)
+    expect_room(root)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root.resolve()))
     try:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def expect_room(folder: Path) -> None:
+    """Raise BatchError where figures cannot be written in a folder, which is made where it is not there."""
+    if reason := paths.unwritable(folder):
+        told = f"figures cannot be written in {folder} ({reason}), so nothing was started"
+        raise BatchError(f"{told}; COMPRESSIBLE_FIGURES names another place")
 
 
 def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from compressible.companion import index, notebooks
+from compressible.companion import batch, index, notebooks
 from compressible.runtime import paths
 
 # What `python -m compressible run` says at its end, and snakemake's table of the jobs that it will start.
@@ -115,7 +115,7 @@ def build(
     minutes = chosen(ids, preset)
     root, began = Path(os.path.relpath(paths.figures_dir())), time.time()
     log = root / label / ".batch" / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    batch.expect_room(log.parent)
     progress = Progress(minutes, jobs, len(minutes))
     with log.open("w", encoding="utf-8") as out:
         command = _command(ids, preset, label, jobs, gpus)
