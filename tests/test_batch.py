@@ -308,8 +308,12 @@ def test_a_record_of_another_library_is_refused(add_notebook, capsys, monkeypatc
 def test_a_failure_is_told_where_nothing_can_be_kept_of_it(add_notebook, capsys, monkeypatch):
     add_notebook("01_good", "raise RuntimeError('as intended')")
 
-    def full(*given):
-        raise OSError(28, "No space left on device")
+    write = paths.write_atomic
+
+    def full(path, content):
+        if Path(path).suffix == ".txt":  # by then, that is
+            raise OSError(28, "No space left on device")
+        return write(path, content)
 
     monkeypatch.setattr(batch.paths, "write_atomic", full)
     assert main(["run", ID]) == 1
