@@ -241,10 +241,6 @@ def empty(path):
     path.touch()
 
 
-def folder(path):
-    path.mkdir()
-
-
 def foreign(path):
     save_file({"weight": torch.zeros(3)}, path)
 
@@ -258,7 +254,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("write", [junk, empty, folder, foreign, foreign_metadata, cut])
+@pytest.mark.parametrize("write", [junk, empty, foreign, foreign_metadata, cut])
 def test_a_damaged_or_foreign_checkpoint_is_refused_with_its_path(tmp_path, write):
     path = tmp_path / "state.safetensors"
     write(path)
