@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,13 @@ _PIN = re.compile(r"^([A-Za-z0-9][\w.-]*)==([^\s;#]+)", re.M)
 
 def installed() -> dict[str, str]:
     """Version of each package that Python finds, by its name; of two copies that which it imports."""
+    folders = [Path(place) for place in sys.path]
+    return dict(_installed(tuple((place, place.stat().st_mtime_ns if place.exists() else 0) for place in folders)))
+
+
+@lru_cache(1)
+def _installed(folders: tuple[tuple[Path, int], ...]) -> dict[str, str]:
+    """What is found in these folders since they last changed, as they do by an installation; each run asks for it."""
     found: dict[str, str] = {}
     for package in metadata.distributions():
         if (name := package.metadata["Name"]) and canonicalize_name(name) != OURS:
