@@ -31,7 +31,10 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 # By the environment, since a shell would take off the quotes inside of it.
 export COMPRESSIBLE_ARGS = $(ARGS)
-export PRESET LABEL JOBS GPUS
+export GIVEN_PRESET = $(PRESET)
+export GIVEN_LABEL = $(LABEL)
+export GIVEN_JOBS = $(JOBS)
+export GIVEN_GPUS = $(GPUS)
 
 .PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks nbval clean \
 	distclean everything verify release
@@ -72,9 +75,10 @@ torch-gpu:
 	then $(BIN)/python -m pip uninstall -q -y torch; fi
 
 figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
-	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$$GPUS" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
+	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$$GIVEN_GPUS" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
 		echo "$$seen GPUs of this machine are hidden from the notebooks: GPUS=$$seen shows them" >&2; fi
-	@$(RUN) python -m compressible build --preset="$$PRESET" --label="$$LABEL" --jobs="$$JOBS" --gpus="$$GPUS" $(ID)
+	@$(RUN) python -m compressible build --preset="$$GIVEN_PRESET" --label="$$GIVEN_LABEL" \
+		--jobs="$$GIVEN_JOBS" --gpus="$$GIVEN_GPUS" $(ID)
 
 figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
 	@test -n "$(ID)" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }

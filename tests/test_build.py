@@ -81,7 +81,10 @@ def test_a_batch_refuses_in_a_line_and_starts_nothing(arguments, given, told, ba
 def test_make_hands_variables_over_as_they_are(variables, told, tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    # Of a make that runs these tests, nothing is inherited.
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PRESET", "LABEL", "JOBS", "GPUS")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     given = [f"{name}={value.replace('$', '$$')}" for name, value in variables.items()]
     done = subprocess.run(
         ["make", "-s", "-o", "none/.stamp", "figures", "VENV=none", *given],
