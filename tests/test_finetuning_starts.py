@@ -9,12 +9,14 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
 from reference_finetune import reference_fine_tune
 from test_finetune import LINEAR, assert_equal, bert, config, lora, mixed, task
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import compressible as cd
 from compressible.finetuning.peft_models import GradientStart
+from compressible.finetuning.run import data_order
 from compressible.finetuning.stacked_pass import StackedPass
 from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import top_frames
@@ -49,6 +51,31 @@ def test_starts_that_come_off_the_weight_are_stacked_and_go_as_peft_alone(name):
         logits = history.model().eval()(**tokens).logits.detach()
         assert task().score(logits, labels) == pytest.approx(history.scores[5], abs=1e-4)
     assert found[-1].taken_off is None and set(found[0].taken_off) == set(found[0].chains)
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be stacked")
+def test_corda_goes_alone_from_the_covariances_that_peft_takes_row_by_row():
+    chosen, data = lora(init_lora_weights="corda", target_modules=["query", "value"]), task()
+    run = cd.FineTuningRun(chosen, 1e-12)  # which leaves the start as it is
+    (found,) = cd.fine_tune(bert().float(), [run], data, 1, 4, dropout=False)
+    model, config, tokens = bert().float(), dataclasses.replace(chosen), data.train.tokens
+    rows = data_order(run, len(data.train.labels), 1, 4)[0]
+    longest = -(-int(tokens["attention_mask"][rows].sum(1).max()) // 8) * 8
+
+    @torch.no_grad()
+    def read():
+        for row in rows.tolist():
+            model(**{name: value[row : row + 1, :longest] for name, value in tokens.items()})
+
+    preprocess_corda(model, config, read)
+    torch.manual_seed(0)
+    expected = peft.get_peft_model(model, config).base_model.model
+    for name, (a, b) in found.chains.items():
+        layer = expected.get_submodule(name)
+        update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(b @ a, update, atol=1e-5, rtol=1e-4)
+        kept = found.model().base_model.model.get_submodule(name).base_layer.weight
+        torch.testing.assert_close(kept, layer.base_layer.weight, atol=1e-5, rtol=1e-4)
 
 
 def test_lora_ga_over_conv1d_and_in_double_goes_as_peft_alone():

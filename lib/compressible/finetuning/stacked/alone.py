@@ -54,10 +54,11 @@ class AloneModel(nn.Module):
         config: Any = copy.deepcopy(run.config)
         source: Any = vars(self)["source"]
         start = getattr(config, "init_lora_weights", None)
-        if start in ("lora_ga", "corda"):
+        if start == "lora_ga":
             with self._fresh_heads():
-                prepare: Any = preprocess_loraga if start == "lora_ga" else preprocess_corda
-                prepare(self.inner, config, lambda: losses().backward() if start == "lora_ga" else losses())
+                preprocess_loraga(self.inner, config, lambda: losses().backward())
+        if start == "corda":
+            preprocess_corda(self.inner, config, lambda: self._read_each(next(iter(batches))))
         assert not isinstance(run.start, GradientStart)  # which `structure` refuses for what goes alone
         model = adapted_by_peft(self.inner, config, run.seed, run.start)
         if start == "eva":
@@ -67,6 +68,12 @@ class AloneModel(nn.Module):
         if starts_compressed(config):
             compress_adapters(model, losses, generator=torch.Generator().manual_seed(int(run.seed)))
         self._check_precision()
+
+    @torch.no_grad()
+    def _read_each(self, tokens: dict[str, Tensor]) -> None:
+        """Read rows one by one, since peft's CorDA takes the inputs of one row at a time."""
+        for row in range(len(next(iter(tokens.values())))):
+            self.inner(**{name: value[row : row + 1] for name, value in tokens.items()})
 
     def rated(self) -> Rated:
         """Return every trained tensor but the heads, and its rate."""
