@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _export(root: Path, tree: Path) -> None:
     """The files of HEAD."""
-    packed = tree.with_suffix(".tar")
+    packed = tree.with_suffix(".zip")
     _git(root, "archive", "-o", str(packed), "HEAD")
-    with tarfile.open(packed) as archive:
-        archive.extractall(tree, filter="data")
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tree)
 
 
 def _cite(root: Path, tree: Path) -> None:

@@ -12,8 +12,8 @@ import io
 import json
 import re
 import subprocess
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -98,9 +98,9 @@ def _commit(record: Mapping[str, Any], compare: bool) -> list[str]:
 @lru_cache
 def at_commit(commit: str) -> tuple[str, dict[str, str | None]]:
     """The digests of the library and of each notebook, by id, that a commit of this checkout has."""
-    content = _git("archive", commit, "lib/compressible", "notebooks") or b""
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        archive.extractall(folder, filter="data")
+    content = _git("archive", "--format=zip", commit, "lib/compressible", "notebooks") or b""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(content)) as archive:
+        archive.extractall(folder)
         root = Path(folder)
         found = {f"{file.parent.name}/{file.stem}": notebook_digest(file) for file in root.glob("notebooks/*/*.ipynb")}
         return library_digest(root / "lib" / "compressible"), found

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import io
 import subprocess
-import tarfile
 import tempfile
 import textwrap
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -32,8 +32,8 @@ def since(commit: str) -> str:
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        with tarfile.open(fileobj=io.BytesIO(_archive(commit))) as archive:
-            archive.extractall(root, filter="data")
+        with zipfile.ZipFile(io.BytesIO(_archive(commit))) as archive:
+            archive.extractall(root)
         before = standings(root / "figures", OWN, load_claims(root / "data" / "claims.toml"))
     return changes(before, standings(paths.repository() / "figures", OWN))
 
@@ -51,7 +51,7 @@ def changes(before: Sequence[Standing], after: Sequence[Standing]) -> str:
 
 
 def _archive(commit: str) -> bytes:
-    command = ["git", "-C", str(paths.repository()), "archive", commit, "figures", "data/claims.toml"]
+    command = ["git", "-C", str(paths.repository()), "archive", "--format=zip", commit, "figures", "data/claims.toml"]
     ended = subprocess.run(command, capture_output=True, check=False)
     if ended.returncode:
         raise ValueError(f"git gives no records of {commit!r}: {ended.stderr.decode().strip()}")
