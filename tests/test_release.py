@@ -164,6 +164,7 @@ def test_changes_since_a_commit_that_git_does_not_know_are_refused(monkeypatch, 
 
 def test_times_are_told_for_each_record_and_in_sum(monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(REPOSITORY / "figures"))
     assert main(["times"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| kwon2024/05")]
     record = json.loads((REPOSITORY / "figures/paper/kwon2024/05_completion.json").read_text())

@@ -192,7 +192,7 @@ class MatrixSensing(DenseProblem):
             expected = f"(..., {operators.shape[0]})"
             raise ValueError(f"measurements have shape {tuple(measurements.shape)}, expected {expected}")
         for name, given in (("operators", operators), ("measurements", measurements)):
-            if not torch.isfinite(given).all():
+            if not all(bool(torch.isfinite(end).all()) for end in given.aminmax()):  # without another array of its size
                 raise ValueError(f"{name} hold values that are not finite")
         if target is not None:
             check_tensor("target", target)
