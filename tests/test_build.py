@@ -115,7 +115,8 @@ def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of
     time.sleep(2)
     os.killpg(batch.pid, signal.SIGINT)
     out, err = batch.communicate(timeout=60)
-    assert batch.returncode == build.STOPPED and "Traceback" not in out + err
+    assert batch.returncode == build.STOPPED, out + err + Path("figures/quick/.batch/log.txt").read_text()
+    assert "Traceback" not in out + err
     assert "to look at: figures/quick/index.html" in out
     assert Path(f"figures/quick/{good}.json").read_bytes() == before
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressible.__main__ import main
-from compressible.companion.index import summary, write_index
+from compressible.companion.index import entries, summary, write_index
 
 
 class Page(HTMLParser):
@@ -109,3 +109,19 @@ def test_command_writes_the_page_of_a_real_run(add_notebook, checkout, capsys) -
 def test_command_refuses_a_label_without_figures(checkout, capsys) -> None:
     assert main(["index", "nothing"]) == 2
     assert "no figures under the label 'nothing'" in capsys.readouterr().err
+
+
+def test_jobs_that_end_meanwhile_do_not_stop_the_page(figures: Path, monkeypatch) -> None:
+    before = entries(figures, "quick")
+    staging = figures / "quick" / ".staging-of-a-job"
+    add(staging, "p/04_half", 100)
+    assert entries(figures, "quick") == before
+    listed = Path.iterdir
+
+    def gone(folder: Path):  # as if a folder went between the listing of its parent and its own
+        if folder.name == "q":
+            raise FileNotFoundError(folder)
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", gone)
+    assert [entry.id for entry in entries(figures, "quick")] == [e.id for e in before if e.id[0] == "p"]

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from compressible.companion.records import files_below
 from compressible.runtime import paths
 
 NAME = "index.html"
@@ -93,8 +94,8 @@ def summary(root: Path, preset: str, since: float = 0.0, ids: Sequence[str] = ()
 def entries(root: Path, preset: str) -> list[Entry]:
     """Every figure under a label that has a record or a failed run, by id. A record older than a failure is kept."""
     folder = root / preset
-    records = {f"{file.parent.name}/{file.stem}": file for file in folder.glob("*/*.json")}
-    logs = {f"{file.parent.name}/{file.stem}": file for file in (folder / "failed").glob("*/*.txt")}
+    records = {f"{file.parent.name}/{file.stem}": file for file in files_below(folder, ".json")}
+    logs = {f"{file.parent.name}/{file.stem}": file for file in files_below(folder / "failed", ".txt")}
     return [_entry(id, records.get(id), logs.get(id)) for id in sorted(records.keys() | logs.keys())]
 
 

@@ -16,6 +16,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +31,16 @@ VARIABLE = "COMPRESSIBLE_REDRAW"  # the command `redraw` tells by it which recor
 
 class RecordError(ValueError):
     """A record that is absent, was altered, or lacks what is asked of it."""
+
+
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """Files `*/*<suffix>` below a label's folder, sorted; places of jobs under way, which may go meanwhile, are none."""
+    found: list[Path] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for place in sorted(each for each in folder.iterdir() if not each.name.startswith(".")):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found += sorted(file for file in place.iterdir() if file.name.endswith(suffix))
+    return found
 
 
 class Kept(dict[str, np.ndarray]):

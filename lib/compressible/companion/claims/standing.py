@@ -64,7 +64,8 @@ def standings(
 def read_records(root: Path, preset: str | None = None) -> list[Record]:
     """Records by preset; a file that is no record of a figure is passed over."""
     found = []
-    for file in sorted(root.glob(f"{'*' if preset in (None, OWN) else preset}/*/*.json")):
+    labels = sorted(root.glob("[!.]*")) if preset in (None, OWN) else [root / str(preset)]
+    for file in (file for label in labels for file in kept.files_below(label, ".json")):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
