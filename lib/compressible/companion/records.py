@@ -34,7 +34,7 @@ class RecordError(ValueError):
 
 
 def files_below(folder: Path, suffix: str) -> list[Path]:
-    """Files `*/*<suffix>` below a label's folder, sorted; places of jobs under way, which may go meanwhile, are none."""
+    """Files `*/*<suffix>` below a label's folder, sorted; those of jobs under way, which may go meanwhile, are none."""
     found: list[Path] = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for place in sorted(each for each in folder.iterdir() if not each.name.startswith(".")):
