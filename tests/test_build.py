@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -109,10 +108,9 @@ def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of
     assert subprocess.run(call, check=False, capture_output=True).returncode == 0
     before = Path(f"figures/quick/{good}.json").read_bytes()
     add_notebook("01_good", "import time; time.sleep(60)")
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a background shell has taken away
-    batch = subprocess.Popen(
-        call, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heard
-    )
+    before_it = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has set it aside
+    batch = subprocess.Popen(call, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before_it)
     deadline = time.monotonic() + 60
     while not list(Path("figures/quick").glob(".staging-*")) and time.monotonic() < deadline:
         time.sleep(0.2)
