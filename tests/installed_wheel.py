@@ -1,6 +1,6 @@
 """What a user gets: the wheel in an empty environment, and the README's lines run from there, far from the checkout.
 
-    python tests/installed_wheel.py dist/0.1.0/compressible_dynamics-0.1.0-py3-none-any.whl
+    python tests/installed_wheel.py dist/0.2.0/compressible_dynamics-0.2.0-py3-none-any.whl
 
 The core's ten lines run as they stand; those of Deep LoRA with a BERT of two small layers in the place of
 bert-base-cased, and with the names that they leave to the reader. It downloads PyTorch, some GB, and takes minutes, so

@@ -67,3 +67,11 @@ def test_bad_arguments_name_the_value(bad):
 def test_stack_refuses_mixed_depths():
     with pytest.raises(ValueError, match=r"\[2, 3\]"):
         cd.stack_factors([cd.orthogonal_factors((4, 4), depth=2), cd.orthogonal_factors((4, 4), depth=3)])
+
+
+def test_no_factor_and_factors_that_pass_by_are_refused():
+    with pytest.raises(ValueError, match=r"factors are \[\], expected at least one"):
+        cd.product([])
+    problem = cd.MatrixFactorization(torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="type of factors is 'generator', expected a list"):
+        cd.descend(problem, (torch.eye(3, dtype=torch.float64) for _ in range(3)), 0.1, 3)

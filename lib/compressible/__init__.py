@@ -10,7 +10,7 @@ from typing import Any
 
 from compressible.runtime.when_imported import when_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "MatrixCompletion": "recovery.problems",

@@ -5,7 +5,7 @@ W_1 is (..., w, n), the inner W_l are (..., w, w), W_L is (..., m, w); any leadi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -71,6 +71,7 @@ def product(factors: Sequence[Tensor]) -> Tensor:
         X (..., m, n).
 
     Raises:
+        ValueError: where there is no factor at all.
         RuntimeError: PyTorch's own, where the widths of neighbours differ.
 
     Example:
@@ -78,6 +79,8 @@ def product(factors: Sequence[Tensor]) -> Tensor:
         >>> cd.product(cd.orthogonal_factors((8, 6), depth=3)).shape
         torch.Size([8, 6])
     """
+    if not len(factors):
+        raise ValueError(f"factors are {factors!r}, expected at least one")
     result = factors[0]
     for factor in factors[1:]:
         result = factor @ result
@@ -118,6 +121,8 @@ def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
 
 def check_factors(factors: Sequence[Tensor], shape: tuple[int, int]) -> None:
     """Raise ValueError unless the factors chain into an (m, n) = `shape` product, in one dtype and on one device."""
+    passing = isinstance(factors, Iterator)  # this check would use it up
+    expect("type of factors", type(factors).__name__, not passing, "a list [W_1, ..., W_L] of tensors")
     for layer, factor in enumerate(factors, 1):
         expect(f"type of W_{layer}", type(factor).__name__, isinstance(factor, Tensor), "a torch tensor")
     sizes = [tuple(factor.shape[-2:]) for factor in factors]
