@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
@@ -121,6 +123,29 @@ def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of
     assert "Traceback" not in out + err
     assert "to look at: figures/quick/index.html" in out
     assert Path(f"figures/quick/{good}.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda how: how.name)
+def test_a_batch_whose_command_is_killed_ends_with_all_that_it_started(how, batch_of, add_notebook):
+    slow, good = batch_of
+    add_notebook("00_bad", "import time; time.sleep(300)")
+    call = [sys.executable, "-m", "compressible", "build", slow, good, "--jobs", "1"]
+    batch = subprocess.Popen(call, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert until(lambda: list(Path("figures/quick").glob(".staging-*/notebook.ipynb")), 60)
+    started = psutil.Process(batch.pid).children(recursive=True)
+    assert len(started) >= 3  # snakemake, the job, its kernel
+    batch.send_signal(how)
+    batch.wait()
+    assert until(lambda: not any(map(psutil.Process.is_running, started)), 60), [each.cmdline() for each in started]
+    assert not list(Path("figures/quick").glob(".staging-*")) and not Path(f"figures/quick/{good}.json").exists()
+
+
+def until(holds: Callable[[], object], seconds: float) -> bool:
+    """Whether something holds in time."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return bool(holds())
 
 
 def test_the_time_that_is_left_follows_what_the_figures_have_taken(monkeypatch):

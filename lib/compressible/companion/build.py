@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import queue
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from compressible.companion import batch, index, notebooks
+from compressible.companion import batch, guard, index, notebooks
 from compressible.runtime import paths
 
 # What `python -m compressible run` says at its end, and snakemake's table of the jobs that it will start.
@@ -135,18 +134,18 @@ def _command(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int) 
     options = ["--nolock", "--keep-going", "--rerun-incomplete", "--scheduler", "greedy", "--nocolor"]
     counts = ["--cores", str(jobs), "--resources", f"gpu={gpus}"]
     values = [f"preset={preset}", f"label={label}", f"gpus={gpus}", f"ids={' '.join(ids)}"]
-    return [sys.executable, "-m", "snakemake", *options, *counts, "--config", *values]
+    return [sys.executable, "-P", guard.__file__, *options, *counts, "--config", *values]
 
 
 def _follow(command: Sequence[str], given: str, out: IO[str], progress: Progress, until: float = math.inf) -> int:
     """Run snakemake, keep what it writes, and show how far it is. It gets a Ctrl-C, too, and is waited for.
 
-    At `until`, of time.monotonic, it is ended with all that it started.
+    At `until`, of time.monotonic, it is ended with all that it started; so it is when this process ends, however.
     """
     told = os.environ | {"COMPRESSIBLE_ARGS": given, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, cwd=paths.repository(), env=told, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        errors="replace",
+        command, cwd=paths.repository(), env=told, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, errors="replace",
     ) as process:  # fmt: skip
         assert process.stdout is not None
         stopped = late = False
@@ -157,25 +156,12 @@ def _follow(command: Sequence[str], given: str, out: IO[str], progress: Progress
                     _show(line, out, progress)
                     if not late and time.monotonic() > until:
                         late = True
-                        _end(process.pid)
+                        guard.end(process.pid)
                 break
             except KeyboardInterrupt:
                 stopped = True
                 print("\nstopping: what is under way ends first", file=sys.stderr)
     return STOPPED if stopped else TIME_IS_UP if late else process.returncode
-
-
-def _end(pid: int, patience: float = 10) -> None:
-    """End a process and all that it started: politely, which leaves no half-made figure, and by force after a while."""
-    import psutil  # snakemake brings it
-
-    parent = psutil.Process(pid)
-    every = [parent, *parent.children(recursive=True)]
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in every:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
-        _, every = psutil.wait_procs(every, timeout=patience)
 
 
 class _Lines:
