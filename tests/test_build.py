@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -122,6 +124,7 @@ def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of
     assert batch.returncode == build.STOPPED, out + err + Path("figures/quick/.batch/log.txt").read_text()
     assert "Traceback" not in out + err
     assert "to look at: figures/quick/index.html" in out
+    assert f"built: nothing\nnot finished: {good}\n" in out  # and not "up to date"
     assert Path(f"figures/quick/{good}.json").read_bytes() == before
 
 
@@ -138,6 +141,23 @@ def test_a_batch_whose_command_is_killed_ends_with_all_that_it_started(how, batc
     batch.wait()
     assert until(lambda: not any(map(psutil.Process.is_running, started)), 60), [each.cmdline() for each in started]
     assert not list(Path("figures/quick").glob(".staging-*")) and not Path(f"figures/quick/{good}.json").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_batch_on_a_full_disk_says_what_came_of_it(batch_of, capfd, monkeypatch):
+    _, good = batch_of
+    write, full = build.Path.open, OSError(errno.ENOSPC, "No space left on device")
+
+    def on_full_disk(self, *given, **named):
+        if self.name != "log.txt":
+            return write(self, *given, **named)
+        monkeypatch.setattr(build.index.paths, "write_atomic", Mock(side_effect=full))  # from now on
+        return open("/dev/full", *given, **named)
+
+    monkeypatch.setattr(build.Path, "open", on_full_disk)
+    assert main(["build", good]) == 0
+    said = capfd.readouterr()
+    assert said.out.startswith(f"built: {good}\n") and "no page of this run: OSError: [Errno 28]" in said.err
 
 
 def until(holds: Callable[[], object], seconds: float) -> bool:

@@ -88,6 +88,17 @@ def test_last_lines_name_what_was_built_where_and_what_failed(figures: Path) -> 
     ]
 
 
+def test_last_lines_call_nothing_up_to_date_that_was_not_finished_or_not_reached(figures: Path) -> None:
+    ids = ["p/01_new", "p/02_kept", "p/03_failed", "p/04_killed"]
+    told = summary(figures, "quick", 200, ids, unfinished=["p/02_kept", "p/03_failed", "p/04_killed"], reached=False)
+    assert told[:4] == [
+        "built: nothing",
+        "as it was, up to date or not reached: p/01_new",
+        "not finished: p/02_kept, p/04_killed",
+        f"failed: p/03_failed: ValueError: got <b>, expected; log: {figures / 'quick/failed/p/03_failed.txt'}",
+    ]
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"claims": null, "wall_seconds": null}', "{"])
 def test_a_record_that_is_none_does_not_stop_the_page(content: str, tmp_path: Path) -> None:
     add(tmp_path / "quick", "p/01_new", 100)

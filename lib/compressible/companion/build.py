@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import IO
 
 from compressible.companion import batch, guard, index, notebooks
-from compressible.runtime import paths
+from compressible.runtime import checks, paths
 
-# What `python -m compressible run` says at its end, and snakemake's table of the jobs that it will start.
+# What `python -m compressible run` says at its end, snakemake at a job's start, and its table of the jobs to come.
 ENDED = re.compile(r"(?P<id>[\w.-]+/[\w.-]+): (?P<how>done|FAILED) after (?P<seconds>\d+) s")
+STARTED = re.compile(r"Job \d+: (?P<id>[\w.-]+/[\w.-]+), preset ")
 COUNTED = re.compile(r"(?P<rule>figure|figure_on_gpu)\s+(?P<count>\d+)")
 STOPPED = 130  # exit status after Ctrl-C, as a shell has it
 TIME_IS_UP = 75  # EX_TEMPFAIL: call again
@@ -35,6 +37,7 @@ class Progress:
     began: float = field(default_factory=time.monotonic)
     ended: dict[str, int] = field(default_factory=dict)
     failed: int = 0
+    started: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def note(self, line: str) -> bool:
@@ -42,11 +45,18 @@ class Progress:
         if counted := COUNTED.fullmatch(line.strip()):
             self.counts[counted["rule"]] = int(counted["count"])
             self.total = sum(self.counts.values())
+        if begun := STARTED.match(line):
+            self.started[begun["id"]] = "under way"
         found = ENDED.match(line)
         if found and found["id"] in self.minutes:
             self.ended[found["id"]] = int(found["seconds"])
+            self.started[found["id"]] = found["how"]
             self.failed += found["how"] == "FAILED"
         return bool(counted or (found and found["id"] in self.minutes))
+
+    def unfinished(self) -> list[str]:
+        """What has begun and did not end with its figure."""
+        return [id for id, how in self.started.items() if how != "done"]
 
     def left(self) -> float:
         """Seconds that it may still take: by the expected minutes, and by how these held so far."""
@@ -116,11 +126,15 @@ def build(
     log = root / label / ".batch" / "log.txt"
     batch.expect_room(log.parent)
     progress = Progress(minutes, jobs, len(minutes))
-    with log.open("w", encoding="utf-8") as out:
+    with log.open("wb", buffering=0) as out:  # what a full disk does not take is not tried again at the end
         command = _command(ids, preset, label, jobs, gpus)
         status = _follow(command, given, out, progress, time.monotonic() + 60 * within)
-    index.write_index(root, label, began)
-    print(*index.summary(root, label, began, list(minutes)), sep="\n")
+    reached = status == 0 or len(progress.started) >= progress.total
+    try:
+        index.write_index(root, label, began)
+    except OSError as error:
+        print(f"no page of this run: {checks.one_line(error)}", file=sys.stderr)
+    print(*index.summary(root, label, began, list(minutes), progress.unfinished(), reached), sep="\n")
     if status == TIME_IS_UP:
         print(f"time is up after {within:g} minutes: the same command goes on", file=sys.stderr)
     elif status not in (0, STOPPED) and not progress.failed:
@@ -137,7 +151,7 @@ def _command(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int) 
     return [sys.executable, "-P", guard.__file__, *options, *counts, "--config", *values]
 
 
-def _follow(command: Sequence[str], given: str, out: IO[str], progress: Progress, until: float = math.inf) -> int:
+def _follow(command: Sequence[str], given: str, out: IO[bytes], progress: Progress, until: float = math.inf) -> int:
     """Run snakemake, keep what it writes, and show how far it is. It gets a Ctrl-C, too, and is waited for.
 
     At `until`, of time.monotonic, it is ended with all that it started; so it is when this process ends, however.
@@ -189,9 +203,10 @@ class _Lines:
         return line
 
 
-def _show(line: str, out: IO[str], progress: Progress) -> None:
+def _show(line: str, out: IO[bytes], progress: Progress) -> None:
     """Keep a line, and say how far it is: in a terminal on one line, else whenever a figure has ended."""
-    out.write(line)
+    with contextlib.suppress(OSError):  # a full disk: the batch goes on, and says what came of it
+        out.write(line.encode())
     news = progress.note(line)
     if sys.stderr.isatty():
         end = "\n" if news and len(progress.ended) == progress.total else ""
@@ -202,6 +217,6 @@ def _show(line: str, out: IO[str], progress: Progress) -> None:
 
 def _reason(log: Path) -> str:
     """What snakemake said last, without the places in its own code."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     told = [line for line in lines if line and not line.startswith(("File ", "Complete log", "Elapsed", "Traceback"))]
     return " ".join(told[-3:])[:400] or "it said nothing"

@@ -16,7 +16,7 @@ import threading
 def main() -> None:
     """Run snakemake for as long as the standard input is open."""
     threading.Thread(target=_watch, daemon=True).start()
-    from snakemake.cli import main as snakemake
+    from snakemake.cli import main as snakemake  # type: ignore[import-untyped]
 
     snakemake()
 

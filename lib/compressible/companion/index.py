@@ -72,7 +72,14 @@ def write_index(root: Path, preset: str, since: float = 0.0) -> Path:
     return paths.write_atomic(root / preset / NAME, text)
 
 
-def summary(root: Path, preset: str, since: float = 0.0, ids: Sequence[str] = ()) -> list[str]:
+def summary(
+    root: Path,
+    preset: str,
+    since: float = 0.0,
+    ids: Sequence[str] = (),
+    unfinished: Sequence[str] = (),
+    reached: bool = True,
+) -> list[str]:
     """The last lines of a batch: what was built, where it lies, what failed with its log, and the page.
 
     Args:
@@ -80,12 +87,18 @@ def summary(root: Path, preset: str, since: float = 0.0, ids: Sequence[str] = ()
         preset: Label of the batch.
         since: When the batch began, seconds of Unix time.
         ids: What was asked for; what of it was neither built nor failed is named. By default whatever is there.
+        unfinished: What has begun and gave no figure; what of it left no log was stopped or killed.
+        reached: Whether all that had to be made has begun, so that what is as it was is up to date.
     """
     found = [entry for entry in entries(root, preset) if not ids or entry.id in ids]
     built, kept, failed = _parted(found, since)
+    lost = [id for id in unfinished if id not in {entry.id for entry in (*built, *failed)}]
+    kept = [entry for entry in kept if entry.id not in lost]
     lines = [f"built: {', '.join(entry.id for entry in built) or 'nothing'}"]
-    lines += [f"as it was, up to date: {', '.join(entry.id for entry in kept)}"] if kept else []
-    absent = [id for id in ids if id not in {entry.id for entry in found}]
+    up_to_date = "as it was, up to date" if reached else "as it was, up to date or not reached"
+    lines += [f"{up_to_date}: {', '.join(entry.id for entry in kept)}"] if kept else []
+    lines += [f"not finished: {', '.join(lost)}"] if lost else []
+    absent = [id for id in ids if id not in {entry.id for entry in found} | set(lost)]
     lines += [f"not reached: {', '.join(absent)}"] if absent else []
     lines += [f"failed: {entry.id}: {entry.failure}; log: {_log(root / preset, entry.id)}" for entry in failed]
     return [*lines, f"figures and records: {root / preset}", f"to look at: {root / preset / NAME}"]
