@@ -22,9 +22,9 @@ import yaml
 
 sys.path.insert(0, str(Path("lib").resolve()))
 from compressible.__main__ import main
-from compressible.companion.library import computing_sources, notebook_digest
-from compressible.companion.provenance import LIBRARY as LIBRARY_DIGEST
+from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import git_state
+from compressible.companion.reached import reached_digest, reached_sources
 
 PRESET = str(config.get("preset", "quick"))
 LABEL = str(config.get("label") or PRESET)
@@ -74,7 +74,13 @@ def here(path):
 
 def code(wildcards):
     """What stands for the sources where they are no inputs: a job is made again when they have changed."""
-    return f"{LIBRARY_DIGEST} {notebook_digest(Path('notebooks', f'{wildcards.id}.ipynb'))}" if AWAY else ""
+    notebook = Path("notebooks", f"{wildcards.id}.ipynb")
+    return f"{reached_digest(notebook)} {notebook_digest(notebook)}" if AWAY else ""
+
+
+def reached(wildcards):
+    """The library's files that can move a number of this notebook, as far as its imports lead."""
+    return here([os.path.relpath(file) for file in reached_sources(Path("notebooks", f"{wildcards.id}.ipynb"))])
 
 
 def commit():
@@ -102,7 +108,6 @@ CHOICES = read_presets()
 HERE = workflow.is_main_process
 ON_GPU = [id for id, entry in CHOICES.items() if (GPUS or not HERE) and entry.get("gpu", False)]
 IDS = choose(str(config.get("ids") or "").split())
-LIBRARY = [os.path.relpath(file) for file in computing_sources()]
 FILES = [f"{FIGURES}/{MADE}.{suffix}" for suffix in ("json", "npz", "pdf", "png")] + [f"{FIGURES}/executed/{MADE}.ipynb"]
 STAMP = f"{FIGURES}/.batch/{MADE}"
 if HERE:
@@ -123,7 +128,7 @@ rule figure:
     input:
         notebook=here("notebooks/{id}.ipynb"),
         presets=lambda wildcards: here(f"notebooks/{wildcards.id.split('/')[0]}/presets.yaml"),
-        library=here(LIBRARY),
+        library=reached,
     output:
         FILES if AWAY else touch(STAMP),
     wildcard_constraints:

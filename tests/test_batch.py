@@ -22,6 +22,7 @@ from compressible.__main__ import main
 from compressible.companion import batch, gpu_slots, library, notebooks
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
+from compressible.companion.reached import reached_sources
 from compressible.runtime import paths
 
 ID = "kwon2024/01_good"
@@ -477,12 +478,15 @@ def test_snakemake_goes_on_after_a_failure_and_repeats_only_that(add_notebook, c
 
 def test_snakemake_builds_what_has_the_preset_and_refuses_a_preset_that_nothing_has(add_notebook, checkout):
     shutil.copy(REPOSITORY / "Snakefile", checkout)
-    small, _ = add_notebook("01_small"), add_notebook("02_other")
+    save = SAVE.format(id="kwon2024/01_small")
+    small, _ = add_notebook("01_small", "from compressible.recovery import spectra", save), add_notebook("02_other")
     presets = Path("notebooks/kwon2024/presets.yaml")
     presets.write_text(presets.read_text().replace("01_small:", "01_small:\n  minilm: {minutes: 1}"))
     assert snakemake("preset=minilm").returncode == 0
     assert [file.stem for file in Path("figures/minilm/kwon2024").glob("*.json")] == [Path(small).name]
-    assert watched("preset=minilm") == {file.relative_to(checkout).as_posix() for file in sources(checkout)}
+    reached = reached_sources(checkout / "notebooks" / f"{small}.ipynb", checkout / "lib" / "compressible")
+    assert watched("preset=minilm") == {file.relative_to(checkout).as_posix() for file in reached}
+    assert set(reached) < set(sources(checkout))
     result = snakemake("preset=minlm")
     assert result.returncode != 0 and "no notebook has a preset 'minlm'" in result.stderr + result.stdout
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from compressible.companion import records
-from compressible.companion.library import NOTEBOOK, ROOT, notebook_digest
+from compressible.companion.library import NOTEBOOK, REACHED, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.companion.provenance import LIBRARY
+from compressible.companion.reached import reached_digest
 from compressible.runtime import paths
 
 START_TIMEOUT = 180  # seconds; a busy machine has been seen to need more than Jupyter's 60
@@ -134,6 +135,7 @@ def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
 def _told(staging: Path, notebook: Path) -> dict[str, str]:
     """What the kernel is told: where things are, where figures go, which notebook it is, and that it computes."""
     told = {"COMPRESSIBLE_FIGURES": str(staging), NOTEBOOK: notebook_digest(notebook) or ""}
+    told[REACHED] = reached_digest(notebook) or ""
     return _places() | told | {records.VARIABLE: "", **PICTURES}
 
 

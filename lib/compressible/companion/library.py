@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,6 +20,7 @@ NOT_COMPUTING = frozenset({
     "runtime/checks", "runtime/paths", "runtime/progress",
 })  # fmt: skip
 NOTEBOOK = "COMPRESSIBLE_NOTEBOOK"  # the batch tells by it what it executes, since the file may change meanwhile
+REACHED = "COMPRESSIBLE_REACHED"  # and by this the digest of the sources that this notebook can reach; see reached.py
 _TOLD = (ast.FunctionDef, ast.ClassDef, ast.Module)  # what a docstring is taken from
 _PARSER = Lock()  # Python 3.11's parser loses count of its recursion depth when threads share it
 
@@ -37,7 +39,13 @@ def library_digest(root: Path = ROOT) -> str:
     files = computing_sources(root)
     if not files:
         raise FileNotFoundError(f"{root} holds no source that computes; expected the package compressible")
-    parts = [f"{file.relative_to(root).as_posix()} {normal_form(file.read_text('utf-8'))}" for file in files]
+    return digest_of(files, root)
+
+
+def digest_of(files: Iterable[Path], root: Path, form: Callable[[str], str] | None = None) -> str:
+    """sha256 of the places of files below `root` and of what `form` makes of each, by default its syntax."""
+    form = form or normal_form
+    parts = [f"{file.relative_to(root).as_posix()} {form(file.read_text('utf-8'))}" for file in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -56,12 +64,12 @@ def normal_form(source: str) -> str:
     The same in every version of Python, unlike ast.dump's, so that a record made with another is not called stale.
     """
     try:
-        return _written(_parsed(source))
+        return _written(parsed(source))
     except SyntaxError:
         return source
 
 
-def _parsed(source: str, tries: int = 3) -> ast.Module:
+def parsed(source: str, tries: int = 3) -> ast.Module:
     """Parse a source, once more where others, who do not hold our lock, parsed meanwhile (Python before 3.11.5)."""
     for _ in range(tries - 1):
         try:

@@ -22,8 +22,8 @@ import yaml
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from compressible.companion import committed, rules
 from compressible.companion import parameters as vocabulary
-from compressible.companion import rules
 from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import LIBRARY
 from compressible.runtime import checks, paths
@@ -253,7 +253,8 @@ def own_labels(id: str) -> list[str]:
 def state(id: str, label: str) -> str:
     """How fresh a figure is, in one word.
 
-    done     its record was made by the code that is here, with the values that the preset sets, if the label is one's
+    done     its record was made by the code that is here, as far as the notebook can reach it by imports, with the
+             values that the preset sets, if the label is one's
     stale    it was made by other code, or with other values
     unknown  its record does not say by which code: no digest of the notebook or of the library, or no record at all
     failed   the last run ended with an error, after whatever figure there is
@@ -280,13 +281,23 @@ def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
     """In what a record differs from what would be made now: by other code, or with other values than the preset sets.
 
     Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
+    An edit of the library counts where the notebook reaches it, which is asked only where nothing else differs.
     """
-    code = {"notebook": notebook_digest(notebook_path(id)), "library": LIBRARY}
-    told = [f"{name} has changed since" for name, digest in code.items() if record.get(name) not in (None, digest)]
+    notebook = notebook_path(id)
+    code = ["notebook has changed since"] if record.get("notebook") not in (None, notebook_digest(notebook)) else []
+    values = _other_values(id, label, record)
+    if record.get("library") not in (None, LIBRARY) and (
+        code or values or not committed.reaches_the_same(record, notebook)
+    ):
+        code.append("library has changed since")
+    return code + values
+
+
+def _other_values(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
     if label not in presets(id) or "parameters" not in record:  # one's own values, which nothing sets
-        return told
+        return []
     values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
-    given = record["parameters"]
+    given, told = record["parameters"], []
     for name in sorted((values.keys() | given.keys()) - {"preset"}):
         if name not in given or name not in values or given[name] != values[name]:
             was, now = (checks.shown(of[name]) if name in of else "no parameter" for of in (given, values))

@@ -27,7 +27,7 @@ import torch
 
 from compressible.companion import parameters, records, run_cache
 from compressible.companion.code_digest import source_digest
-from compressible.companion.library import NOTEBOOK, notebook_digest
+from compressible.companion.library import NOTEBOOK, REACHED, notebook_digest
 from compressible.companion.provenance import LIBRARY, environment, git_state
 from compressible.companion.run_cache import Result
 from compressible.runtime import checks, devices, paths
@@ -109,14 +109,16 @@ def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
     """JSON-ready record of where a result comes from; `commit` and `dirty` are None outside git.
 
     All but `notebook` and `created` was taken when the numbers were computed, and comes from the cache with them:
-    `function` is the digest of the function that did it, `computed_in` that of the notebook, where a batch told it.
+    `function` is the digest of the function that did it, `computed_in` that of the notebook, and `reached` that of the
+    sources which it can reach of those that `library` counts, both where a batch told them; None from an older cache.
     `notebook` is the digest of the notebook that draws the figure: of the code that the batch began to execute, or, in
-    an interactive session, of the file as it is saved. By it and `library`, `notebooks.state` tells a stale figure.
+    an interactive session, of the file as it is saved. By these `notebooks.state` tells a stale figure.
     """
     return {
         "id": id,
         "preset": preset,
         "parameters": result.parameters,
+        "reached": None,
         **result.made,
         "notebook": drawn_in(id),
         "data": result.data,
@@ -212,7 +214,8 @@ def _key(
 
 
 def _made() -> dict[str, Any]:
-    return git_state() | {"computed_in": os.environ.get(NOTEBOOK), "library": LIBRARY} | environment()
+    told = {"computed_in": os.environ.get(NOTEBOOK), "reached": os.environ.get(REACHED) or None}
+    return git_state() | told | {"library": LIBRARY} | environment()
 
 
 def _compute(

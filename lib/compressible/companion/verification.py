@@ -1,26 +1,20 @@
 """Whether each record is what it says: of this code, these data and a pinned environment, whole, and of a commit here.
 
-What a record holds is held against the checkout: the digests of notebook and library, the preset's values, the data
-manifest, the pinned environment, the pictures and arrays beside it. Its commit must lie behind HEAD, and the library
-and the notebook of that commit must have the very digests that the record names: a digest that is typed by hand, or of
-code that nobody committed, is told.
+What a record holds is held against the checkout: the digests of the notebook and of what it can reach of the library,
+the preset's values, the data manifest, the pinned environment, the pictures and arrays beside it. Its commit must lie
+behind HEAD, and the library and the notebook of that commit must have the very digests that the record names: a digest
+that is typed by hand, or of code that nobody committed, is told.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import re
-import subprocess
-import tempfile
-import zipfile
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from compressible.companion import notebooks, pins, records
-from compressible.companion.library import library_digest, notebook_digest
+from compressible.companion import committed, notebooks, pins, records
 from compressible.data import manifest
 from compressible.runtime import paths
 
@@ -86,30 +80,10 @@ def _commit(record: Mapping[str, Any], compare: bool) -> list[str]:
     )
     if not commit:
         return ["does not name its commit"]
-    if _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
+    if not committed.lies_behind(commit):
         return [*told, f"its commit {commit[:12]} does not lie behind HEAD"]
     if compare and not told:
-        library, of = at_commit(commit)
-        names = {"library": library, "computed_in": of.get(record["id"])}
+        names = {"library": committed.library_of(commit), "computed_in": committed.notebook_of(commit, record["id"])}
+        names |= {"reached": committed.reached_at(commit, record["id"])} if record.get("reached") else {}
         told = [f"{name} is not the digest of commit {commit[:12]}" for name in names if record[name] != names[name]]
     return told
-
-
-@lru_cache
-def at_commit(commit: str) -> tuple[str, dict[str, str | None]]:
-    """The digests of the library and of each notebook, by id, that a commit of this checkout has."""
-    content = _git("archive", "--format=zip", commit, "lib/compressible", "notebooks") or b""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(io.BytesIO(content)) as archive:
-        archive.extractall(folder)
-        root = Path(folder)
-        found = {f"{file.parent.name}/{file.stem}": notebook_digest(file) for file in root.glob("notebooks/*/*.ipynb")}
-        return library_digest(root / "lib" / "compressible"), found
-
-
-def _git(*arguments: str) -> bytes | None:
-    """What git says; None where it refuses, or is not here."""
-    try:
-        command = ["git", "-C", str(paths.repository()), *arguments]
-        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,0 +1,96 @@
+"""The code of this checkout's commits, and whether what a notebook reaches of it is another than a record's.
+
+Of a commit, git gives the tree once in a process, in a folder that goes away with it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import io
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from compressible.companion.library import ROOT, computing_sources, digest_of, notebook_digest
+from compressible.companion.reached import reached_digest, reached_sources, syntax
+from compressible.runtime import paths
+
+PACKAGE = Path("lib", "compressible")  # where a tree has it
+_COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # nothing that git would take for an option, say
+
+
+def lies_behind(commit: str) -> bool:
+    """Whether a commit is an ancestor of HEAD; not where there is no git."""
+    return bool(_COMMIT.fullmatch(commit)) and _git("merge-base", "--is-ancestor", commit, "HEAD") is not None
+
+
+@lru_cache
+def library_of(commit: str) -> str | None:
+    """`library_digest` of a commit; None where it has no library, or git does not give it."""
+    root = _tree(commit) / PACKAGE
+    files = computing_sources(root)
+    return digest_of(files, root, syntax) if files else None
+
+
+def notebook_of(commit: str, id: str) -> str | None:
+    """The digest of a notebook's code at a commit; None where there is none."""
+    return notebook_digest(_tree(commit) / "notebooks" / f"{id}.ipynb")
+
+
+def reached_at(commit: str, id: str) -> str | None:
+    """`reached_digest` of a notebook at a commit; None where there is none."""
+    return reached_digest(_tree(commit) / "notebooks" / f"{id}.ipynb", _tree(commit) / PACKAGE)
+
+
+def reaches_the_same(record: Mapping[str, Any], notebook: Path) -> bool:
+    """Whether all that a notebook can reach of the library is as it was when a record's numbers were computed.
+
+    A record says it by its digest `reached`. For one without, its commit does, if it lies behind HEAD and has the very
+    library and notebook that the record names; else, or without git, nothing tells it.
+    """
+    if told := record.get("reached"):
+        return bool(told == reached_digest(notebook, ROOT))
+    commit, id = str(record.get("commit")), f"{notebook.parent.name}/{notebook.stem}"
+    if not lies_behind(commit) or not _has_files_of(commit, notebook):
+        return False
+    names = (record.get("library"), record.get("computed_in") or record.get("notebook"))
+    same = names == (library_of(commit), notebook_of(commit, id))
+    return same and reached_at(commit, id) == reached_digest(notebook, ROOT)
+
+
+def _has_files_of(commit: str, notebook: Path) -> bool:
+    """Whether a commit has all that the notebook reaches today; where not, which is told soon, no digest is needed."""
+    pairs = ((file, _tree(commit) / PACKAGE / file.relative_to(ROOT)) for file in reached_sources(notebook, ROOT))
+    return all(other.is_file() and _same(other.read_text("utf-8"), file.read_text("utf-8")) for file, other in pairs)
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or syntax(one) == syntax(other)
+
+
+@lru_cache
+def _tree(commit: str) -> Path:
+    """A folder with the library and the notebooks of a commit; an empty one where git does not give them."""
+    named = _COMMIT.fullmatch(commit)
+    content = _git("archive", "--format=zip", commit, "lib/compressible", "notebooks") if named else None
+    folder = tempfile.mkdtemp(prefix="compressible-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if content:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            archive.extractall(folder)
+    return Path(folder)
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says; None where it refuses, or is not here."""
+    try:
+        command = ["git", "-C", str(paths.repository()), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
