@@ -50,13 +50,19 @@ TREE = {
     "_get('compressible.data.ratings')\n_get('nltk')",
     "data/any": "from importlib import import_module\ndef get(name):\n    return import_module(name)\nget('nltk')",
     "data/handed": "from importlib import import_module\ndef _get(name):\n    return import_module(name)\nx = [_get]",
+    "data/lazy": "from importlib import import_module\ndef __getattr__(name):\n    return import_module(name)",
+    "data/altered": "from importlib import import_module\ndef _get(name):\n    name = name.lower()\n"
+    "    return import_module(name)\n_get('nltk')",
+    "data/marked": "from importlib import import_module\n@print\ndef _get(name):\n    return import_module(name)\n"
+    "_get('nltk')",
+    "data/starred": "from .files import *",
     "data/evaluated": "def value(text): return eval(text, {'__builtins__': {}, 'x': 1})",
     "data/topped": "import compressible",
     "descent/__init__": "",
     "descent/engines/fused": "",  # a folder without a file of its own
     "descent/steps": '"""Example: import compressible as cd; compressible.data.ratings"""\n'
     "def choose():\n    def inner():\n        from compressible.descent.engines.fused import step\n    return inner",
-    "recovery/__init__": "",
+    "recovery/__init__": "from .theory import laws",
     "recovery/theory/__init__": "",
     "recovery/theory/laws": "",
     "runtime/__init__": "",
@@ -91,7 +97,6 @@ FOUND = {
     "import numpy as np\nfrom math import *\n" + CD + "cd.__version__": set(),
 }  # fmt: skip
 ALL = [
-    "import numpy",  # of this library nothing: the digest of nothing would be that of any library
     CD + "tools = cd",
     CD + "getattr(cd, 'descend')",
     CD + "print(vars(cd))",
@@ -121,6 +126,10 @@ ALL = [
     "from compressible.data import any",
     "from compressible.data import handed",
     "from compressible.data import topped",
+    "from compressible.data import lazy",
+    "from compressible.data import altered",
+    "from compressible.data import starred",
+    "from compressible.data import marked",
 ]
 
 
@@ -155,9 +164,14 @@ def test_what_code_reaches_is_found(source: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ALL)
 def test_what_cannot_be_told_reaches_all(source: str, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "compressible")
-    notebook = write_cells(tmp_path / "a.ipynb", "import os", source)
+    notebook = write_cells(tmp_path / "a.ipynb", "import os\nfrom compressible.data import find", source)
     assert reached_sources(notebook, root) == computing_sources(root)
     assert reached_digest(notebook, root) == library_digest(root)
+
+
+def test_where_nothing_is_reached_all_counts_since_the_digest_of_nothing_is_that_of_any_library(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "compressible")
+    assert reached_sources(write_cells(tmp_path / "a.ipynb", "import numpy"), root) == computing_sources(root)
 
 
 def test_a_table_that_is_not_written_out_has_no_names(tmp_path: Path) -> None:
@@ -225,7 +239,7 @@ def git(*arguments: str) -> str:
 @pytest.fixture
 def record(checkout: Path, add_notebook: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A record without the digest, of a checkout with one commit whose own library is the one in use."""
-    id, root = add_notebook("01_good", "from compressible.recovery.theory import laws"), checkout / "lib/compressible"
+    id, root = add_notebook("01_good", IMPORTS), checkout / "lib/compressible"
     shutil.rmtree(root)  # a small one instead, whose digests take no time
     write_tree(root)
     monkeypatch.setattr(committed, "ROOT", root)
@@ -236,6 +250,7 @@ def record(checkout: Path, add_notebook: Callable[..., str], monkeypatch: pytest
     return {"id": id, "commit": git("rev-parse", "HEAD"), **code, "computed_in": code["notebook"]}
 
 
+IMPORTS = "from compressible.recovery.theory import laws\nfrom compressible.companion import maker"
 UNREACHED, REACHED_ONE = "data/ratings.py", "recovery/theory/laws.py"
 
 
@@ -283,6 +298,12 @@ def test_what_no_commit_vouches_for_is_stale(name, record, monkeypatch):
 def test_a_commit_that_is_not_behind_head_vouches_for_nothing(record, monkeypatch):
     git("checkout", "-q", "--orphan", "other")
     git("commit", "-q", "-m", "without history")
+    assert state_after(UNREACHED, record, monkeypatch) == "stale"
+
+
+def test_what_was_reached_then_and_is_not_now_makes_it_stale(record, monkeypatch):
+    """The numbers may have come from it, though no file that is reached today has changed."""
+    (committed.ROOT / "companion" / "maker.py").write_text("")
     assert state_after(UNREACHED, record, monkeypatch) == "stale"
 
 

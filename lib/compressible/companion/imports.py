@@ -160,14 +160,19 @@ def _texts_given(tree: ast.Module, nodes: list[ast.AST], call: ast.Call) -> list
     if isinstance(first, ast.Constant) and isinstance(first.value, str):
         return [first.value]
     around = [node for node in tree.body if isinstance(node, ast.FunctionDef) and call in ast.walk(node)]
-    if not around or not isinstance(first, ast.Name) or not around[0].name.startswith("_"):
+    if not around or not isinstance(first, ast.Name) or not _is_called_here(around[0].name):
         return None
-    names = [each.arg for each in around[0].args.args]
-    written = any(_name(node) == first.id and not isinstance(node.ctx, ast.Load)
-                  for node in ast.walk(around[0]) if isinstance(node, ast.Name))  # fmt: skip
-    if names != [first.id] or around[0].args.defaults or written:
+    arguments, inside = around[0].args, ast.walk(around[0])
+    written = any(node.id == first.id and not isinstance(node.ctx, ast.Load)
+                  for node in inside if isinstance(node, ast.Name))  # fmt: skip
+    if [each.arg for each in arguments.args] != [first.id] or arguments.defaults or written or around[0].decorator_list:
         return None
     return _only_argument(around[0].name, nodes)
+
+
+def _is_called_here(function: str) -> bool:
+    """Whether a function is private to its source; Python itself calls those with two underscores, as __getattr__."""
+    return function.startswith("_") and not function.startswith("__")
 
 
 def _only_argument(function: str, nodes: list[ast.AST]) -> list[str] | None:
