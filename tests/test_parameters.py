@@ -15,7 +15,7 @@ from compressible.runtime import checks
 GOOD = {
     "preset": "quick", "dimension": 100, "rank": 5, "depth": 3, "width": 10, "widths": [10, 20],
     "observed": 0.3, "init_scale": 1e-2, "step_size": 10.0, "step_sizes": [1.0, 2.0], "outer_ratio": 0.0,
-    "steps": 0, "record_every": 1, "tolerance": 0.0, "seed": 0, "seeds": 1,
+    "steps": 1, "record_every": 1, "tolerance": 0.0, "seed": 0, "seeds": 1,
     "rank_guesses": [5, 8], "device": "cuda:1", "users": 943, "items": 1682,
     "splits": ["u1"], "validation_fraction": 0.1, "ridges": [0.0, 0.1],
 }  # fmt: skip

@@ -44,7 +44,7 @@ class Parameter:
 # The upper ends are generous: what is beyond them is beyond any machine, or a slip of the finger.
 _SIZE, _WIDTH, _REPEATS, _COUNT = "[1, 1_000_000]", "[1, 65_536]", "[1, 10_000]", "[1, 1_000_000_000]"
 _COUNT_OR_NONE, _SEED = "[0, 1_000_000_000]", "[0, 4_611_686_018_427_387_904)"  # those that follow stay below 2^63
-_NOT_NEGATIVE, _POSITIVE = "[0, inf)", "(0, inf)"
+_NOT_NEGATIVE, _POSITIVE = "[0, 1e12]", "[1e-12, 1e12]"  # products of a few of these neither vanish nor overflow
 _PRECISIONS = "float32|tf32|bfloat16"
 _NAMES: tuple[tuple[Parameter, str], ...] = (
     (Parameter(int, _SIZE), "dimension large_dimension sparse_dimension users items"),
@@ -91,7 +91,8 @@ _NAMES: tuple[tuple[Parameter, str], ...] = (
         " layer_scales tail_exponents"
         " adam_rates rate_factors noisy_factors",
     ),
-    (Parameter(float, _NOT_NEGATIVE), "outer_ratio tolerance ridge weight_decay noise_ratio"),
+    (Parameter(float, "[0, 10]"), "tolerance"),
+    (Parameter(float, _NOT_NEGATIVE), "outer_ratio ridge weight_decay noise_ratio"),
     (Parameter(float, _NOT_NEGATIVE, many=True), "outer_ratios noise_ratios skews ridges weight_decays"),
     (Parameter(float, "(0, 1]"), "observed large_observed smallest_value keep_rate single_keep_rate"),
     (Parameter(float, "(0, 1]", many=True), "keep_rates strengths"),
@@ -135,6 +136,7 @@ AT_MOST = (
     ("inner_width", ("width",)),
     ("heads", ("width",)),
     ("tuning_steps", ("steps",)),
+    ("record_every", ("steps",)),
     ("rank", ("dimension", "dimensions", "large_dimension", "sparse_dimension", "users", "items", "width", "widths")),
     ("ranks", ("dimension", "dimensions", "users", "items", "width", "widths")),
     ("inner_widths", ("dimension", "dimensions", "users", "items")),
