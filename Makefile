@@ -35,6 +35,7 @@ export GIVEN_PRESET = $(PRESET)
 export GIVEN_LABEL = $(LABEL)
 export GIVEN_JOBS = $(JOBS)
 export GIVEN_GPUS = $(GPUS)
+export GIVEN_ID = $(ID)
 
 .PHONY: help setup figures figure paper lint test tests test-gpu lab site list claims notebooks nbval clean \
 	distclean everything verify release
@@ -78,10 +79,10 @@ figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
 	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$$GIVEN_GPUS" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
 		echo "$$seen GPUs of this machine are hidden from the notebooks: GPUS=$$seen shows them" >&2; fi
 	@$(RUN) python -m compressible build --preset="$$GIVEN_PRESET" --label="$$GIVEN_LABEL" \
-		--jobs="$$GIVEN_JOBS" --gpus="$$GIVEN_GPUS" $(ID)
+		--jobs="$$GIVEN_JOBS" --gpus="$$GIVEN_GPUS" $$GIVEN_ID
 
 figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
-	@test -n "$(ID)" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }
+	@test -n "$$GIVEN_ID" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }
 	@$(MAKE) --no-print-directory figures
 
 paper: PRESET = paper

@@ -79,6 +79,7 @@ def test_a_batch_refuses_in_a_line_and_starts_nothing(arguments, given, told, ba
         ({"GPUS": ""}, {"gpus": "", "jobs": ""}),
         ({"GPUS": "0 1"}, {"gpus": "0 1", "jobs": "2"}),
         ({"GPUS": "one"}, {"gpus": "one", "jobs": "one"}),
+        ({"ID": "kwon2024/05_it's; touch made"}, {}),
         ({"PRESET": "-h", "JOBS": "$(touch made)"}, {"preset": "-h", "label": "-h", "jobs": "$(touch made)"}),
     ],
 )
@@ -86,7 +87,7 @@ def test_make_hands_variables_over_as_they_are(variables, told, tmp_path):
     (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # Of a make that runs these tests, nothing is inherited.
-    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PRESET", "LABEL", "JOBS", "GPUS")
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PRESET", "LABEL", "JOBS", "GPUS", "ID")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
     environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     given = [f"{name}={value.replace('$', '$$')}" for name, value in variables.items()]
@@ -95,6 +96,7 @@ def test_make_hands_variables_over_as_they_are(variables, told, tmp_path):
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert set(done.stdout.splitlines()) >= {f"--{name}={value}" for name, value in told.items()}
+    assert set(done.stdout.splitlines()) >= set(variables.get("ID", "").split())
     assert not (REPOSITORY / "made").exists()
 
 
