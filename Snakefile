@@ -97,9 +97,10 @@ def check(ids):
 
 
 def forget_lost(ids):
-    """Remove the stamps of figures that are not there any more, so that they are made again."""
+    """Remove the stamps of figures of which a file is not there any more, so that they are made again."""
     for id in ids:
-        if not (FIGURES / f"{id}.json").is_file():
+        files = [FIGURES / f"{id}.{suffix}" for suffix in SUFFIXES]
+        if not all(file.is_file() and file.stat().st_size for file in files):
             (FIGURES / ".batch" / id).unlink(missing_ok=True)
 
 
@@ -108,7 +109,8 @@ CHOICES = read_presets()
 HERE = workflow.is_main_process
 ON_GPU = [id for id, entry in CHOICES.items() if (GPUS or not HERE) and entry.get("gpu", False)]
 IDS = choose(str(config.get("ids") or "").split())
-FILES = [f"{FIGURES}/{MADE}.{suffix}" for suffix in ("json", "npz", "pdf", "png")] + [f"{FIGURES}/executed/{MADE}.ipynb"]
+SUFFIXES = ("json", "npz", "pdf", "png")
+FILES = [f"{FIGURES}/{MADE}.{suffix}" for suffix in SUFFIXES] + [f"{FIGURES}/executed/{MADE}.ipynb"]
 STAMP = f"{FIGURES}/.batch/{MADE}"
 if HERE:
     check(IDS)

@@ -510,9 +510,10 @@ def test_snakemake_makes_a_figure_again_that_is_gone(add_notebook, checkout):
     shutil.copy(REPOSITORY / "Snakefile", checkout)
     id = add_notebook("01_good")
     assert snakemake().returncode == 0
-    Path(f"figures/quick/{id}.json").unlink()
-    assert snakemake().returncode == 0
-    assert Path(f"figures/quick/{id}.json").is_file()
+    for suffix in (".json", ".png"):
+        Path(f"figures/quick/{id}{suffix}").unlink()
+        assert snakemake().returncode == 0
+        assert Path(f"figures/quick/{id}{suffix}").is_file()
 
 
 def test_snakemake_goes_on_after_a_kill(add_notebook, checkout):

@@ -90,13 +90,15 @@ def test_last_lines_name_what_was_built_where_and_what_failed(figures: Path) -> 
 
 def test_last_lines_call_nothing_up_to_date_that_was_not_finished_or_not_reached(figures: Path) -> None:
     ids = ["p/01_new", "p/02_kept", "p/03_failed", "p/04_killed"]
-    told = summary(figures, "quick", 200, ids, unfinished=["p/02_kept", "p/03_failed", "p/04_killed"], reached=False)
+    told = summary(figures, "quick", 105, ids, unfinished=["p/02_kept", "p/03_failed", "p/04_killed"], reached=False)
     assert told[:4] == [
         "built: nothing",
         "as it was, up to date or not reached: p/01_new",
         "not finished: p/02_kept, p/04_killed",
         f"failed: p/03_failed: ValueError: got <b>, expected; log: {figures / 'quick/failed/p/03_failed.txt'}",
     ]
+    told = summary(figures, "quick", 200, ids, unfinished=["p/03_failed"])  # killed: its log is of before
+    assert "not finished: p/03_failed" in told and not any(line.startswith("failed") for line in told)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"claims": null, "wall_seconds": null}', "{"])

@@ -43,6 +43,7 @@ class Entry:
     id: str
     made: float  # when its record was written, in seconds of Unix time; 0 without one
     failure: str = ""
+    failed: float = 0.0  # when that log was written
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,6 +93,7 @@ def summary(
     """
     found = [entry for entry in entries(root, preset) if not ids or entry.id in ids]
     built, kept, failed = _parted(found, since)
+    failed = [entry for entry in failed if entry.id not in unfinished or entry.failed >= since]  # not the log of before
     lost = [id for id in unfinished if id not in {entry.id for entry in (*built, *failed)}]
     kept = [entry for entry in kept if entry.id not in lost]
     lines = [f"built: {', '.join(entry.id for entry in built) or 'nothing'}"]
@@ -114,8 +116,9 @@ def entries(root: Path, preset: str) -> list[Entry]:
 
 def _entry(id: str, record: Path | None, log: Path | None) -> Entry:
     made = record.stat().st_mtime if record else 0.0
-    failed = log is not None and log.stat().st_mtime >= made
-    return Entry(id, made, _last_line(log) if log and failed else "", _read(record) if record else {})
+    ended = log.stat().st_mtime if log else -1.0
+    failure = _last_line(log) if log and ended >= made else ""
+    return Entry(id, made, failure, ended if failure else 0.0, _read(record) if record else {})
 
 
 def _read(record: Path) -> dict[str, Any]:
