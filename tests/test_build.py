@@ -108,6 +108,14 @@ def test_a_batch_that_cannot_begin_says_why(batch_of, capfd):
     assert "the batch ended early: " in said.err and "of no use" in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("command", ["run", "build"])
+def test_a_cache_that_cannot_be_written_is_said_at_the_command_line(command, batch_of, capfd, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", os.devnull)
+    assert main([command, batch_of[1]]) == 0
+    said = capfd.readouterr().err
+    assert said.startswith("warning: the cache /dev/null cannot be written (") and said.count("warning: ") == 1
+
+
 def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of, checkout, add_notebook):
     _, good = batch_of
     call = [sys.executable, "-m", "compressible", "build", good]

@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave by the way that cleans up
+    batch.warn_of_cache()
     slot = contextlib.nullcontext() if arguments.gpus is None else gpu_slots.gpu_slot(arguments.gpus)
     started = time.perf_counter()
     with slot:

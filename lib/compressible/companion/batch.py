@@ -59,6 +59,13 @@ def expect_room(folder: Path) -> None:
         raise BatchError(f"{told}; COMPRESSIBLE_FIGURES names another place")
 
 
+def warn_of_cache() -> None:
+    """Say on standard error, before the work, where results cannot be kept: a kernel's warning is in its notebook."""
+    if reason := paths.unwritable(paths.cache_dir() / "results"):
+        told = f"warning: the cache {paths.cache_dir()} cannot be written ({reason}): results are not kept"
+        print(f"{told}; COMPRESSIBLE_CACHE names another folder", file=sys.stderr)
+
+
 def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> bool:
     output, label = staging / "notebook.ipynb", values["preset"]
     executed, failed = executed_path(id, label), failed_path(id, label)

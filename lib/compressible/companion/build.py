@@ -125,6 +125,7 @@ def build(
     root, began = Path(os.path.relpath(paths.figures_dir())), time.time()
     log = root / label / ".batch" / "log.txt"
     batch.expect_room(log.parent)
+    batch.warn_of_cache()
     progress = Progress(minutes, jobs, len(minutes))
     with log.open("wb", buffering=0) as out:  # what a full disk does not take is not tried again at the end
         command = _command(ids, preset, label, jobs, gpus)
