@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,18 @@ def test_runs_that_diverged_and_runs_of_other_lengths_are_shown() -> None:
 def test_what_cannot_be_shown_is_refused(source: object, options: dict, told: str) -> None:
     with pytest.raises((ValueError, RecordError), match=told):
         explore(source, **options)
+
+
+@pytest.mark.parametrize("asked", [
+    {"iteration": -1}, {"iteration": 1e9}, {"iteration": float("nan")}, {"seed": 10}, {"layer": 0}, {"layer": 9},
+])  # fmt: skip
+def test_a_picture_of_what_was_not_recorded_is_refused_and_nothing_moves(asked: dict) -> None:
+    explorer = explore(LAYERS)
+    before = dict(explorer.shown)
+    ((name, value),) = asked.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value!r}, expected ")):
+        explorer.picture(**asked)
+    assert explorer.shown == before
 
 
 def test_refreshed_notebooks_keep_the_picture_and_not_the_widget(add_notebook) -> None:

@@ -68,9 +68,14 @@ class Explorer:
         self._drawn: tuple[Any, list[Move], tuple[int, int]] | None = None
 
     def picture(self, iteration: float | None = None, seed: int | None = None, layer: int | None = None) -> bytes:
-        """PNG of the panels at an iteration; what is not given stays as it was shown last."""
+        """PNG of the panels at an iteration; what is not given stays as it was shown last.
+
+        Raises ValueError for what was not recorded: another seed or layer, from 1, or an iteration outside of the run.
+        """
         given = {"iteration": iteration, "seed": seed, "layer": layer}
-        self.shown |= {name: value for name, value in given.items() if value is not None}
+        asked = {name: value for name, value in given.items() if value is not None}
+        self._expect_recorded(**self.shown | asked)
+        self.shown |= asked
         figure, moves = self._figure()
         for move in moves:
             move(self.shown["iteration"])
@@ -108,6 +113,12 @@ class Explorer:
     def __repr__(self) -> str:
         what = f"{self.layers} layers" if self.layers else ", ".join(self.networks)
         return f"Explorer of {what}: {self.seeds} seeds, {len(self.iterations)} iterations"
+
+    def _expect_recorded(self, iteration: float, seed: int, layer: int) -> None:
+        checks.expect_integer("seed", seed, 0, self.seeds - 1)
+        checks.expect_integer("layer", layer, 1, max(1, self.layers))
+        first, last = self.iterations[[0, -1]].tolist()
+        checks.expect("iteration", iteration, first <= iteration <= last, f"{first:g} to {last:g}")
 
     def _times(self) -> np.ndarray:
         if self.layers:
