@@ -114,9 +114,12 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     """The table in TYPES; DataError naming column, row and value of the first that is none of its column's kind."""
     for column, kind in TYPES.items():
         known = frame[column].astype(str) if frame[column].dtype == bool else frame[column]  # "True" is no id
-        numbers = pd.to_numeric(known, errors="coerce").to_numpy(float)
+        numbers = _numbers(known)
         whole = kind == "int64"
-        fine = np.isfinite(numbers) & ((np.abs(numbers) < EXACT) & (numbers % 1 == 0) if whole else True)
+        fine = np.isfinite(numbers)
+        if whole:
+            fine &= np.abs(numbers) < EXACT
+            fine[fine] = numbers[fine] % 1 == 0
         if not fine.all():
             row = int(np.argmin(fine))
             expected = f"an integer of size below 2^{EXACT.bit_length() - 1}" if whole else "a finite number"
@@ -125,10 +128,28 @@ def _typed(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
     return frame.astype(TYPES)
 
 
+def _numbers(column: pd.Series) -> np.ndarray:
+    """A column as floats, NaN for what is none; infinite where an integer is too large for any."""
+    try:
+        return pd.to_numeric(column, errors="coerce").to_numpy(float)
+    except OverflowError:
+        return np.array([_number(value) for value in column.tolist()])
+
+
+def _number(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return float("nan")
+
+
 def _read_member(path: Path, member: str, separator: str = "\t") -> pd.DataFrame:
-    with zipfile.ZipFile(path) as archive:
-        text = io.BytesIO(archive.read(member))
     columns = [0, 2, 4, 6] if separator == ":" else [0, 1, 2, 3]
     first = 1 if member.endswith(".csv") else 0
-    frame = pd.read_csv(text, sep=separator, header=None, usecols=columns, skiprows=first)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = io.BytesIO(archive.read(member))
+        frame = pd.read_csv(text, sep=separator, header=None, usecols=columns, skiprows=first)
+    except (ValueError, KeyError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+        raise DataError(f"{member} of {path} cannot be read as a table: {one_line(error)}") from error
     return _typed(frame.set_axis(COLUMNS, axis=1), path)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressible.data import movielens
 from compressible.data.manifest import DataError, load_sets
-from compressible.data.movielens import COLUMNS, FOLDS
+from compressible.data.movielens import COLUMNS, EXACT, FOLDS
 from compressible.runtime.checks import expect
 
 
@@ -198,10 +198,11 @@ def rating_metrics(prediction: np.ndarray | Tensor, ratings: Ratings, index: np.
 def _ratings(name: str, frame: pd.DataFrame, source: str, scale: tuple[float, float] | None = None) -> Ratings:
     frame = _last_of_each(frame.sort_values(["user_id", "item_id", "timestamp"], kind="stable")[COLUMNS], source)
     stars = frame["rating"].to_numpy(float)
-    rows = frame.assign(rating=_as_integers(stars)).to_numpy("<i8")
+    mark, whole = _as_integers(stars)
+    rows = frame.assign(rating=whole).to_numpy("<i8")
     user_ids, users = np.unique(rows[:, 0], return_inverse=True)
     item_ids, items = np.unique(rows[:, 1], return_inverse=True)
-    digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+    digest = hashlib.sha256(mark + np.ascontiguousarray(rows).tobytes()).hexdigest()
     if scale is None and len(stars):
         scale = float(stars.min()), float(stars.max())
     known = (name, users, items, stars, rows[:, 3].copy(), user_ids, item_ids, digest, source)
@@ -219,12 +220,15 @@ def _last_of_each(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     return frame[~again]
 
 
-def _as_integers(stars: np.ndarray) -> np.ndarray:
-    """Ratings as different integers: as they are, doubled where some are half stars, else their bits."""
-    for factor in (1, 2):
-        if not (factor * stars % 1).any():
-            return (factor * stars).astype("<i8")
-    return np.ascontiguousarray(stars, "<f8").view("<i8")
+def _as_integers(stars: np.ndarray) -> tuple[bytes, np.ndarray]:
+    """Ratings as different integers, and a mark of how: as they are, doubled where some are half stars, or their bits.
+
+    Without the mark .5, 1, 1.5 would have the digest of 1, 2, 3, and one's cached result would be found for the other.
+    """
+    for factor, mark in ((1, b""), (2, b"halves")):
+        if (np.abs(stars) < EXACT / factor).all() and not (factor * stars % 1).any():
+            return mark, (factor * stars).astype("<i8")
+    return b"bits", np.ascontiguousarray(stars, "<f8").view("<i8")
 
 
 def _frame(ratings: Ratings) -> pd.DataFrame:
