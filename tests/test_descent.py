@@ -219,6 +219,9 @@ def test_divergence_in_a_stack_leaves_the_neighbours_alone(engine):
     [
         ({"step_size": 0.0}, "step_size is 0.0"),
         ({"step_size": math.nan}, "step_size is nan"),
+        ({"step_size": "1"}, "step_size is '1', expected finite > 0"),
+        ({"step_size": None}, "step_size is None"),
+        ({"outer_ratio": 10**400}, "outer_ratio is 1000.*, expected finite >= 0"),
         ({"steps": -1}, "steps is -1"),
         ({"steps": 1.5}, "steps is 1.5"),
         ({"record_every": 0}, "record_every is 0"),

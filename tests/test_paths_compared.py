@@ -38,6 +38,11 @@ def test_the_path_of_the_frozen_network_lies_on_that_of_the_original(curves):
     assert out["shares"][0] > out["shares"][1] > 0 and out["shares"].sum() <= 1 + 1e-9
 
 
+def test_no_plane_where_the_first_start_diverged(curves):
+    with pytest.raises(ValueError, match="original diverged with seed 1, expected a step size"):
+        paths_in_plane(_build, curves | {"original/diverged": np.array([True, False])}, seed=1, frames=8)
+
+
 def test_gaps_of_the_products_are_the_corollarys(curves):
     def pair(generator):
         problem, starts = _build(generator)

@@ -54,3 +54,22 @@ def test_operators_have_the_papers_scale():
     assert operators.shape == (50, 20, 30) and operators.std().item() == pytest.approx(1 / 50, rel=0.02)
     with pytest.raises(ValueError, match="count is 0"):
         cd.gaussian_operators(0, (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("draw", "told"),
+    [
+        (lambda: cd.low_rank_target((4, 4), 2, generator=5), "generator is 5, expected a torch.Generator"),
+        (lambda: cd.random_mask((4, 4), 0.5, generator="0"), "generator is '0'"),
+        (lambda: cd.sparse_low_rank((9, 9), 2, 5, generator=1), "generator is 1"),
+        (lambda: cd.gaussian_operators(2, (4, 4), generator=1), "generator is 1"),
+        (lambda: cd.gaussian_operators("3", (4, 4)), "count is '3', expected at least one measurement"),
+        (lambda: cd.random_mask((4, 4), "half"), "observed is 'half', expected a fraction"),
+        (lambda: cd.sparse_low_rank((9, 9), 2.0, 5), "rank is 2.0, expected 1 <= rank"),
+        (lambda: cd.sparse_low_rank((9, 9), 2, 5.5), "count is 5.5, expected an integer >= 1"),
+        (lambda: cd.sparse_low_rank((9, 9), 2, 80), "count is 80 and hidden 8, expected at most 81 together"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw, told):
+    with pytest.raises(ValueError, match=told):
+        draw()

@@ -107,7 +107,10 @@ def _iterations(snapshots: Any, steps: int) -> set[int]:
 
 
 def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:
-    expect(name, value, not isinstance(value, bool), "a number")
-    tensor = torch.as_tensor(value, dtype=torch.float64)
+    expected = f"finite {'> 0' if exclusive else '>= 0'}"
+    try:
+        tensor = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, None, integers beyond all floats, ragged lists
+        tensor = torch.tensor(torch.nan)
     inside = torch.isfinite(tensor) & (tensor > 0 if exclusive else tensor >= 0)
-    expect(name, value, bool(inside.all()), f"finite {'> 0' if exclusive else '>= 0'}")
+    expect(name, value, bool(inside.all()) and not isinstance(value, bool), expected)

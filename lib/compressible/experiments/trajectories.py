@@ -69,10 +69,12 @@ def paths_in_plane(build: Build, curves: Curves, seed: int, frames: int) -> dict
 
     "<name>/trajectory" (frames, 2) for each start that did not diverge, and "shares" (2,) of the first path's variance.
     The `frames` lie from 5 % before the first start's error begins to drop, by 1 %, to 5 % after its stop, as `curves`
-    of `compare_starts(build, seed, ...)` tell for the first seed.
+    of `compare_starts(build, seed, ...)` tell for the first seed. ValueError where the first start diverged.
     """
     problem, starts = build(torch.Generator().manual_seed(seed))
     first = next(iter(starts))
+    if curves[f"{first}/diverged"][0]:
+        raise ValueError(f"{first} diverged with seed {seed}, expected a step size at which its path spans a plane")
     errors, times = curves[f"{first}/error"][:1], curves[f"{first}/iterations"]
     drop = np.nan_to_num(first_below(errors, 0.99 * errors[0, 0], times)[0])
     marks = [int(mark) for mark in np.linspace(0.95 * drop, 1.05 * curves[f"{first}/stopped"][0], frames)]

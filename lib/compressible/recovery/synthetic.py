@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.runtime.checks import expect_integer, expect_shape
+from compressible.runtime.checks import expect, expect_generator, expect_integer, expect_shape, is_number
 
 
 def low_rank_target(
@@ -47,6 +47,7 @@ def low_rank_target(
     """
     shape = expect_shape(shape)
     rank = expect_integer("rank", rank, 1, min(shape), f"an integer with 1 <= rank <= min(m, n) = {min(shape)}")
+    expect_generator(generator)
     gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
     cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
@@ -85,9 +86,10 @@ def random_mask(
         30.0
     """
     size = math.prod(shape := expect_shape(shape))
-    count = math.floor(observed * size + 1e-9) if math.isfinite(observed) else 0  # 0.3 * 100 is 29.999...
-    if not 0 < observed <= 1 or count < 1:
-        raise ValueError(f"observed is {observed}, expected a fraction in (0, 1] that leaves at least one entry")
+    expect_generator(generator)
+    count = math.floor(observed * size + 1e-9) if is_number(observed) else 0  # 0.3 * 100 is 29.999...
+    told = "a fraction in (0, 1] that leaves at least one entry"
+    expect("observed", observed, is_number(observed, above=0) and observed <= 1 and count >= 1, told)
     keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64)
     if weights is not None:  # the smallest of exponential clocks with these rates
         keys = -torch.log1p(-keys) / _check_weights(weights, shape)
@@ -129,13 +131,13 @@ def sparse_low_rank(
         >>> observed._nnz(), hidden._nnz()
         (5000, 500)
     """
-    hidden = max(count // 10, 1) if hidden is None else hidden
-    shape = expect_shape(shape)
-    size = math.prod(shape)
-    if not 1 <= rank <= min(shape):
-        raise ValueError(f"rank is {rank}, expected 1 <= rank <= min(m, n) = {min(shape)}")
-    if min(count, hidden) < 1 or count + hidden > size:
-        raise ValueError(f"count is {count} and hidden {hidden}, expected each >= 1 and at most {size} together")
+    size = math.prod(shape := expect_shape(shape))
+    expect_generator(generator)
+    rank = expect_integer("rank", rank, 1, min(shape), f"1 <= rank <= min(m, n) = {min(shape)}")
+    count = expect_integer("count", count, 1)
+    hidden = expect_integer("hidden", max(count // 10, 1) if hidden is None else hidden, 1)
+    if count + hidden > size:
+        raise ValueError(f"count is {count} and hidden {hidden}, expected at most {size} together")
     left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
     left /= math.sqrt(rank)
     places = _distinct(size, count + hidden, generator)
@@ -190,8 +192,8 @@ def gaussian_operators(
     Reference:
         P2's matrix sensing.
     """
-    if count < 1:
-        raise ValueError(f"count is {count}, expected at least one measurement")
+    count = expect_integer("count", count, 1, told="at least one measurement")
+    expect_generator(generator)
     gaussian = torch.randn(count, *expect_shape(shape), generator=generator, dtype=torch.float64)
     return gaussian.div_(count).to(dtype=dtype, device=device)
 

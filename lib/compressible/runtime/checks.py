@@ -46,6 +46,12 @@ def is_number(value: object, above: float = -math.inf) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf
 
 
+def expect_generator(generator: object) -> None:
+    """Raise ValueError unless it is a torch.Generator or None; known by its method, without PyTorch."""
+    holds = generator is None or hasattr(generator, "initial_seed")
+    expect("generator", generator, holds, "a torch.Generator, torch.Generator().manual_seed(0) for one, or None")
+
+
 def names(name: str, value: Any, expected: str) -> Any:
     """Return several names as a set, a string or None as it is; ValueError for anything else."""
     if value is None or isinstance(value, str):
