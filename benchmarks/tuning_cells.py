@@ -11,9 +11,12 @@ $COMPRESSIBLE_CACHE/cells. The first call of a part takes the data and the model
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from compressible.companion import notebooks
+from compressible.companion.library import REACHED
+from compressible.companion.reached import reached_digest
 from compressible.experiments.tuning_cells import Cells, merge
 from compressible.experiments.tuning_outcome import label, outcome
 from compressible.experiments.tuning_sweep import planned, sweep_of
@@ -26,7 +29,9 @@ ID = "beyond/07_method_or_tuning"
 def main() -> None:
     """Merge, compute, and say what is missing."""
     asked = _asked()
-    values = notebooks.defaults(notebooks.notebook_path(ID))
+    notebook = notebooks.notebook_path(ID)
+    os.environ[REACHED] = reached_digest(notebook) or ""
+    values = notebooks.defaults(notebook)
     values |= notebooks.plan(ID, asked.preset, overrides=dict(asked.set))
     root = asked.cells or cache_dir() / "cells"
     for folder in asked.merge:

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from transformers import BertConfig, BertForSequenceClassification
 
 import compressible as cd
+from compressible.companion.library import REACHED
 from compressible.experiments import tuned_methods, tuning_sweep, tuning_worker
 from compressible.experiments.tuned_methods import first_step, method, random_frames
 from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge
@@ -159,15 +160,21 @@ def test_cells_of_two_machines_merge_and_those_of_another_setting_are_never_met(
     assert len(list((tmp_path / "here").iterdir())) == 2
 
 
-def test_a_damaged_cell_is_computed_again_and_one_of_another_library_is_marked(tmp_path):
+def test_a_damaged_cell_is_computed_again_and_one_of_another_library_is_marked(tmp_path, monkeypatch):
     cells, cell = Cells({"steps": 3}, tmp_path), Cell("a", 8, 4, "standard", "choose", 1e-3)
     cells.put(cell, Scored([0], [0.5], [1.0], [3.0], 1.5))
     assert cells.made_by([cell])["cells of another library"] == 0
     file = cells.folder / cell.file
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"made": content["made"] | {"library": "older", "commit": "abc"}}))
-    again = Cells({"steps": 3}, tmp_path).made_by([cell])
-    assert again["cells of another library"] == 1 and again["commits"] == ["abc"]
+    again = Cells({"steps": 3}, tmp_path)
+    told = again.made_by([cell])
+    assert told["cells of another library"] == 1 and told["commits"] == ["abc"]
+    monkeypatch.setenv(REACHED, "reached")
+    again.put(cell, Scored([0], [0.5], [1.0], [3.0], 1.5, made={"library": "older"}))  # but not where it matters
+    assert again.made_by([cell])["cells of another library"] == 0
+    monkeypatch.setenv(REACHED, "other")
+    assert again.made_by([cell])["cells of another library"] == 1
     for damaged in ("{", json.dumps(content | {"scores": []}), json.dumps(content | {"cell": {"task": "b"}})):
         file.write_text(damaged)
         with pytest.warns(RuntimeWarning, match="is no cell"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compressible.companion.library import REACHED
 from compressible.companion.provenance import LIBRARY, git_state
 from compressible.runtime.paths import cache_dir, write_atomic
 
@@ -85,7 +87,7 @@ class Cells:
 
     def put(self, cell: Cell, found: Scored) -> None:
         """Write a cell, with the commit and the library that made it; where that fails, it is known to this process."""
-        made = git_state() | {"library": LIBRARY} | found.made
+        made = git_state() | _sources() | found.made
         whole = {"cell": asdict(cell), **asdict(found), "made": made}
         self.known[cell] = Scored(**{**asdict(found), "made": made})
         try:
@@ -102,12 +104,15 @@ class Cells:
         return [cell for cell in cells if self.get(cell) is None]
 
     def made_by(self, cells: Sequence[Cell]) -> dict[str, Any]:
-        """Return the commits of cells, whether all were committed, and how many another library made than this one."""
+        """Return the commits of cells, whether all were committed, and how many another library made than this one.
+
+        Of the library counts what the sweep can reach by imports, where whoever started it told that (`REACHED`).
+        """
         made = [found.made for cell in cells if (found := self.get(cell)) is not None]
         return {
             "commits": sorted({str(each.get("commit")) for each in made}),
             "uncommitted cells": sum(each.get("dirty") is not False for each in made),
-            "cells of another library": sum(each.get("library") != LIBRARY for each in made),
+            "cells of another library": sum(_is_foreign(each) for each in made),
         }
 
 
@@ -122,6 +127,17 @@ def merge(source: str | Path, target: str | Path) -> int:
             place.with_suffix(".part").rename(place)
             copied += file.name != "setting.json"
     return copied
+
+
+def _sources() -> dict[str, Any]:
+    """The digests of the library, and of what of it a notebook reaches, if that was told."""
+    return {"library": LIBRARY, "reached": os.environ.get(REACHED) or None}
+
+
+def _is_foreign(made: Mapping[str, Any]) -> bool:
+    """Whether other sources made a cell than would make it now."""
+    own = _sources()
+    return made.get("library") != LIBRARY and (not own["reached"] or made.get("reached") != own["reached"])
 
 
 def _read(file: Path, cell: Cell) -> Scored:
