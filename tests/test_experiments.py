@@ -123,7 +123,7 @@ def test_curves_are_seen_from_each_ones_own_time():
     since, seen = around(curves, time, np.array([10.0, 20.0, np.nan]))
     assert since.tolist() == [-10, 0, 10, 20]
     np.testing.assert_array_equal(seen, [[0, 1, 2, 3], [6, 7, 8, 9], [np.nan] * 4])
-    assert around(curves, time, np.full(3, np.nan))[1].shape == (3, 0)
+    assert around(curves, time, np.full(3, np.nan))[1].shape == (3, 5)
 
 
 def test_when_the_leading_pair_is_found_beside_the_loss_by_hand():

@@ -84,11 +84,12 @@ def beside_the_loss(curves: Mapping[str, np.ndarray], near: float = 0.9, fallen:
 def around(curves: np.ndarray, time: np.ndarray, when: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return curves (..., S, T) at `time` (T,), evenly spaced from 0, as seen from each seed's own `when` (S,).
 
-    (U,) iterations from there, those that every seed has, and the curves (..., S, U); NaN where `when` is not finite.
+    (U,) iterations from there, those that every seed has, and the curves (..., S, U); NaN where `when` is not finite,
+    at all times where it never is.
     """
     known, every = np.isfinite(when), time[1] - time[0]
     places = np.where(known, when, 0).astype(int) // every
-    ahead, left = (places[known].max(), places[known].min()) if known.any() else (len(time), 0)
+    ahead, left = (places[known].max(), places[known].min()) if known.any() else (0, 0)
     window = np.arange(-left, len(time) - ahead)
     seen = np.take_along_axis(curves, np.broadcast_to(places[:, None] + window, (*curves.shape[:-1], len(window))), -1)
     return every * window, np.where(known[:, None], seen, np.nan)
