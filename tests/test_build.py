@@ -138,6 +138,21 @@ def test_ctrl_c_ends_a_batch_with_its_last_lines_and_the_earlier_figure(batch_of
     assert Path(f"figures/quick/{good}.json").read_bytes() == before
 
 
+def test_an_interrupt_of_the_command_alone_ends_what_it_started_and_starts_no_more(batch_of, add_notebook):
+    both = [add_notebook(name, "import time; time.sleep(300)") for name in ("00_bad", "01_good")]
+    call = [sys.executable, "-m", "compressible", "build", *both, "--jobs", "1"]
+    before_it = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has set it aside
+    batch = subprocess.Popen(call, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before_it)
+    assert until(lambda: list(Path("figures/quick").glob(".staging-*/notebook.ipynb")), 60)
+    started = psutil.Process(batch.pid).children(recursive=True)
+    batch.send_signal(signal.SIGINT)  # not to its group, as a supervisor or `kill -INT` sends it
+    out, err = batch.communicate(timeout=60)
+    assert batch.returncode == build.STOPPED and "Traceback" not in out + err, out + err
+    assert out.startswith("built: nothing\nnot finished: ") and "\nnot reached: " in out
+    assert not any(map(psutil.Process.is_running, started)) and not list(Path("figures/quick").glob(".staging-*"))
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP], ids=lambda how: how.name)
 def test_a_batch_whose_command_is_killed_ends_with_all_that_it_started(how, batch_of, add_notebook):
     slow, good = batch_of

@@ -25,6 +25,7 @@ STARTED = re.compile(r"Job \d+: (?P<id>[\w.-]+/[\w.-]+), preset ")
 COUNTED = re.compile(r"(?P<rule>figure|figure_on_gpu)\s+(?P<count>\d+)")
 STOPPED = 130  # exit status after Ctrl-C, as a shell has it
 TIME_IS_UP = 75  # EX_TEMPFAIL: call again
+PATIENCE = 5  # seconds after Ctrl-C in which a batch ends by itself, before it is ended
 
 
 @dataclass
@@ -153,9 +154,10 @@ def _command(ids: Sequence[str], preset: str, label: str, jobs: int, gpus: int) 
 
 
 def _follow(command: Sequence[str], given: str, out: IO[bytes], progress: Progress, until: float = math.inf) -> int:
-    """Run snakemake, keep what it writes, and show how far it is. It gets a Ctrl-C, too, and is waited for.
+    """Run snakemake, keep what it writes, and show how far it is.
 
-    At `until`, of time.monotonic, it is ended with all that it started; so it is when this process ends, however.
+    At `until`, of time.monotonic, and soon after a Ctrl-C it is ended with all that it started; so it is when this
+    process ends, however.
     """
     told = os.environ | {"COMPRESSIBLE_ARGS": given, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -174,8 +176,11 @@ def _follow(command: Sequence[str], given: str, out: IO[bytes], progress: Progre
                         guard.end(process.pid)
                 break
             except KeyboardInterrupt:
-                stopped = True
-                print("\nstopping: what is under way ends first", file=sys.stderr)
+                # A terminal's goes to all of the batch, which ends by itself. Where it came to this process alone,
+                # snakemake is told to start nothing more, and what is under way is ended a little later.
+                process.terminate()
+                stopped, late, until = True, False, min(until, time.monotonic() + PATIENCE)
+                print("\nstopping: what is under way is ended", file=sys.stderr)
     return STOPPED if stopped else TIME_IS_UP if late else process.returncode
 
 
