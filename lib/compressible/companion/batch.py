@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressible.companion import records
+from compressible.companion import records, staging
 from compressible.companion.library import NOTEBOOK, REACHED, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.companion.provenance import LIBRARY
@@ -36,8 +36,8 @@ def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
     Pictures and record are published only then. A failure leaves the notebook as far as it came, and its
     traceback, under figures/<label>/failed, and whatever an earlier run had published untouched.
     """
-    with _staging(values["preset"]) as staging:
-        return _run_in(staging, id, values, kernel)
+    with _staging(values["preset"]) as folder:
+        return _run_in(folder, id, values, kernel)
 
 
 @contextlib.contextmanager
@@ -45,11 +45,8 @@ def _staging(label: str) -> Iterator[Path]:
     """A folder beside the figures under `label`, so that files move from it in one step; it goes away afterwards."""
     root = paths.figures_dir() / label
     expect_room(root)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=root.resolve()))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with staging.folder_in(root) as folder:
+        yield folder
 
 
 def expect_room(folder: Path) -> None:
@@ -66,14 +63,14 @@ def warn_of_cache() -> None:
         print(f"{told}; COMPRESSIBLE_CACHE names another folder", file=sys.stderr)
 
 
-def _run_in(staging: Path, id: str, values: Mapping[str, Any], kernel: str) -> bool:
-    output, label = staging / "notebook.ipynb", values["preset"]
+def _run_in(folder: Path, id: str, values: Mapping[str, Any], kernel: str) -> bool:
+    output, label = folder / "notebook.ipynb", values["preset"]
     executed, failed = executed_path(id, label), failed_path(id, label)
     try:
         notebook = notebook_path(id)
-        _execute(notebook, output, values, kernel, _told(staging, notebook))
-        _check_library((staging / label / id).with_suffix(".json"))
-        _publish(staging, id, label, SUFFIXES)
+        _execute(notebook, output, values, kernel, _told(folder, notebook))
+        _check_library((folder / label / id).with_suffix(".json"))
+        _publish(folder, id, label, SUFFIXES)
     except Exception as error:
         _keep_failure(output, failed, error)
         return False
@@ -97,28 +94,28 @@ def redraw(id: str, label: str, kernel: str = "python3") -> None:
     try:
         record = records.read(place, id, label)
         records.read_arrays(place, record)
-        with _staging(label) as staging:
-            _redraw_in(staging, notebook, place, {**record["parameters"], "preset": label}, kernel)
+        with _staging(label) as folder:
+            _redraw_in(folder, notebook, place, {**record["parameters"], "preset": label}, kernel)
     except records.RecordError as error:
         command = f"python -m compressible run {id} --preset {label}"
         raise BatchError(f"{id}: {error}; `{command}` makes the record anew") from None
 
 
-def _redraw_in(staging: Path, notebook: Path, place: Path, values: Mapping[str, Any], kernel: str) -> None:
+def _redraw_in(folder: Path, notebook: Path, place: Path, values: Mapping[str, Any], kernel: str) -> None:
     id, label = f"{notebook.parent.name}/{notebook.stem}", values["preset"]
-    kept = staging / place.name  # what is drawn from does not change meanwhile
+    kept = folder / place.name  # what is drawn from does not change meanwhile
     for file in (place, place.with_suffix(".npz")):
         if file.is_file():
             shutil.copy(file, kept.with_suffix(file.suffix))
-    begun = _as_far_as_it_saves(notebook, staging / "begun.ipynb")
-    told = _told(staging, notebook) | {records.VARIABLE: str(kept)}
+    begun = _as_far_as_it_saves(notebook, folder / "begun.ipynb")
+    told = _told(folder, notebook) | {records.VARIABLE: str(kept)}
     try:
-        _execute(begun, staging / "notebook.ipynb", values, kernel, told, notebook.parent)
+        _execute(begun, folder / "notebook.ipynb", values, kernel, told, notebook.parent)
     except Exception as error:
         raise records.RecordError(_reason(error)) from error
     if place.read_bytes() != kept.read_bytes():
         raise BatchError(f"{place.name} has changed while its figure was drawn; redraw it once more")
-    _publish(staging, id, label, (".pdf", ".png", ".json"))
+    _publish(folder, id, label, (".pdf", ".png", ".json"))
 
 
 def _reason(error: Exception, limit: int = 300) -> str:
@@ -139,9 +136,9 @@ def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
     return begun
 
 
-def _told(staging: Path, notebook: Path) -> dict[str, str]:
+def _told(folder: Path, notebook: Path) -> dict[str, str]:
     """What the kernel is told: where things are, where figures go, which notebook it is, and that it computes."""
-    told = {"COMPRESSIBLE_FIGURES": str(staging), NOTEBOOK: notebook_digest(notebook) or ""}
+    told = {"COMPRESSIBLE_FIGURES": str(folder), NOTEBOOK: notebook_digest(notebook) or ""}
     told[REACHED] = reached_digest(notebook) or ""
     return _places() | told | {records.VARIABLE: "", **PICTURES}
 
@@ -191,8 +188,8 @@ def _execute(
         )
 
 
-def _publish(staging: Path, id: str, label: str, suffixes: Sequence[str]) -> None:
-    saved = [(staging / label / id).with_suffix(suffix) for suffix in suffixes]
+def _publish(folder: Path, id: str, label: str, suffixes: Sequence[str]) -> None:
+    saved = [(folder / label / id).with_suffix(suffix) for suffix in suffixes]
     lacking = [file.name for file in saved if not file.exists()]
     if lacking:
         raise BatchError(f"{id} ran through but did not save {', '.join(lacking)} under preset {label!r}")
