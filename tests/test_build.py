@@ -108,6 +108,13 @@ def test_a_batch_that_cannot_begin_says_why(batch_of, capfd):
     assert "the batch ended early: " in said.err and "of no use" in said.err and "Traceback" not in said.err
 
 
+def test_jobs_run_the_python_of_the_command_whatever_the_path_has_first(batch_of, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")  # as where the environment was not activated
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert main(["build", batch_of[1]]) == 0
+
+
 @pytest.mark.parametrize("command", ["run", "build"])
 def test_a_cache_that_cannot_be_written_is_said_at_the_command_line(command, batch_of, capfd, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_CACHE", os.devnull)

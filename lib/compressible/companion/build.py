@@ -159,7 +159,9 @@ def _follow(command: Sequence[str], given: str, out: IO[bytes], progress: Progre
     At `until`, of time.monotonic, and soon after a Ctrl-C it is ended with all that it started; so it is when this
     process ends, however.
     """
-    told = os.environ | {"COMPRESSIBLE_ARGS": given, "PYTHONUNBUFFERED": "1"}
+    # Jobs are calls of `python`: of this one, also where its environment was not activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    told = os.environ | {"PATH": path, "COMPRESSIBLE_ARGS": given, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, cwd=paths.repository(), env=told, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, errors="replace",
