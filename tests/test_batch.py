@@ -544,6 +544,23 @@ def test_snakemake_goes_on_after_a_kill(add_notebook, checkout):
     assert Path(f"figures/quick/{id}.json").is_file()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["terminal", "alone"])
+def test_ctrl_c_stops_a_run_with_a_word_and_leaves_nothing(whole, add_notebook, checkout):
+    id = add_notebook("00_slow", "import time; time.sleep(300)")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has set it aside
+    run = subprocess.Popen([sys.executable, "-m", "compressible", "run", id], start_new_session=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 60
+    while not list(checkout.glob("figures/quick/.staging-*/notebook.ipynb")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    (os.killpg if whole else os.kill)(run.pid, signal.SIGINT)
+    told, _ = run.communicate(timeout=60)
+    assert run.returncode == 130 and told.endswith("stopped\n") and "Traceback" not in told, told
+    assert not list(checkout.glob("figures/quick/.staging-*"))
+
+
 @pytest.mark.parametrize("quoted", ["-p ranks '[2, 3]'", '-p ranks "[2, 3]"'])
 def test_quotes_of_arguments_reach_the_job_as_they_were_checked(quoted, add_notebook, checkout, monkeypatch):
     shutil.copy(REPOSITORY / "Snakefile", checkout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import os
 import shlex
@@ -247,5 +248,15 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _until_stopped() -> int:
+    """Run the command line; 130 after Ctrl-C, as a shell has it, with a word instead of a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what became of a kernel that was interrupted, too
+        print("stopped", file=sys.stderr)
+        return build.STOPPED
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_until_stopped())
