@@ -216,7 +216,14 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", "5", '{"id": 1, "parameters": 5}', '{"id": "a", "preset": "b", "claims": [3]}', "\udcff"]
+    "content",
+    [
+        *("{", "[1]", "5", '{"id": 1, "parameters": 5}', '{"id": "a", "preset": "b", "claims": [3]}', "\udcff"),
+        '{"id": ["a"], "preset": {}, "claims": []}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": []}}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": 3, "metrics": null}}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "arrays": 3}}',
+    ],
 )
 def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):
     add_notebook("01_good")
@@ -227,6 +234,8 @@ def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys
     for arguments in (["list"], ["claims"], ["index", "mine"]):
         assert main(arguments) == 0
     capsys.readouterr()
+    assert main(["list", "--check"]) == 1
+    assert capsys.readouterr().out.startswith(f"{ID}, mine: ")
     assert main(["redraw", ID, "--preset", "mine"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert notebooks.state(ID, "mine") in ("unknown", "done")

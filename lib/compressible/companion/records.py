@@ -146,7 +146,7 @@ def _numbers(value: Any) -> Any:
 
 
 def read(path: Path, id: str, preset: str) -> dict[str, Any]:
-    """The record of a figure. Raises RecordError where it is absent or another's."""
+    """The record of a figure. Raises RecordError where it is absent, no record of a run, or another's."""
     if not path.is_file():
         raise RecordError(f"there is no record {path.name} of {id} under {preset!r}")
     try:
@@ -156,6 +156,8 @@ def read(path: Path, id: str, preset: str) -> dict[str, Any]:
         raise RecordError(f"{path} is no record: {one_line(error)}") from error
     if found != (id, preset):
         raise RecordError(f"{path.name} is the record of {found}, expected {(id, preset)}")
+    if not all(isinstance(record.get(name), dict) for name in ("parameters", "metrics")):
+        raise RecordError(f"{path.name} is no record of a run: it lacks a table of parameters or of metrics")
     return record
 
 

@@ -8,7 +8,6 @@ that is typed by hand, or of code that nobody committed, is told.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from compressible.companion import committed, notebooks, pins, records
 from compressible.data import manifest
-from compressible.runtime import paths
+from compressible.runtime import checks, paths
 
 DIGEST = re.compile("[0-9a-f]{64}")
 HELD = ("library", "notebook", "function", "computed_in", "run")
@@ -30,8 +29,17 @@ def labels(id: str) -> list[str]:
 
 def reasons(id: str, label: str) -> list[str]:
     """Why the record of a figure cannot be trusted as one of this checkout; none where it can."""
+    try:
+        return _reasons(id, label)
+    except records.RecordError as error:
+        return [str(error)]
+    except (AttributeError, KeyError, TypeError) as error:  # a field of another kind than a run's
+        return [f"is no record of a run: {checks.one_line(error)}"]
+
+
+def _reasons(id: str, label: str) -> list[str]:
     path = notebooks.record_path(id, label)
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = records.read(path, id, label)
     told = [f"does not hold the digest {name!r}" for name in HELD if not DIGEST.fullmatch(str(record.get(name)))]
     other = notebooks.differences(id, label, record)
     told += [*other, *_data(record), *_environment(record), *_files(path, record)]

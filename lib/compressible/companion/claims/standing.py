@@ -69,7 +69,8 @@ def read_records(root: Path, preset: str | None = None) -> list[Record]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
-            if all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
+            is_named = isinstance(record["id"], str) and isinstance(record["preset"], str)
+            if is_named and all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
                 found.append(record | named)
         except (OSError, ValueError, KeyError, TypeError):
             continue
