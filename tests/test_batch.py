@@ -223,6 +223,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         f'{{"id": "{ID}", "preset": "mine", "claims": []}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": 3, "metrics": null}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "arrays": 3}}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "not_finite": null}}',
     ],
 )
 def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):

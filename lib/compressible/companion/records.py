@@ -156,8 +156,10 @@ def read(path: Path, id: str, preset: str) -> dict[str, Any]:
         raise RecordError(f"{path} is no record: {one_line(error)}") from error
     if found != (id, preset):
         raise RecordError(f"{path.name} is the record of {found}, expected {(id, preset)}")
-    if not all(isinstance(record.get(name), dict) for name in ("parameters", "metrics")):
-        raise RecordError(f"{path.name} is no record of a run: it lacks a table of parameters or of metrics")
+    held = {name: record.get(name) for name in ("parameters", "metrics")}
+    held |= {"not_finite": record.get("not_finite", {}), "arrays": record.get("arrays") or {}}  # not in older ones
+    if wrong := [name for name, value in held.items() if not isinstance(value, dict)]:
+        raise RecordError(f"{path.name} is no record of a run: it holds no table {' or '.join(wrong)}")
     return record
 
 

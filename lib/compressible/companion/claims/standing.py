@@ -69,8 +69,9 @@ def read_records(root: Path, preset: str | None = None) -> list[Record]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
-            is_named = isinstance(record["id"], str) and isinstance(record["preset"], str)
-            if is_named and all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
+            kinds = {"id": str, "preset": str, "metrics": dict, "not_finite": dict}
+            fits = all(isinstance(record.get(name, kind()), kind) for name, kind in kinds.items())
+            if fits and all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
                 found.append(record | named)
         except (OSError, ValueError, KeyError, TypeError):
             continue
