@@ -224,6 +224,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": 3, "metrics": null}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "arrays": 3}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "not_finite": null}}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "wall_seconds": "1"}}',
     ],
 )
 def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):
@@ -232,7 +233,7 @@ def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys
     file.write_bytes(content.encode(errors="surrogateescape"))
     Path("data").mkdir()
     Path("data/claims.toml").write_text("")
-    for arguments in (["list"], ["claims"], ["index", "mine"]):
+    for arguments in (["list"], ["claims"], ["index", "mine"], ["times"]):
         assert main(arguments) == 0
     capsys.readouterr()
     assert main(["list", "--check"]) == 1

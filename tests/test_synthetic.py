@@ -61,6 +61,7 @@ def test_operators_have_the_papers_scale():
     [
         (lambda: cd.low_rank_target((4, 4), 2, generator=5), "generator is 5, expected a torch.Generator"),
         (lambda: cd.random_mask((4, 4), 0.5, generator="0"), "generator is '0'"),
+        (lambda: cd.random_mask((4, 4), 0.5, generator=torch), "generator is <module 'torch'"),
         (lambda: cd.sparse_low_rank((9, 9), 2, 5, generator=1), "generator is 1"),
         (lambda: cd.gaussian_operators(2, (4, 4), generator=1), "generator is 1"),
         (lambda: cd.gaussian_operators("3", (4, 4)), "count is '3', expected at least one measurement"),

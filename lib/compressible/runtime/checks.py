@@ -47,8 +47,8 @@ def is_number(value: object, above: float = -math.inf) -> bool:
 
 
 def expect_generator(generator: object) -> None:
-    """Raise ValueError unless it is a torch.Generator or None; known by its method, without PyTorch."""
-    holds = generator is None or hasattr(generator, "initial_seed")
+    """Raise ValueError unless it is a torch.Generator or None; known by its methods, without PyTorch."""
+    holds = generator is None or (hasattr(generator, "initial_seed") and hasattr(generator, "get_state"))
     expect("generator", generator, holds, "a torch.Generator, torch.Generator().manual_seed(0) for one, or None")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,7 @@ def read_records(root: Path, preset: str | None = None) -> list[Record]:
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
             kinds = {"id": str, "preset": str, "metrics": dict, "not_finite": dict}
             fits = all(isinstance(record.get(name, kind()), kind) for name, kind in kinds.items())
+            fits &= isinstance(record.get("commit"), str | None) and isinstance(record.get("wall_seconds"), Real | None)
             if fits and all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
                 found.append(record | named)
         except (OSError, ValueError, KeyError, TypeError):
