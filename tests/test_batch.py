@@ -224,7 +224,6 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": 3, "metrics": null}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "arrays": 3}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "not_finite": null}}',
-        f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "wall_seconds": "1"}}',
     ],
 )
 def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):
@@ -241,6 +240,17 @@ def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys
     assert main(["redraw", ID, "--preset", "mine"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert notebooks.state(ID, "mine") in ("unknown", "done")
+
+
+@pytest.mark.parametrize("field", ['"wall_seconds": "1"', '"commit": 3'])
+def test_a_record_of_odd_seconds_or_commit_is_in_no_table(field, add_notebook, capsys):
+    add_notebook("01_good")
+    (file := Path("figures", "mine", f"{ID}.json")).parent.mkdir(parents=True)
+    file.write_text(f'{{"id": "{ID}", "preset": "mine", "claims": [], {field}}}')
+    Path("data").mkdir()
+    Path("data/claims.toml").write_text("")
+    assert main(["times"]) == 0 and main(["claims"]) == 0
+    assert "mine" not in capsys.readouterr().out
 
 
 def test_the_digest_of_a_notebook_is_of_its_code(add_notebook):
