@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import time
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
+from conftest import REPOSITORY
 from text_helpers import PAIRS, save_bert
 
 import compressible as cd
@@ -312,3 +315,29 @@ def test_the_long_form_has_a_row_a_seed_of_the_methods_that_are_shown() -> None:
         [0, 0.0, "LoRA"], [0, 1.0, "LoRA"], [1, 6.0, "LoRA"], [1, 7.0, "LoRA"],
         [0, 4.0, "Deep"], [0, 5.0, "Deep"], [1, 10.0, "Deep"], [1, 11.0, "Deep"],
     ]  # fmt: skip
+
+
+REAL = Path(os.environ.get("COMPRESSIBLE_DATA") or "/nowhere")
+
+
+@pytest.mark.skipif(not (REAL / "glue-qqp").is_dir(), reason="needs COMPRESSIBLE_DATA with glue-*/*.csv.gz")
+def test_as_many_runs_of_the_record_end_with_one_answer_for_all_rows_as_its_notebook_says():
+    record = REPOSITORY / "figures/mpnet/yaras2024/table1_glue.json"
+    asked = json.loads(record.read_text())["parameters"]
+    with np.load(record.with_suffix(".npz")) as arrays:
+        found = {task: of for task, of in zip(asked["tasks"], arrays["scores"], strict=True) if task != "rte"}
+    counts = sum(np.array([ends_constant(task, of) for of in scores]) for task, scores in found.items())
+    count = dict(zip(asked["methods"], counts.tolist(), strict=True))
+    told = "".join(json.loads((REPOSITORY / "notebooks/yaras2024/table1_glue.ipynb").read_text())["cells"][0]["source"])
+    assert f"chance, {count['full']} end with the score of such an answer; of LoRA with the paper's start" in told
+    assert f"start {count['paper']} do, with its standard start none, of compressed at the paper's rates" in told
+    assert f"rates {count['compressed']}." in told and count["standard"] == 0
+
+
+def ends_constant(task: str, scores: np.ndarray) -> int:
+    """How many scores are those of one answer for all validation rows: a class's share, or no correlation."""
+    if task in ("cola", "stsb"):
+        return int((np.abs(scores) < 1e-3).sum())
+    rows = pd.read_csv(REAL / f"glue-{task}/{'validation_matched' if task == 'mnli' else 'validation'}.csv.gz")
+    shares = rows["label"].value_counts(normalize=True).to_numpy()  # long rows are left out: moves one by under .002
+    return int((np.abs(scores[:, None] - shares).min(1) < 0.002).sum())
