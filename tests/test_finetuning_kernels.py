@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import compressible as cd
 from compressible.finetuning.dropout.hash import AXES
 from compressible.finetuning.dropout.per_run import PerRunDropout
+from compressible.finetuning.stacked import adamw
 from compressible.finetuning.stacked.adamw import StackedAdamW
 from compressible.runtime.devices import interpreted
 
@@ -55,20 +56,35 @@ def test_the_kernel_of_adamw_takes_the_plain_steps_and_torchs(kind):
     groups = [{"params": own[2 * run : 2 * run + 2], "lr": rates[run].item()} for run in (0, 1)]
     torchs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)
     for _ in range(4):
-        gradient = torch.randn(fused.value.shape, dtype=kind, device=device)
-        parts = gradient[:30].view(2, 3, 5), gradient[30:].view(2, 4)
+        parts = [torch.randn_like(p) for p in start]
         for run in (0, 1):
             for at, part in enumerate(parts):
                 own[2 * run + at].grad = part[run].clone()
         factor = torch.tensor(1.0, dtype=torch.float64, device=device)
-        for adam, name in ((fused, "step_fused"), (plain, "step_plain")):
-            adam.gradient.copy_(gradient)
+        for adam, pairs, name in zip((fused, plain), given, ("step_fused", "step_plain"), strict=True):
+            for (p, _), part in zip(pairs, parts, strict=True):
+                p.grad.copy_(part)
             adam.step_fused = adam.step_plain = getattr(adam, name)
             adam.step(factor)
         torchs.step()
     torch.testing.assert_close(fused.value, plain.value)
-    both = torch.cat([torch.stack([own[0], own[2]]).flatten(), torch.stack([own[1], own[3]]).flatten()])
-    torch.testing.assert_close(fused.value, both.detach())
+    for at, (p, _) in enumerate(given[0]):
+        torch.testing.assert_close(p.detach(), torch.stack([own[at], own[2 + at]]).detach())
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_tensors_begin_where_a_gpus_products_are_aligned_and_gaps_stay_zero(kind, monkeypatch):
+    monkeypatch.setattr(adamw, "WIDE", 4096)
+    shapes = [(5, 1), (5,), (3, 5, 8, 24), (2, 5, 64, 32)]  # two parts of a head, two factors, of which one is wide
+    pairs = [(nn.Parameter(torch.ones(shape, dtype=kind)), torch.tensor(0.1)) for shape in shapes]
+    adam = StackedAdamW(pairs)
+    assert len(adam.wide) == 1 and adam.small % adamw.PLACE == 0
+    assert [p.data_ptr() % 16 for p, _ in pairs] == [0] * 4
+    assert [(p.data_ptr() - adam.value.data_ptr()) % (adamw.PLACE * p.element_size()) for p, _ in pairs] == [0] * 4
+    sum((p**2).sum() for p, _ in pairs).backward()
+    adam.step(torch.tensor(1.0, dtype=torch.float64))
+    inside = sum(p.numel() for p, _ in pairs)
+    assert int((adam.value != 0).sum()) == inside < len(adam.value) and bool((adam.value < 1).all())
 
 
 @dataclass

@@ -81,7 +81,7 @@ def test_the_kernel_takes_the_plain_steps_of_wide_tensors_and_torchs(kind, monke
     start = [torch.randn(shape, dtype=kind, device=DEVICE) for shape in shapes]
     made = [[(nn.Parameter(p.clone()), r) for p, r in zip(start, shapes.values(), strict=True)] for _ in range(2)]
     adams = [adamw.StackedAdamW(pairs) for pairs in made]
-    assert all(len(adam.wide) == 2 and adam.small == 70 for adam in adams)
+    assert all(len(adam.wide) == 2 and adam.small == 128 for adam in adams)  # 70 numbers and a gap
     own = [nn.Parameter(part.clone()) for part in (start[0][:, 0], start[0][:, 1], start[1][0], start[1][1], start[2])]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(own, [1e-2, 3e-2, 1e-2, 3e-2, 2e-2], strict=True)]
     torchs = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0)

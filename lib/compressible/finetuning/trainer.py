@@ -149,7 +149,7 @@ class Trainer:
     def _checkpoint(self, path: Path, keep_factors: bool) -> Checkpoint:
         adam = self.adam
         state = {"losses": self.losses, "value": adam.value, "mean": adam.mean, "square": adam.square}
-        key = digests(self.stacked, [self.decay_ratio, keep_factors, adam.shapes])
+        key = digests(self.stacked, [self.decay_ratio, keep_factors, adam.shapes, len(adam.value)])
         return Checkpoint(path, key, state | {"count": adam.count}, self.steps, keep_factors)
 
     def _histories(self, kept: Kept, peak: int) -> list[RunHistory]:

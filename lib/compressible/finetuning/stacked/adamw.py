@@ -15,6 +15,9 @@ from compressible.runtime.devices import has_triton
 # Numbers from which a tensor has a step of its own, and what one run's share of it must be a multiple of, since a
 # program of the kernel has one rate.
 WIDE, SHARE = 2**22, 1024
+# Tensors begin at multiples of so many numbers: from an odd place, which the bias of a head is enough for, a GPU's
+# library takes its kernels for unaligned matrices, and the products of full width take several times as long.
+PLACE = 64
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class StackedAdamW:
 
     parameters: pairs of a tensor and the rates that broadcast against it, () or one a run on the first axis of theirs.
     Values become views of a flat vector, and so do gradients, so that a step is a handful of kernels however many
-    layers there are. The gradients of wide tensors, of which there are few, stay where a backward pass puts them, which
-    spares them four passes through memory; the wide come last. A run whose values are no longer finite does not touch
-    the others.
+    layers there are; gaps between them stay zero. The gradients of wide tensors, of which there are few, stay where a
+    backward pass puts them, which spares them four passes through memory; the wide come last. A run whose values are no
+    longer finite does not touch the others.
     """
 
     def __init__(
@@ -48,8 +51,8 @@ class StackedAdamW:
         self.shapes = [tuple(parameter.shape) for parameter, _ in ordered]
         first = ordered[0][0]
         kind = functools.reduce(torch.promote_types, [parameter.dtype for parameter, _ in ordered])
-        self.small = sum(parameter.numel() for parameter, rates in ordered if not _is_wide(parameter, rates))
-        total = sum(parameter.numel() for parameter, _ in ordered)
+        self.small = sum(_room(parameter) for parameter, rates in ordered if not _is_wide(parameter, rates))
+        total = sum(_room(parameter) for parameter, _ in ordered)
         sizes = [total] * 3 + [self.small] * 2
         empty = [torch.zeros(size, dtype=kind, device=first.device) for size in sizes]
         self.value, self.mean, self.square, self.gradient, self.rate = empty
@@ -60,7 +63,7 @@ class StackedAdamW:
         begin = 0
         for parameter, rates in ordered:
             view = slice(begin, begin + parameter.numel())
-            begin = view.stop
+            begin += _room(parameter)
             self._place(parameter, view, rates.to(first.device, kind))
 
     def _place(self, parameter: nn.Parameter, view: slice, rates: Tensor) -> None:
@@ -121,6 +124,11 @@ class StackedAdamW:
 
     def _parts(self, view: slice) -> tuple[Tensor, Tensor, Tensor]:
         return self.value[view], self.mean[view], self.square[view]
+
+
+def _room(parameter: Tensor) -> int:
+    """How many numbers of the flat vector a tensor takes, up to where the next may begin."""
+    return -(-parameter.numel() // PLACE) * PLACE
 
 
 def _share(parameter: Tensor, rates: Tensor) -> int:
