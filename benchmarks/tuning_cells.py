@@ -2,6 +2,7 @@
 
     python benchmarks/tuning_cells.py --preset mpnet --seconds 540 --cells CELLS      # goes on where CELLS is
     python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --merge FROM       # from another machine
+    python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --seconds 0 --pack FILE    # as one file, for --merge
     python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --seconds 0 --set methods '["standard", "thin"]'
 
 A call ends after about so many seconds, with whole cells in the folder; the notebook reads those in
@@ -17,7 +18,7 @@ from pathlib import Path
 from compressible.companion import notebooks
 from compressible.companion.library import REACHED
 from compressible.companion.reached import reached_digest
-from compressible.experiments.tuning_cells import Cells, merge
+from compressible.experiments.tuning_cells import Cells, merge, pack
 from compressible.experiments.tuning_outcome import label, outcome
 from compressible.experiments.tuning_sweep import planned, sweep_of
 from compressible.experiments.tuning_worker import Worker
@@ -41,6 +42,8 @@ def main() -> None:
     if asked.seconds > 0:
         devices = None if values["devices"] == "one" else values["devices"]
         Worker(sweep, cells, values["device"], devices, asked.seconds, values["max_stack"]).work()
+    if asked.pack:
+        print(f"{pack(cells.folder.parent, asked.pack)} cells in {asked.pack}")
     found = outcome(sweep, cells)
     print(f"{found['cells']} cells of finished parts, {found['cell seconds']:.0f} device seconds, in {cells.folder}")
     missing = set(found["missing"])
@@ -54,7 +57,9 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no further call after so long; 0: none")
     parser.add_argument("--cells", type=Path, help="folder of the cells, by default in the cache")
-    parser.add_argument("--merge", type=Path, action="append", default=[], help="folder to take further cells from")
+    parser.add_argument("--merge", type=Path, action="append", default=[], help="folder, or file of --pack, to take "
+                        "further cells from")  # fmt: skip
+    parser.add_argument("--pack", type=Path, help="file to write all cells of the folder to")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     return parser.parse_args()
 

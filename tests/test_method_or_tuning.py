@@ -16,7 +16,7 @@ import compressible as cd
 from compressible.companion.library import REACHED
 from compressible.experiments import tuned_methods, tuning_sweep, tuning_worker
 from compressible.experiments.tuned_methods import first_step, method, random_frames
-from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge
+from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge, pack
 from compressible.experiments.tuning_outcome import outcome, stacked, unstacked, window
 from compressible.experiments.tuning_rates import chosen_rate
 from compressible.experiments.tuning_sweep import Sweep
@@ -158,6 +158,29 @@ def test_cells_of_two_machines_merge_and_those_of_another_setting_are_never_met(
     assert merged.missing([one, other]) == []
     np.testing.assert_array_equal(merged.get(other).scores, found.scores)
     assert len(list((tmp_path / "here").iterdir())) == 2
+
+
+def test_cells_travel_as_one_file_and_come_out_as_they_were(tmp_path):
+    one, other = (Cell("a", 8, 4, "standard", "choose", rate) for rate in (1e-5, 1e-2))
+    for setting, cell in (({"steps": 3}, one), ({"steps": 3}, other), ({"steps": 4}, one)):
+        Cells(setting, tmp_path / "here").put(cell, Scored([0, 1], [0.5, math.nan], [1.0, 2.0], [3.0, 4.0], 1.5))
+    file = tmp_path / "cells.jsonl"
+    assert pack(tmp_path / "here", file) == 3 and len(file.read_text().splitlines()) == 5
+    assert merge(file, tmp_path / "there") == 3 and merge(file, tmp_path / "there") == 0
+    inside = [path.relative_to(tmp_path / "here") for path in sorted((tmp_path / "here").glob("*/*.json"))]
+    assert len(inside) == 5
+    for path in inside:
+        assert (tmp_path / "there" / path).read_bytes() == (tmp_path / "here" / path).read_bytes()
+    assert pack(tmp_path / "there", tmp_path / "again.jsonl") == 3
+    assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("line", ["{", "3", '{"file": "../a.json", "content": {}}', '{"content": {}}'])
+def test_a_file_that_is_none_of_cells_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / "cells.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"cells.jsonl, line 1, holds no cell"):
+        merge(tmp_path / "cells.jsonl", tmp_path / "there")
+    assert not (tmp_path / "there").exists()
 
 
 def test_a_damaged_cell_is_computed_again_and_one_of_another_library_is_marked(tmp_path, monkeypatch):

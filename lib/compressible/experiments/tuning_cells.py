@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +21,11 @@ from typing import Any
 
 from compressible.companion.library import REACHED
 from compressible.companion.provenance import LIBRARY, git_state
+from compressible.runtime.checks import expect, one_line
 from compressible.runtime.paths import cache_dir, write_atomic
 
 STAGES = ("choose", "judge")
+PLACE = re.compile(r"[0-9a-f]{12}/[\w.+-]+\.json")  # of a cell below a root
 
 
 @dataclass(frozen=True, order=True)
@@ -117,16 +119,45 @@ class Cells:
 
 
 def merge(source: str | Path, target: str | Path) -> int:
-    """Copy the cells that the folder `target` lacks from `source`, both roots of several settings; return how many."""
+    """Copy the cells that the root `target` lacks from `source`, such a folder of several settings or a file of `pack`.
+
+    Returns how many. Raises ValueError where the file is none of `pack`.
+    """
     copied = 0
-    for file in sorted(Path(source).glob("*/*.json")):
-        place = Path(target) / file.parent.name / file.name
+    for inside, content in _files_of(Path(source)):
+        place = Path(target) / inside
         if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place.with_suffix(".part"))
-            place.with_suffix(".part").rename(place)
-            copied += file.name != "setting.json"
+            write_atomic(place, content)
+            copied += place.name != "setting.json"
     return copied
+
+
+def pack(source: str | Path, file: str | Path) -> int:
+    """Write all cells and settings below `source` to one file, a line each, in order; return how many cells there are.
+
+    So a sweep that goes on elsewhere, or another day, travels as one file, whose lines can be compared.
+    """
+    files = _files_of(Path(source))
+    lines = [json.dumps({"file": inside, "content": json.loads(content)}) for inside, content in files]
+    write_atomic(file, "".join(f"{line}\n" for line in lines))
+    return sum(not inside.endswith("/setting.json") for inside, _ in files)
+
+
+def _files_of(source: Path) -> list[tuple[str, str]]:
+    """Places, below a root, and contents of cells and settings, those of a folder or of a file of `pack`."""
+    if source.is_dir():
+        files = sorted(source.glob("*/*.json"))
+        return [(f"{file.parent.name}/{file.name}", file.read_text("utf-8")) for file in files]
+    found = []
+    for number, line in enumerate(source.read_text("utf-8").splitlines(), 1):
+        try:
+            held = json.loads(line)
+            inside, content = held["file"], held["content"]
+            expect("file", inside, bool(PLACE.fullmatch(inside)), "DIGEST/NAME.json")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source}, line {number}, holds no cell ({one_line(error)})") from error
+        found.append((inside, json.dumps(content, indent=1) + "\n"))
+    return found
 
 
 def _sources() -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Prints the calls of lanes.py for all records of some presets that the code here did not make, the longest first.
+
+    python profiles/offline/jobs.py --presets paper mpnet --split yaras2024/table1_glue tasks > .gpu/jobs.sh
+
+Made where the records are; they need not travel. A notebook that is split gets a job for each value of a list, under a
+label of its own, and one that runs it whole afterwards and finds the parts in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+
+from compressible.companion import notebooks
+
+
+def wanted(presets: Sequence[str], leave: Sequence[str]) -> list[tuple[float, str, str, str]]:
+    """Minutes, kind of lane, id and preset of what is not done, the longest first."""
+    found = []
+    for id in notebooks.ids():
+        for label, preset in notebooks.presets(id).items():
+            left = any(fnmatch(_name(id, label), each) for each in leave)
+            if label in presets and not left and notebooks.state(id, label) != "done":
+                found.append((preset.minutes, "gpu" if preset.gpu else "core", id, label))
+    return sorted(found, reverse=True)
+
+
+def calls(id: str, preset: str, kind: str, split: Mapping[str, str]) -> Iterator[list[str]]:
+    """The arguments of lanes.py for a record, after its parts."""
+    run, name, after = ["python3", "-m", "compressible", "run", id, "--preset", preset], _name(id, preset), list[str]()
+    values = notebooks.defaults(notebooks.notebook_path(id)) | notebooks.plan(id, preset)
+    for value in values[split[id]] if id in split else ():
+        given = ["--label", f"part-{value}", "-p", split[id], json.dumps([value])]
+        yield ["push", "--on", kind, f"{name}.{value}", "--", *run, *given]
+        after += ["--after", f"{name}.{value}"]
+    yield ["push", "--on", kind, *after, name, "--", *run]
+
+
+def _name(id: str, preset: str) -> str:
+    return f"{preset}.{id.replace('/', '.')}"
+
+
+def main() -> None:
+    """Print the calls."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", required=True)
+    parser.add_argument("--leave", nargs="*", default=[], metavar="NAME", help="such as 'paper.yaras2024.*'")
+    parser.add_argument("--split", nargs=2, action="append", default=[], metavar=("ID", "NAME"))
+    asked = parser.parse_args()
+    for minutes, kind, id, preset in wanted(asked.presets, asked.leave):
+        print(f"{id} {preset}: {minutes:g} min, {kind}", file=sys.stderr)
+        for call in calls(id, preset, kind, dict(asked.split)):
+            print(shlex.join(["python3", "profiles/offline/lanes.py", *call]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""A queue of commands for the GPUs and cores of one host, which goes on between short calls of it.
+
+    python profiles/offline/lanes.py start --gpus 4 --each 2 --cores 8     # lanes, each with one command at a time
+    python profiles/offline/lanes.py push mpnet-08 -- python -m compressible run yaras2024/08_few_shot --preset mpnet
+    python profiles/offline/lanes.py push --on core paper-05 -- python -m compressible run kwon2024/05_completion
+    python profiles/offline/lanes.py wait 540      # says what ends; status 75: something is left, 1: something failed
+    python profiles/offline/lanes.py collect OUT figures/paper figures/mpnet       # archives of what is there by now
+    python profiles/offline/lanes.py stop
+
+Some hosts run a command for minutes and then end what it started; a lane is a session of its own and goes on. Whatever
+is there lies in $COMPRESSIBLE_LANES (by default a folder of /tmp): jobs move from `queue` to `running` to `ended`, each
+a small JSON file, with its output in `logs`. A lane shows its commands one GPU, or none. Only Python itself is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+KINDS = ("gpu", "core")
+NAME = re.compile(r"[\w.-]+")
+LEFT, FAILED = 75, 1  # exit statuses of `wait`: call again; something failed
+SKIPPED = re.compile(r"(^|/)(executed|failed|\.[^/]*)(/|$)")  # of folders of figures: what is not published
+
+
+def root() -> Path:
+    """The folder of the queue."""
+    named = os.environ.get("COMPRESSIBLE_LANES")
+    return Path(named) if named else Path(tempfile.gettempdir()) / f"compressible-lanes-{os.getuid()}"
+
+
+def start(gpus: int, each: int, cores: int) -> None:
+    """Start the lanes that are not there."""
+    (root() / "stopped").unlink(missing_ok=True)
+    lanes = [(f"gpu{gpu}{chr(97 + turn)}", str(gpu)) for turn in range(each) for gpu in range(gpus)]
+    lanes += [(f"core{core}", "") for core in range(cores)]
+    for name, shown in lanes:
+        command = [sys.executable, __file__, "lane", name, "--shown", shown]
+        with _log(f"lane-{name}").open("ab") as log:
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def lane(name: str, shown: str) -> None:
+    """Run jobs one after another until `stop`; a lane of this name that is there already is enough."""
+    with (_folder("lanes") / name).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        while not (root() / "stopped").exists():
+            job = _taken(name, "gpu" if shown else "core")
+            if job is None:
+                time.sleep(0.2)
+            else:
+                _run(job, name, shown)
+
+
+def _taken(name: str, kind: str) -> Path | None:
+    """The next job whose forerunners are done, moved to what runs: only one lane can move it."""
+    done = {job["name"] for job in _jobs("ended") if job["status"] == 0}
+    for file in sorted(_folder("queue").glob(f"*.{kind}.json")):
+        try:
+            if not done.issuperset(json.loads(file.read_text())["after"]):
+                continue
+            return file.rename(_folder("running") / file.name)
+        except FileNotFoundError:
+            continue
+    return None
+
+
+def _run(file: Path, name: str, shown: str) -> None:
+    job, began = json.loads(file.read_text()), time.time()
+    job |= {"lane": name, "began": began}
+    _write(file, job)
+    told = os.environ | job["environment"] | {"CUDA_VISIBLE_DEVICES": shown, "OMP_NUM_THREADS": "1"}
+    with _log(job["name"]).open("ab") as log:
+        try:
+            # A session of its own, so that `stop` ends a command with all that it started.
+            process = subprocess.Popen(job["command"], cwd=job["folder"], env=told, stdin=subprocess.DEVNULL,
+                                       stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+            _write(file, job | {"process": process.pid})
+            status = process.wait()
+        except OSError as error:
+            log.write(f"{error}\n".encode())
+            status = 127
+    kept = {key: value for key, value in job.items() if key != "environment"}  # which archives would carry along
+    _write(_folder("ended") / file.name, kept | {"status": status, "seconds": round(time.time() - began, 1)})
+    file.unlink()
+
+
+def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = ()) -> None:
+    """Queue a command, which runs where this call runs and with its environment, once the jobs `after` are done."""
+    if not NAME.fullmatch(name) or not command:
+        told = f"name is {name!r} and command {list(command)}"
+        raise SystemExit(f"{told}, expected a name of letters, digits, '.', '_' and '-', and a command")
+    if any(known["name"] == name for folder in ("queue", "running", "ended") for known in _jobs(folder)):
+        raise SystemExit(f"name is {name!r}, expected one that no job has had")
+    job = {"name": name, "command": list(command), "folder": os.getcwd(), "environment": dict(os.environ)}
+    job["after"] = list(after)
+    _write(_folder("queue") / f"{time.time_ns()}.{name}.{kind}.json", job)
+
+
+def wait(seconds: float, lines: int = 1) -> int:
+    """Say what ends, until all has or the time is over, then what is under way; the exit status."""
+    until, told = time.monotonic() + seconds, set[str]()
+    while True:
+        for job in _jobs("ended"):
+            if job["name"] not in told:
+                told.add(job["name"])
+                how = "done" if job["status"] == 0 else f"FAILED with status {job['status']}"
+                print(f"{job['name']}: {how} after {job['seconds']:.0f} s on {job['lane']}", flush=True)
+        left = len(_jobs("queue")) + len(_jobs("running"))
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.2)
+    for job in _jobs("running"):
+        last = _log(job["name"]).read_text(errors="replace").splitlines()[-lines:] if lines else []
+        print(f"{job['name']}: under way on {job.get('lane')}", *last, sep="\n    ", flush=True)
+    print(f"{len(_jobs('queue'))} wait, {len(_jobs('running'))} under way, {len(told)} ended", flush=True)
+    return LEFT if left else FAILED if any(job["status"] for job in _jobs("ended")) else 0
+
+
+def stop() -> None:
+    """End all lanes and what they run; what waits is left in the queue."""
+    (_folder("running").parent / "stopped").touch()
+    for job in _jobs("running"):
+        if "process" in job:
+            try:
+                os.killpg(job["process"], signal.SIGTERM)
+            except ProcessLookupError:
+                continue
+
+
+def collect(out: Path, folders: Sequence[Path], size: float) -> list[Path]:
+    """Write archives of at most about `size` MB of all published files in the folders, and the logs; return them."""
+    out.mkdir(parents=True, exist_ok=True)
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = [file for file in files if not SKIPPED.search(file.as_posix())]
+    files += sorted(_folder("ended").glob("*.json")) + sorted(_folder("logs").iterdir())
+    made: list[Path] = []
+    for number, part in enumerate(_parts(files, size * 1e6)):
+        made.append(out / f"collected{number}.tar.gz")
+        with tarfile.open(made[-1], "w:gz") as archive:
+            for file in part:
+                inside = os.path.relpath(file, root()) if root() in file.parents else os.path.relpath(file)
+                archive.add(file, arcname=inside.replace("../", ""))
+    return made
+
+
+def _parts(files: Sequence[Path], size: float) -> Iterator[list[Path]]:
+    part, held = list[Path](), 0.0
+    for file in files:
+        own = file.stat().st_size
+        if part and held + own > size:
+            yield part
+            part, held = [], 0.0
+        part.append(file)
+        held += own
+    if part:
+        yield part
+
+
+def _folder(name: str) -> Path:
+    folder = root() / name
+    root().mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs hold their environment
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _log(name: str) -> Path:
+    return _folder("logs") / f"{name}.log"
+
+
+def _jobs(folder: str) -> list[dict[str, Any]]:
+    """The jobs of a folder, in their order; one that moves on meanwhile is left out."""
+    found = []
+    for file in sorted(_folder(folder).glob("*.json")):
+        try:
+            found.append(json.loads(file.read_text()))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.rename(path)
+
+
+def main() -> int:
+    """Run one subcommand."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="verb", required=True)
+    begin = commands.add_parser("start")
+    for name in ("--gpus", "--each", "--cores"):
+        begin.add_argument(name, type=int, default=int(name == "--each"))
+    one = commands.add_parser("lane")
+    one.add_argument("name")
+    one.add_argument("--shown", default="")
+    queued = commands.add_parser("push")
+    queued.add_argument("--on", choices=KINDS, default="gpu")
+    queued.add_argument("--after", action="append", default=[], metavar="NAME", help="wait until that one is done")
+    queued.add_argument("name")
+    queued.add_argument("command", nargs="+")
+    waiting = commands.add_parser("wait")
+    waiting.add_argument("seconds", type=float)
+    waiting.add_argument("--lines", type=int, default=1, help="of the output of what is under way")
+    commands.add_parser("stop")
+    packed = commands.add_parser("collect")
+    packed.add_argument("out", type=Path)
+    packed.add_argument("folders", type=Path, nargs="*")
+    packed.add_argument("--mb", type=float, default=15, help="about how large an archive may be")
+    asked = parser.parse_args()
+    if asked.verb == "wait":
+        return wait(asked.seconds, asked.lines)
+    if asked.verb == "collect":
+        print(*collect(asked.out, asked.folders, asked.mb), sep="\n")
+    elif asked.verb == "start":
+        start(asked.gpus, asked.each, asked.cores)
+    elif asked.verb == "push":
+        push(asked.name, asked.on, asked.command, asked.after)
+    elif asked.verb == "lane":
+        lane(asked.name, asked.shown)
+    else:
+        stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""profiles/offline: jobs in lanes that go on between calls, and files that travel in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+OFFLINE = Path(__file__).parents[1] / "profiles/offline"
+
+
+def call(script: str, *arguments: str, status: int = 0, **told: str) -> str:
+    command = [sys.executable, str(OFFLINE / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | told, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def lanes(tmp_path):
+    place = {"COMPRESSIBLE_LANES": str(tmp_path / "lanes")}
+    yield lambda *arguments, status=0: call("lanes.py", *arguments, status=status, **place)
+    call("lanes.py", "stop", **place)
+
+
+def shows(variable: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, time; print(os.environ[{variable!r}]); time.sleep(0.3)"]
+
+
+def test_jobs_run_in_lanes_that_show_one_gpu_or_none_and_outlive_the_call(lanes, tmp_path):
+    lanes("start", "--gpus", "2", "--cores", "1")
+    for name in ("a", "b", "c"):
+        lanes("push", name, "--", *shows("CUDA_VISIBLE_DEVICES"))
+    lanes("push", "--on", "core", "d", "--", *shows("CUDA_VISIBLE_DEVICES"))
+    told = lanes("wait", "60")
+    assert "0 wait, 0 under way, 4 ended" in told and told.count(": done after") == 4
+    logs = {name: (tmp_path / f"lanes/logs/{name}.log").read_text().strip() for name in "abcd"}
+    assert {logs[name] for name in "abc"} == {"0", "1"} and logs["d"] == ""
+    ended = [json.loads(file.read_text()) for file in (tmp_path / "lanes/ended").iterdir()]
+    assert {job["lane"] for job in ended} == {"gpu0a", "gpu1a", "core0"} and {job["status"] for job in ended} == {0}
+    assert (tmp_path / "lanes").stat().st_mode & 0o077 == 0
+
+
+def test_a_job_waits_for_those_that_it_comes_after_and_a_failure_is_told(lanes):
+    lanes("start", "--cores", "2")
+    lanes("push", "--on", "core", "--after", "first", "second", "--", sys.executable, "-c", "print('then')")
+    assert "1 wait, 0 under way" in lanes("wait", "0.5", status=75)
+    lanes("push", "--on", "core", "first", "--", *shows("PATH"))
+    assert lanes("wait", "60").count("done") == 2
+    lanes("push", "--on", "core", "bad", "--", sys.executable, "-c", "raise SystemExit(3)")
+    lanes("push", "--on", "core", "none", "--", "/no/such/program")
+    told = lanes("wait", "60", status=1)
+    assert "bad: FAILED with status 3" in told and "none: FAILED with status 127" in told
+
+
+def test_start_twice_makes_no_lane_twice_and_stop_ends_what_runs(lanes, tmp_path):
+    for _ in range(2):
+        lanes("start", "--cores", "1")
+    lanes("push", "--on", "core", "long", "--", sys.executable, "-c", "import time; time.sleep(600)")
+    lanes("push", "--on", "core", "next", "--", *shows("PATH"))
+    assert "long: under way on core0" in lanes("wait", "2", status=75)
+    lanes("stop")
+    until = time.monotonic() + 30
+    while not list((tmp_path / "lanes/ended").glob("*")) and time.monotonic() < until:
+        time.sleep(0.1)
+    told = lanes("wait", "0", status=75)
+    assert f"long: FAILED with status {-signal.SIGTERM}" in told and "1 wait, 0 under way" in told
+    lanes("start", "--cores", "1")
+    assert "next: done" in lanes("wait", "60", status=1)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "a/b"])
+def test_odd_names_are_refused(lanes, name):
+    assert "expected a name of letters" in lanes("push", name, "--", "true", status=1)
+
+
+def test_a_name_comes_once(lanes):
+    lanes("push", "one", "--", "true")
+    assert "name is 'one', expected one that no job has had" in lanes("push", "one", "--", "true", status=1)
+
+
+def test_published_files_and_logs_come_back_in_archives_of_a_size(lanes, tmp_path):
+    figures = tmp_path / "figures/paper"
+    for file in ("kwon2024/05.json", "kwon2024/05.png", "executed/kwon2024/05.ipynb", ".batch/log.txt"):
+        (figures / file).parent.mkdir(parents=True, exist_ok=True)
+        (figures / file).write_bytes(os.urandom(60_000))
+    lanes("start", "--cores", "1")
+    lanes("push", "--on", "core", "one", "--", *shows("PATH"))
+    lanes("wait", "60")
+    made = lanes("collect", str(tmp_path / "out"), str(figures), "--mb", "0.1").split()
+    names = []
+    for file in made:
+        with tarfile.open(file) as archive:
+            names += archive.getnames()
+    assert len(made) == 2 and len(names) == len(set(names))
+    assert sorted(Path(name).name for name in names if "05" in name) == ["05.json", "05.png"]
+    assert any(name.endswith("logs/one.log") for name in names) and not any(".batch" in name for name in names)
+
+
+def manifest(folder: Path, contents: dict[str, bytes]) -> str:
+    tables = [
+        f'[files."{name}"]\ndescription = "x"\nlicence = "x"\ncitation = "x"\nsize = {len(content)}\n'
+        f'sha256 = "{hashlib.sha256(content).hexdigest()}"\n'
+        for name, content in contents.items()
+    ]
+    (folder / "manifest.toml").write_text("\n".join(tables))
+    return str(folder / "manifest.toml")
+
+
+def test_files_go_in_parts_and_are_whole_once_the_last_has_come(tmp_path):
+    contents = {"big/model.bin": os.urandom(2_500_000), "big/config.json": b"{}", "small/rows.csv": b"1,2\n"}
+    for name, content in contents.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(content)
+    told = {"COMPRESSIBLE_MANIFEST": manifest(tmp_path, contents), "COMPRESSIBLE_CACHE": str(tmp_path / "cache")}
+    packed = told | {"COMPRESSIBLE_DATA": str(tmp_path / "data"), "COMPRESSIBLE_OFFLINE": "1"}
+    call("pack.py", str(tmp_path / "packed"), "--files", "big", "small", "--mb", "1", **packed)
+    parts = sorted((tmp_path / "packed").iterdir())
+    assert [part.name for part in parts] == ["part00", "part01", "part02"]
+    assert all(sum(file.stat().st_size for file in part.iterdir()) <= 2**20 for part in parts)
+    said = [call("unpack.py", str(part), **told) for part in reversed(parts)]
+    assert "model.bin" in said[-1] and "model.bin" not in said[0]
+    for name, content in contents.items():
+        assert (tmp_path / "cache/data" / name).read_bytes() == content
+    assert not list((tmp_path / "cache/chunks").iterdir())
+
+
+def test_a_part_that_was_damaged_is_told_and_nothing_is_put_in_place(tmp_path):
+    contents = {"a/model.bin": os.urandom(1000)}
+    (tmp_path / "data/a").mkdir(parents=True)
+    (tmp_path / "data/a/model.bin").write_bytes(contents["a/model.bin"])
+    told = {"COMPRESSIBLE_MANIFEST": manifest(tmp_path, contents), "COMPRESSIBLE_CACHE": str(tmp_path / "cache")}
+    call("pack.py", str(tmp_path / "packed"), "--files", "a", COMPRESSIBLE_DATA=str(tmp_path / "data"), **told)
+    (chunk,) = (tmp_path / "packed/part00").iterdir()
+    chunk.write_bytes(bytes(1000))
+    assert "expected" in call("unpack.py", str(chunk.parent), status=1, **told)
+    assert not (tmp_path / "cache/data/a/model.bin").exists()
+
+
+def test_jobs_are_those_that_the_code_here_did_not_make():
+    split = "--split", "yaras2024/table1_glue", "tasks"
+    told = {"COMPRESSIBLE_FIGURES": "/nowhere/figures"}
+    said = call("jobs.py", "--presets", "quick", "--leave", "quick.beyond.*", *split, **told)
+    lines = [line for line in said.splitlines() if line.startswith("python3 profiles/offline/lanes.py push --on core")]
+    assert any("quick.kwon2024.05_completion -- python3 -m compressible run kwon2024/05_completion" in s for s in lines)
+    parts = [line for line in lines if "--label part-" in line]
+    (whole,) = [line for line in lines if "--after" in line]
+    assert len(parts) == whole.count("--after") >= 2 and not any("quick.beyond" in line for line in lines)
