@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,29 @@ def test_second_run_comes_from_the_cache_and_is_the_same(cache: Path) -> None:
     assert first.parameters == second.parameters == {"rank": 4, "step_size": 0.5, "seed": 0}
     assert (first.key, first.seconds, first.started) == (second.key, second.seconds, second.started)
     assert [path.name for path in entries(cache)] == [f"{first.key}.npz"]
+
+
+def part(rank: int) -> dict[str, Any]:
+    sys.modules[__name__].CALLS.append(rank)
+    time.sleep(0.5)
+    return {"rank of it": rank}
+
+
+def parts(rank_guesses: list) -> dict[str, Any]:
+    return {"sum": sum(runs.run(part, rank=rank)["rank of it"] for rank in rank_guesses)}
+
+
+def halves(rank_guesses: list) -> dict[str, Any]:
+    return {"both": [runs.run(parts, rank_guesses=[rank])["sum"] for rank in rank_guesses]}
+
+
+def test_seconds_of_parts_that_were_in_the_cache_count_for_the_whole(cache: Path) -> None:
+    runs.run(part, rank=1)
+    assert runs.run(parts, rank_guesses=[1]).seconds >= 0.5  # none of which it took this time
+    assert runs.run(parts, rank_guesses=[1, 2]).seconds >= 1
+    assert runs.run(halves, rank_guesses=[1, 2]).seconds >= 1  # two levels down, too
+    assert runs.run(parts, rank_guesses=[1, 2], cache=False).seconds >= 1
+    assert CALLS == [1, 2]
 
 
 def test_metrics_are_plain_values() -> None:

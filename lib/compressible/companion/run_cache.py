@@ -19,10 +19,10 @@ from compressible.runtime import paths
 class Result:
     """What a run gave: arrays (name -> numpy array), metrics (name -> plain value), and how it was made.
 
-    `seconds` is the wall time of the computation, also when `cached`; `peak_memory_bytes` is the peak of
-    the process on a CPU and of the run's tensors on CUDA; `data` maps names to sha256 digests. `made` holds what was
-    true when the computation began: commit and dirty flag, digests of library, function and, in a batch, notebook,
-    versions, CPU and thread settings.
+    `seconds` is the wall time of the computation, also when `cached`, and with that of parts that were;
+    `peak_memory_bytes` is the peak of the process on a CPU and of the run's tensors on CUDA; `data` maps names to
+    sha256 digests. `made` holds what was true when the computation began: commit and dirty flag, digests of library,
+    function and, in a batch, notebook, versions, CPU and thread settings.
     """
 
     parameters: dict[str, Any]
