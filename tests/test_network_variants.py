@@ -205,12 +205,12 @@ def test_seconds_to_the_same_accuracy_are_iterations_times_seconds_of_a_step() -
     at, slope = np.arange(0.0, 101.0, 10.0), np.linspace(0, 1, 11)
     found: dict[str, np.ndarray] = {"at": at}
     for name, curve in (("fast", np.minimum(2 * slope, 0.8)), ("slow", slope)):
-        found |= {f"{name}/own/accuracy": curve[None], f"{name}/own/end": curve[None, -1]}
+        found |= {f"{name}/own/accuracy": np.tile(curve, (4, 1)), f"{name}/own/end": np.tile(curve[-1], 4)}
     clock = {"fast/step_seconds": np.array([1.0, 1.1, 0.9]), "slow/step_seconds": np.array([4.0, 4.4, 2.0])}
     ratios = costs.compare_seconds(found, clock, "fast", "slow", margin=0.2)
     assert np.allclose(ratios["fast / slow/step"], [0.25, 0.25, 0.45])
-    assert np.allclose(ratios["fast / slow/own/iterations"], [0.5])  # to .6 after 30 and 60 iterations
-    assert np.allclose(ratios["fast / slow/own/seconds"], [0.5 * 1.0 / 4.0])
+    assert np.allclose(ratios["fast / slow/own/iterations"], [0.5] * 4)  # to .6 after 30 and 60 iterations
+    assert np.allclose(ratios["fast / slow/own/seconds"], [0.125, 0.125, 0.225, 0.125])  # a seed, a round
 
 
 def test_ends_are_compared_by_seed() -> None:

@@ -109,14 +109,15 @@ def compare_seconds(
 
     Returns:
         "<name> / <base>/step" (T,), seconds of a step in the same round; "<name> / <base>/<kind>/iterations" (S,) to
-        that accuracy, and ".../seconds" (S,), which are iterations times median seconds of a step.
+        that accuracy, and ".../seconds" (S,), which are iterations times seconds of a step, each seed's by a round of
+        its own as far as there are enough, so that intervals hold what either varies by.
     """
     level = np.minimum(found[f"{name}/{kind}/end"], found[f"{base}/{kind}/end"]) - margin
     first, other = (arrival(found[f"{each}/{kind}/accuracy"], level, found["at"]) for each in (name, base))
     own, theirs = clock[f"{name}/step_seconds"], clock[f"{base}/step_seconds"]
-    key, ratio = f"{name} / {base}", first / other
-    together = {f"{key}/{kind}/iterations": ratio, f"{key}/{kind}/seconds": ratio * np.median(own) / np.median(theirs)}
-    return {f"{key}/step": own / theirs} | together
+    key, ratio, step = f"{name} / {base}", first / other, own / theirs
+    together = {f"{key}/{kind}/iterations": ratio, f"{key}/{kind}/seconds": ratio * np.resize(step, ratio.shape)}
+    return {f"{key}/step": step} | together
 
 
 def arrival(accuracy: np.ndarray, level: np.ndarray, at: np.ndarray) -> np.ndarray:
