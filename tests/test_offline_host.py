@@ -122,10 +122,12 @@ def test_files_go_in_parts_and_are_whole_once_the_last_has_come(tmp_path):
         (tmp_path / "data" / name).write_bytes(content)
     told = {"COMPRESSIBLE_MANIFEST": manifest(tmp_path, contents), "COMPRESSIBLE_CACHE": str(tmp_path / "cache")}
     packed = told | {"COMPRESSIBLE_DATA": str(tmp_path / "data"), "COMPRESSIBLE_OFFLINE": "1"}
-    call("pack.py", str(tmp_path / "packed"), "--files", "big", "small", "--mb", "1", **packed)
+    call("pack.py", str(tmp_path / "packed"), "--files", "small", "big", "--mb", "1", **packed)
     parts = sorted((tmp_path / "packed").iterdir())
     assert [part.name for part in parts] == ["part00", "part01", "part02"]
-    assert all(sum(file.stat().st_size for file in part.iterdir()) <= 2**20 for part in parts)
+    sizes = [sum(file.stat().st_size for file in part.iterdir()) for part in parts]
+    assert sizes[:2] == [2**20] * 2 and sum(sizes) == sum(map(len, contents.values()))
+    assert (parts[0] / "small%2Frows.csv.0.1").is_file()  # in the order of the call
     said = [call("unpack.py", str(part), **told) for part in reversed(parts)]
     assert "model.bin" in said[-1] and "model.bin" not in said[0]
     for name, content in contents.items():

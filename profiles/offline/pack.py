@@ -4,8 +4,9 @@
     python profiles/offline/pack.py .gpu --files mpnet minilm glue-stsb wordnet
 
 Wheels are those of constraints-gpu.txt that the host does not have, in .gpu/wheels. Files of the manifest whose name
-begins so are cut into .gpu/part00, part01, ... of at most --mb megabytes each, so that they fit where a call may carry
-little. On the host `. profiles/offline/host.sh` installs the wheels, and `unpack.py PART` joins what has come.
+begins so are cut into .gpu/part00, part01, ... of --mb megabytes each, in the order in which they are named, so that
+they fit where a call may carry little. On the host `. profiles/offline/host.sh` installs the wheels, and `unpack.py`
+joins the parts that have come.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
@@ -46,25 +48,34 @@ def wheels(folder: Path, version: str, have: Path | None) -> None:
 
 
 def parts(folder: Path, wanted: Sequence[str], size: int) -> list[Path]:
-    """Cut files of the manifest into part folders of at most `size` bytes; chunks say which of how many they are."""
+    """Cut files of the manifest, in the order in which they are wanted, into part folders of `size` bytes.
+
+    Chunks say which of how many they are.
+    """
     for old in folder.glob("part[0-9][0-9]"):
         shutil.rmtree(old)
     made, room = list[Path](), 0
-    for name in [name for name in manifest.load_manifest() if name.startswith(tuple(wanted))]:
+    known = manifest.load_manifest()
+    for name in dict.fromkeys(name for begin in wanted for name in known if name.startswith(begin)):
         try:
             content = manifest.fetch(name).read_bytes()
         except manifest.DataError as error:
             print(f"left out: {' '.join(str(error).split())[:200]}", file=sys.stderr)
             continue
-        chunks = [content[at : at + size] for at in range(0, len(content), size)]
-        for number, chunk in enumerate(chunks):
-            if len(chunk) > room:
+        cuts = _cuts(len(content), room, size)
+        for number, (begin, end) in enumerate(cuts):
+            if not room:
                 made.append(folder / f"part{len(made):02}")
                 made[-1].mkdir(parents=True)
                 room = size
-            (made[-1] / f"{quote(name, safe='')}.{number}.{len(chunks)}").write_bytes(chunk)
-            room -= len(chunk)
+            (made[-1] / f"{quote(name, safe='')}.{number}.{len(cuts)}").write_bytes(content[begin:end])
+            room -= end - begin
     return made
+
+
+def _cuts(total: int, room: int, size: int) -> list[tuple[int, int]]:
+    """Where a file of `total` bytes is cut: into what there is room for, and then into pieces of `size`."""
+    return list(pairwise([0, *range(room or size, total, size), total]))
 
 
 def _plain(name: str) -> str:
@@ -78,12 +89,12 @@ def main() -> None:
     parser.add_argument("--wheels", metavar="PYTHON", help="the host's Python, such as 3.12")
     parser.add_argument("--have", type=Path, help="file of packages that are there, by name or name==version")
     parser.add_argument("--files", nargs="*", default=[], help="how names in the manifest begin")
-    parser.add_argument("--mb", type=int, default=50, help="of a part")
+    parser.add_argument("--mb", type=float, default=50, help="of a part")
     asked = parser.parse_args()
     if asked.wheels:
         wheels(asked.folder / "wheels", asked.wheels, asked.have)
     if asked.files:
-        for part in parts(asked.folder, asked.files, asked.mb * 2**20):
+        for part in parts(asked.folder, asked.files, int(asked.mb * 2**20)):
             print(part, sum(file.stat().st_size for file in part.iterdir()) >> 20, "MB")
 
 
