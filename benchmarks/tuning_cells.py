@@ -6,7 +6,8 @@
     python benchmarks/tuning_cells.py --preset mpnet --cells CELLS --seconds 0 --set methods '["standard", "thin"]'
 
 A call ends after about so many seconds, with whole cells in the folder; the notebook reads those in
-$COMPRESSIBLE_CACHE/cells. The first call of a part takes the data and the model, then 40 runs a device at a time.
+$COMPRESSIBLE_CACHE/cells. The first call of a part takes the data and the model, then 40 runs a device at a time. Calls
+with --beside-others share the work, each with a GPU of its own, say.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     cells = Cells(sweep.setting(), root)
     if asked.seconds > 0:
         devices = None if values["devices"] == "one" else values["devices"]
-        Worker(sweep, cells, values["device"], devices, asked.seconds, values["max_stack"]).work()
+        Worker(sweep, cells, values["device"], devices, asked.seconds, values["max_stack"], asked.beside_others).work()
     if asked.pack:
         print(f"{pack(cells.folder.parent, asked.pack)} cells in {asked.pack}")
     found = outcome(sweep, cells)
@@ -59,6 +60,8 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--cells", type=Path, help="folder of the cells, by default in the cache")
     parser.add_argument("--merge", type=Path, action="append", default=[], help="folder, or file of --pack, to take "
                         "further cells from")  # fmt: skip
+    parser.add_argument("--beside-others", action="store_true", help="leave what another process computes now: any "
+                        "number of such calls share a folder")  # fmt: skip
     parser.add_argument("--pack", type=Path, help="file to write all cells of the folder to")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     return parser.parse_args()

@@ -17,7 +17,7 @@ from compressible.companion.library import REACHED
 from compressible.experiments import tuned_methods, tuning_sweep, tuning_worker
 from compressible.experiments.tuned_methods import first_step, method, random_frames
 from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge, pack
-from compressible.experiments.tuning_outcome import outcome, stacked, unstacked, window
+from compressible.experiments.tuning_outcome import label, outcome, stacked, unstacked, window
 from compressible.experiments.tuning_rates import chosen_rate
 from compressible.experiments.tuning_sweep import Sweep
 from compressible.experiments.tuning_worker import Worker, halves
@@ -130,6 +130,21 @@ def test_a_sweep_that_was_cut_off_goes_on_and_computes_nothing_twice(tmp_path, m
     for name, values in outcome(small, alone).items():
         if isinstance(values, np.ndarray) and not name.startswith("window") and "/window" not in name:
             np.testing.assert_allclose(values, outcome(small, whole)[name], rtol=1e-3, atol=1e-3)
+
+
+def test_processes_share_a_folder_and_leave_each_other_what_is_under_way(tmp_path):
+    small = sweep()
+    cells = [Cells(small.setting(), tmp_path) for _ in range(3)]
+    first, second, third = (Worker(small, each, load=loaded, beside_others=True) for each in cells)
+    places, names = small.blocks()[0]
+    with first._claimed(places[:1], names) as own, second._claimed(places[:1], names) as others:
+        assert own and not others
+        second.work()
+    missing = set(outcome(small, cells[1])["missing"])
+    assert missing == {f"{name} on {label(small, places[0])}" for name in names}
+    third.work()
+    assert outcome(small, cells[2])["missing"] == []
+    assert {file.suffix for file in cells[0].folder.iterdir()} <= {".json", ".lock"}
 
 
 def test_the_plan_has_every_place_and_method_once_and_the_telling_ones_first():

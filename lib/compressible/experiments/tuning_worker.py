@@ -5,13 +5,15 @@ All is made of cells (tuning_cells.py): what lacks when the time is used up, the
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from compressible.data.pretrained import load_for_task
@@ -38,7 +40,8 @@ class Worker:
     """Computes cells within a time, on these devices, with one task loaded at a time.
 
     devices: as `fine_tune` takes them, None for the model's own; budget: seconds, after which no further call begins
-    (the first one always does); max_stack: runs of a pass at most; a call has one pass a device.
+    (the first one always does); max_stack: runs of a pass at most; a call has one pass a device. beside_others: whether
+    processes share the folder of cells: a place's methods are computed by the first that comes, and left by all others.
     """
 
     sweep: Sweep
@@ -47,6 +50,7 @@ class Worker:
     devices: Any = None
     budget: float = math.inf
     max_stack: int = 40
+    beside_others: bool = False
     load: Callable[..., Loaded] = load_for_task
     began: float = field(default_factory=time.perf_counter)
     loaded: dict[str, Loaded] = field(default_factory=dict)
@@ -56,9 +60,31 @@ class Worker:
         """Compute what is missing, in the order of the blocks, until it is done or the time is used up."""
         try:
             for places, names in self.sweep.blocks():
-                self._block(places, names)
+                for some in [[place] for place in places] if self.beside_others else [places]:
+                    with self._claimed(some, names) as own:
+                        if own:
+                            self._block(some, names)
         except OutOfTimeError:
             return
+
+    @contextlib.contextmanager
+    def _claimed(self, places: list[Place], names: list[str]) -> Iterator[bool]:
+        """Whether nobody else computes these now; the system forgets the claim of a process that ends, however."""
+        if not self.beside_others:
+            yield True
+            return
+        self.cells.folder.mkdir(parents=True, exist_ok=True)
+        task, size, rank = places[0]
+        lock = FileLock(self.cells.folder / f".{task}.n{size}.r{rank}.{'.'.join(names)}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _block(self, places: list[Place], names: list[str]) -> None:
         """Choose the rates of methods at places, side by side, and judge them."""
