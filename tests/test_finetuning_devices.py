@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,10 +94,17 @@ def test_two_processes_give_the_numbers_of_one(alone):
 
 
 def test_a_pass_whose_process_died_goes_on_from_its_state(alone, tmp_path):
+    def write_half(tensors, path, meta):
+        path.write_bytes(b"half")
+        (tmp_path / "died").write_text(str(os.getpid()))
+        (tmp_path / "half").write_text(str(path))
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def watch(snapshot):
         if snapshot.step == 4 and snapshot.runs[0].seed == 1 and not (tmp_path / "died").exists():
-            (tmp_path / "died").write_text(str(os.getpid()))
-            os.kill(os.getpid(), signal.SIGKILL)
+            import compressible.finetuning.checkpoint as here  # of the process in which the pass is
+
+            here.save_file = write_half
         return norms(snapshot)
 
     state = tmp_path / "state.safetensors"
@@ -108,7 +116,11 @@ def test_a_pass_whose_process_died_goes_on_from_its_state(alone, tmp_path):
     assert found[2].watched[1]["at"] == died != found[2].watched[4]["at"]
     here = given | {"watch": norms, "devices": None, "max_stack": 2}  # passes of the same cut
     assert cd.fine_tune(bert(), runs(), task(), **here, **OPTIONS)[2].watched == found[2].watched
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "died", *(tmp_path / f"{state.name}.{i}" for i in (0, 1))]
+    half = Path((tmp_path / "half").read_text())
+    assert half.parent == tmp_path and half.name.startswith(f".{state.name}.")
+    assert sorted(tmp_path.iterdir()) == [
+        tmp_path / name for name in ("died", "half", f"{state.name}.0", f"{state.name}.1")
+    ]
 
 
 def two_passes(train):

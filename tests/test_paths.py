@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from compressible.runtime import paths
+from compressible.runtime import paths, process_identity
 
 PYPROJECT = '[project]\nname = "compressible-dynamics"\n'
+HALF = """
+import sys
+from compressible.runtime import paths
+with paths.atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print(temporary, flush=True)
+    input()
+"""
 
 
 def test_repository_is_found_from_deep_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +98,45 @@ def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), paths.atomic_path(tmp_path / "data.npz"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not process_identity.system(), reason="this system does not say which one it is")
+def test_what_a_killed_writer_left_goes_with_the_next_process_that_writes_there(tmp_path: Path) -> None:
+    asked = [sys.executable, "-c", HALF, tmp_path / f"state.{'safe' * 40}.1"]
+    killed, alive = (subprocess.Popen(asked, stdin=-1, stdout=-1, text=True) for _ in "ab")
+    try:
+        half, other = (Path(writer.stdout.readline().strip()) for writer in (killed, alive))  # type: ignore[union-attr]
+        killed.kill()
+        killed.wait()
+        assert {half, other} == set(tmp_path.iterdir()) and half.suffix == ".1"
+        paths.write_atomic(tmp_path / "another", "")
+        assert {other, tmp_path / "another"} == set(tmp_path.iterdir())
+        alive.communicate("\n")
+        assert sorted(os.listdir(tmp_path)) == sorted(["another", asked[-1].name])
+    finally:
+        for writer in (killed, alive):
+            writer.kill()
+            writer.communicate()
+
+
+def test_what_others_write_stays_and_a_process_looks_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, pid, start = process_identity.identity().split("-")
+    gone = f"{here}-{pid}-{int(start) - 1}"  # this process has the number of one before it
+    names = [
+        f".data.{here}-{pid}-{start}-{'a' * 12}.npz",
+        f".data.{'0' * 16}-{pid}-{int(start) - 1}-{'a' * 12}.npz",  # another host's, on a shared file system
+        f".data.{'a' * 12}.npz",  # an earlier version's, which did not say whose it is
+        f"data.{gone}-{'a' * 12}.npz",
+        f".data.{gone}-{'a' * 12}.npz.npz",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    looked: list[str] = []
+    listing = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: looked.append(folder) or listing(folder))
+    for _ in range(3):
+        paths.write_atomic(tmp_path / "data.npz", "whole")
+    assert looked == [str(tmp_path)] and sorted(listing(tmp_path)) == sorted([*names, "data.npz"])
 
 
 def test_a_folder_that_takes_no_file_says_why(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from compressible.companion import staging
+from compressible.runtime import process_identity
 
 HOLD = """
 import sys, time
@@ -22,7 +22,7 @@ with staging.folder_in(Path(sys.argv[1])) as folder:
     time.sleep(300)
 """
 
-pytestmark = pytest.mark.skipif(not staging.system(), reason="this system does not say which one it is")
+pytestmark = pytest.mark.skipif(not process_identity.system(), reason="this system does not say which one it is")
 
 
 def test_a_killed_job_s_folder_goes_with_the_next_job_and_a_live_one_s_stays(tmp_path):
@@ -42,30 +42,21 @@ def test_a_killed_job_s_folder_goes_with_the_next_job_and_a_live_one_s_stays(tmp
 
 
 def test_folders_that_another_system_or_no_job_made_stay(tmp_path, monkeypatch):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    here = staging.system()
+    here, pid, start = process_identity.identity().split("-")
+    gone = f"{here}-{pid}-{int(start) - 1}"  # this process has the number of one before it
     others = [
-        f".staging-{'0' * 16}-{gone.pid}-abc",  # of another host, or of before a restart
-        f".staging-{here}-{os.getpid()}-abc",
-        f".staging-{here}-{gone.pid}-abc-mine",
-        f".staging-{here}-1{'0' * 30}-abc",
-        ".staging-abcd1234",  # of an earlier version, which did not say whose it is
-        "05_completion",
+        f".staging-{'0' * 16}-{pid}-{int(start) - 1}-abc",  # of another host, or of before a restart
+        f".staging-{here}-{pid}-{start}-abc",
+        f".staging-{gone}-abc-mine",
+        f".staging-{here}-{pid}-abc",  # of earlier versions, which said too little of whose it is
+        ".staging-abcd1234",
+        f"05_completion-{gone}-abc",
     ]
-    for name in [*others, f".staging-{here}-{gone.pid}-abc"]:
+    for name in [*others, f".staging-{gone}-abc"]:
         (tmp_path / name).mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "BOOT", tmp_path / "absent")
+        patch.setattr(process_identity, "BOOT", tmp_path / "absent")
         staging.forget_dead(tmp_path)
         assert len(list(tmp_path.iterdir())) == len(others) + 1
     staging.forget_dead(tmp_path)
     assert sorted(each.name for each in tmp_path.iterdir()) == sorted(others)
-
-
-@pytest.mark.parametrize("place", ["BOOT", "TABLE"])
-def test_a_restart_and_another_table_of_processes_are_other_systems(place, tmp_path, monkeypatch):
-    here, other = staging.system(), tmp_path / "other"
-    other.write_text("8b1d1f0c\n") if place == "BOOT" else other.symlink_to("pid:[1]")
-    monkeypatch.setattr(staging, place, other)
-    assert staging.system() not in ("", here)

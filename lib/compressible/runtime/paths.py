@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+from compressible.runtime import process_identity
 
 PROJECT = "compressible-dynamics"
 PLACES = (
@@ -17,6 +21,7 @@ PLACES = (
     *("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"),
     *("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"),
 )
+HALF_WRITTEN = re.compile(rf"\..*\.({process_identity.PATTERN})-[0-9a-f]{{12}}(?:\.[^.]*)?")
 
 
 def repository() -> Path:
@@ -63,7 +68,7 @@ def absolute_places() -> dict[str, str]:
 
 def unwritable(folder: str | os.PathLike[str]) -> str:
     """Why no file can be written in `folder`, which is made where it is not there; "" where one can."""
-    probe = Path(folder) / f".probe.{uuid.uuid4().hex[:12]}"
+    probe = _temporary(Path(folder) / "probe")
     try:
         write_atomic(probe, bytes(4096))  # an empty file would still find room on a full disk
         probe.unlink(missing_ok=True)
@@ -76,12 +81,14 @@ def unwritable(folder: str | os.PathLike[str]) -> str:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
-    The temporary name keeps the suffix, since many writers choose their format by it. Raises
-    FileNotFoundError when the block wrote nothing.
+    The temporary name keeps the suffix, since many writers choose their format by it, and says whose it is: a process
+    that is killed cannot remove it, and the next one that writes in the folder does. Raises FileNotFoundError when the
+    block wrote nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    _forget_dead(os.path.abspath(path.parent), os.getpid())
+    temporary = _temporary(path)
     try:
         yield temporary
         _flush_to_disk(temporary)
@@ -96,6 +103,22 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return Path(path)
+
+
+def _temporary(path: Path) -> Path:
+    name = f".{path.stem[:40]}.{process_identity.identity()}-{uuid.uuid4().hex[:12]}"
+    return path.with_name(f"{name}{path.suffix}")
+
+
+@cache  # it lists all names: in a folder of thousands of results that takes as long as writing one
+def _forget_dead(folder: str, pid: int) -> None:
+    """Remove, once a process, what writers in `folder` left half written that were of this system and are no more."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            writer = HALF_WRITTEN.fullmatch(name)
+            if writer and process_identity.is_gone(writer[1]):
+                with suppress(OSError):  # one that is another user's, say: the next one may be ours
+                    os.unlink(os.path.join(folder, name))
 
 
 def _is_project(file: Path) -> bool:
