@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import batch, gpu_slots, library, notebooks
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
@@ -580,6 +580,27 @@ def test_ctrl_c_stops_a_run_with_a_word_and_leaves_nothing(whole, add_notebook, 
     told, _ = run.communicate(timeout=60)
     assert run.returncode == 130 and told.endswith("stopped\n") and "Traceback" not in told, told
     assert not list(checkout.glob("figures/quick/.staging-*"))
+
+
+def interrupted_after(mark, id):
+    """Exit status and errors of a run that gets Ctrl-C when the module `mark` has been imported."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has set it aside
+    command = [sys.executable, "-X", "importtime", "-m", "compressible", "run", id]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    for line in run.stderr:
+        if line.rpartition("|")[2].strip() == mark:
+            run.send_signal(signal.SIGINT)
+            break
+    told = [line for line in run.communicate(timeout=60)[1].splitlines() if not line.startswith("import time:")]
+    return run.returncode, told
+
+
+@pytest.mark.parametrize(
+    "mark", ["argparse", "compressible.companion.staging", "yaml", "pydantic", "compressible.command_line", "papermill"]
+)
+def test_ctrl_c_while_a_command_is_imported_stops_it_with_a_word(mark, add_notebook):
+    assert interrupted_after(mark, add_notebook("00_slow", "import time; time.sleep(300)")) == (130, ["stopped"])
 
 
 @pytest.mark.parametrize("quoted", ["-p ranks '[2, 3]'", '-p ranks "[2, 3]"'])

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import build, kernels, notebooks
 
 

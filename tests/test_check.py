@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import notebooks, rules
 
 IDS = notebooks.ids()

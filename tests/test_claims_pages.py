@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_claims import ENTRY, FIGURE
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import claims, records
 from compressible.companion.claims import Claim, ClaimError, Standing, pages, status, wording, writing
 from compressible.companion.library import notebook_digest

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import pins, provenance
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import notebooks, records, runs
 
 ID = "kwon2024/01_drawn"

@@ -16,7 +16,7 @@ from conftest import PYPROJECT, REPOSITORY
 from test_claims_pages import BAD, GOOD, claim, stand
 
 from compressible import __version__
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import release
 from compressible.companion.claims import changes
 

@@ -15,7 +15,7 @@ import browser_helpers
 import pytest
 from conftest import REPOSITORY
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import claims, notebooks, site
 from compressible.companion.site import cards, links, mathjax
 

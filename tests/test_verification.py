@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.__main__ import main
+from compressible.command_line import main
 from compressible.companion import notebooks, pins, records, verification
 from compressible.companion.library import notebook_digest
 

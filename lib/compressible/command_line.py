@@ -1,0 +1,260 @@
+"""Command line: python -m compressible list | run | build | redraw | claims | index | site | data | notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compressible.companion import batch, build, gpu_slots, index, kernels, notebooks, publishing
+from compressible.companion.parameters import ParameterError
+from compressible.runtime import checks, paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; exit status 0 when done, 1 when a notebook failed, 2 when refused before work."""
+    arguments = _parser().parse_args(argv)
+    os.environ.update(paths.absolute_places())
+    try:
+        return arguments.command(arguments)
+    except (notebooks.BatchError, ParameterError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:  # outside of a checkout, say, or a data manifest that is none
+        print(f"error: {checks.one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m compressible", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="notebooks, presets, expected minutes, state of the figures")
+    listing.add_argument("--check", action="store_true", help="hold each record against code, data, environment, "
+                         "commit and files, and say what does not fit")  # fmt: skip
+    listing.set_defaults(command=_list)
+    _add_run(commands.add_parser("run", help="execute one notebook with papermill and keep its figure"))
+    _add_build(commands.add_parser("build", help="execute many notebooks, side by side, and keep their figures"))
+    redraw = commands.add_parser("redraw", help="draw a figure anew from its record, without computing")
+    redraw.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
+    redraw.add_argument("--preset", default="paper", help="folder below figures/ that has the record (default: paper)")
+    redraw.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
+    redraw.set_defaults(command=_redraw)
+    _add_claims(commands.add_parser("claims", help="table of the papers' claims over all figures"))
+    _add_index(commands.add_parser("index", help="page and last lines of a batch: what was built, where, what failed"))
+    site = commands.add_parser("site", help="static, offline site of records, claims and notebooks; executes nothing")
+    site.add_argument("--out", type=Path, metavar="FOLDER", help="where to build it (default: build/site)")
+    site.set_defaults(command=_site)
+    publishing.add(commands)
+    commands.add_parser("data", help="data files: size, where they are, licence").set_defaults(command=_data)
+    refresh = commands.add_parser("notebooks", help="re-execute the committed notebooks in place")
+    refresh.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all)")
+    refresh.set_defaults(command=_notebooks)
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
+    run.add_argument("--preset", default="quick", help="set of parameters to start from (default: quick)")
+    run.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
+    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values")
+    run.add_argument("-f", action="append", default=[], metavar="FILE", type=Path, dest="files",
+                     help="YAML file of parameters")  # fmt: skip
+    run.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
+    run.add_argument("--gpus", type=int, help="GPUs that the batch shares: wait for a free one; 0 hides them")
+    run.add_argument("--check", action="store_true", help="check the values and start nothing")
+    run.set_defaults(command=_run)
+
+
+def _add_build(build: argparse.ArgumentParser) -> None:
+    build.add_argument("ids", nargs="*", metavar="ID", help="which ones (default: all that have the preset)")
+    build.add_argument("--preset", default="quick", help="set of parameters to start from (default: quick)")
+    build.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
+    build.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
+    build.add_argument("--gpus", type=int, default=0, help="GPUs of this machine, one a job; 0 hides them (default: 0)")
+    build.add_argument("--resume", action="store_true", help="leave figures whose records are of the code that is here")
+    build.add_argument("--within", type=float, default=math.inf, metavar="MINUTES", help="end after so long with "
+                       "status 75; the same call goes on")  # fmt: skip
+    build.set_defaults(command=_build)
+
+
+def _add_claims(claims: argparse.ArgumentParser) -> None:
+    claims.add_argument("--format", choices=("text", "markdown"), default="text")
+    claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
+    claims.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
+                        "what notebooks show of their records")  # fmt: skip
+    claims.add_argument("--since", metavar="COMMIT", help="verdicts that changed since then, as lines of CHANGELOG.md")
+    claims.set_defaults(command=_claims)
+
+
+def _add_index(page: argparse.ArgumentParser) -> None:
+    page.add_argument("label", metavar="LABEL", help="folder below figures/, such as quick")
+    page.add_argument("ids", nargs="*", metavar="ID", help="what the batch was to build (default: whatever is there)")
+    page.add_argument("--since", type=float, default=0.0, metavar="SECONDS", help="Unix time at which the batch began")
+    page.set_defaults(command=_index)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    given = _each_once(arguments.values)
+    values = notebooks.plan(arguments.id, arguments.preset, arguments.files, given, arguments.label)
+    kernels.check_kernel(arguments.kernel)
+    if arguments.gpus is not None:
+        checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
+    if arguments.check:
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leave by the way that cleans up
+    batch.warn_of_cache()
+    slot = contextlib.nullcontext() if arguments.gpus is None else gpu_slots.gpu_slot(arguments.gpus)
+    started = time.perf_counter()
+    with slot:
+        done = batch.run(arguments.id, values, arguments.kernel)
+    needs = "" if done else notebooks.presets(arguments.id)[arguments.preset].needs
+    print(f"{arguments.id}: {'done' if done else 'FAILED'} after {time.perf_counter() - started:.0f} s"
+          f"{f'; preset {arguments.preset} needs {needs}' if needs else ''}")  # fmt: skip
+    return 0 if done else 1
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    label, given = arguments.label or arguments.preset, os.environ.get("COMPRESSIBLE_ARGS", "").strip()
+    checks.expect_integer("--jobs", arguments.jobs, 1, 10_000)
+    checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
+    checks.expect("--within", arguments.within, arguments.within > 0, "minutes above 0")
+    for id in build.chosen(arguments.ids, arguments.preset):
+        named = ["--preset", arguments.preset, "--label", label]
+        if status := main(["run", id, *named, "--check", *shlex.split(given)]):
+            print(f"{id} refuses these values, and nothing was started", file=sys.stderr)
+            return status
+    ids = build.not_done(arguments.ids, arguments.preset, label) if arguments.resume else arguments.ids
+    if arguments.resume and not ids:
+        print(f"all figures of {label} are of the code that is here")
+        return 0
+    return build.build(ids, arguments.preset, label, arguments.jobs, arguments.gpus, given, arguments.within)
+
+
+def _each_once(pairs: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The values of -p by name; BatchError where a name comes twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise notebooks.BatchError(f"-p {twice[0]} comes {names.count(twice[0])} times: which value is meant?")
+    return {name: value for name, value in pairs}
+
+
+def _redraw(arguments: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    kernels.check_kernel(arguments.kernel)
+    batch.redraw(arguments.id, arguments.preset, arguments.kernel)
+    print(f"{arguments.id}: drawn from its record in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    if arguments.check:
+        return publishing.check_records()
+    rows = [("notebook", "preset", "minutes", "GPU", "state")]
+    for id in notebooks.ids():
+        for label, preset in notebooks.presets(id).items():
+            gpu = "yes" if preset.gpu else "no"
+            rows.append((id, label, f"{preset.minutes:g}", gpu, notebooks.state(id, label)))
+        rows += [(id, label, "-", "-", notebooks.state(id, label)) for label in notebooks.own_labels(id)]
+    _print_table(rows)
+    return 0
+
+
+def _claims(arguments: argparse.Namespace) -> int:
+    from compressible.companion import claims
+
+    if arguments.preset:
+        claims.check_preset(arguments.preset)
+    if arguments.since:
+        from compressible.companion.claims import changes
+
+        print(changes.since(arguments.since), end="")
+        return 0
+    if arguments.write:
+        for path in claims.write():
+            print(f"written: {path.relative_to(paths.repository())}")
+        return 0
+    print(claims.table(format=arguments.format, preset=arguments.preset), end="")
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    root, label = paths.figures_dir(), notebooks.checked_label(arguments.label)
+    if not (root / label).is_dir():
+        raise notebooks.BatchError(f"no figures under the label {checks.shown(label)}: {root / label} is no folder")
+    index.write_index(root, label, arguments.since)
+    print(*index.summary(root, label, arguments.since, arguments.ids), sep="\n")
+    return 0
+
+
+def _site(arguments: argparse.Namespace) -> int:
+    from compressible.companion import site
+
+    started = time.perf_counter()
+    front = site.build(arguments.out and arguments.out.absolute())
+    print(f"site: {front}, built in {time.perf_counter() - started:.0f} s")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from compressible.data import manifest
+
+    rows = [("file", "MB", "where", "licence")]
+    for name, entry in manifest.load_manifest().items():
+        rows.append((name, f"{entry.size / 1e6:.2f}", _whereabouts(name), entry.licence))
+    _print_table(rows)
+    return 0
+
+
+def _whereabouts(name: str) -> str:
+    local = os.environ.get("COMPRESSIBLE_DATA")
+    if local and (Path(local).expanduser() / name).is_file():
+        return "local"
+    return "cached" if (paths.cache_dir() / "data" / name).is_file() else "-"
+
+
+def _notebooks(arguments: argparse.Namespace) -> int:
+    chosen = arguments.ids or notebooks.ids()
+    for id in chosen:
+        notebooks.notebook_path(id)
+    kernels.check_kernel("python3")
+    failed = 0
+    for id in chosen:
+        failed += not _refresh(id)
+    return 1 if failed else 0
+
+
+def _refresh(id: str) -> bool:
+    started = time.perf_counter()
+    try:
+        batch.refresh(id)
+    except Exception as error:  # the other notebooks go on, whatever stops one
+        print(f"{id}: FAILED\n{batch.ANSI.sub('', str(error))}", file=sys.stderr)
+        return False
+    print(f"{id}: executed in {time.perf_counter() - started:.0f} s")
+    return True
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def until_stopped() -> int:
+    """Run the command line; 130 after Ctrl-C, as a shell has it, with a word instead of a traceback."""
+    try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # no longer that of the time of imports
+        return main()
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # what became of a kernel that was interrupted, too
+        print("stopped", file=sys.stderr)
+        return build.STOPPED
