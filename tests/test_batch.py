@@ -40,8 +40,8 @@ def record(label: str = "quick", id: str = ID) -> dict:
 def test_values_come_from_preset_then_files_then_command_line(add_notebook, checkout):
     add_notebook("01_good")
     Path("mine.yaml").write_text("step_size: 2e-2\nrank: 7\n")
-    values = notebooks.plan(ID, "paper", ["mine.yaml"], {"rank": "3"})
-    assert values == {"rank": 3, "step_size": 0.02, "preset": "paper"}
+    values = notebooks.plan(ID, "paper", ["mine.yaml"], {"rank": "3"}, label="mine")
+    assert values == {"rank": 3, "step_size": 0.02, "preset": "mine"}
     assert notebooks.plan(ID, "paper") == {"rank": 5, "step_size": 0.001, "preset": "paper"}
 
 
@@ -93,6 +93,31 @@ def test_wrong_values_are_refused_before_a_kernel_starts(arguments, told, add_no
     assert main(["run", ID, *arguments]) == 2
     assert told in capsys.readouterr().err
     assert not Path("figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["-p", "rank", "3"], "error: rank is 3, other than in preset paper"),
+        (["-f", "own.yaml"], "error: step_size is 0.02, other than in preset paper"),
+        (["-p", "rank", "5", "-p", "ranks", "[1]"], "error: ranks is [1], other than in preset paper"),
+    ],
+)
+def test_other_values_than_a_preset_s_need_a_label_of_their_own(given, told, add_notebook, capsys):
+    add_notebook("01_good")
+    Path("own.yaml").write_text("step_size: 2e-2")
+    assert main(["run", ID, "--check", "--preset", "paper", *given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{told}, whose figure this would replace") and said.count("\n") == 1
+    assert said.endswith("expected a label of your own: --label NAME, or LABEL=NAME for make\n")
+    for elsewhere in (["--preset", "paper", "--label", "mine"], ["--preset", "quick"]):
+        assert main(["run", ID, "--check", *elsewhere, *given]) == 0
+
+
+def test_a_preset_s_own_values_may_be_given_again(add_notebook):
+    add_notebook("01_good")
+    Path("own.yaml").write_text("step_size: 1e-3")
+    assert main(["run", ID, "--check", "--preset", "paper", "-p", "rank", "5", "-f", "own.yaml"]) == 0
 
 
 @pytest.mark.parametrize(

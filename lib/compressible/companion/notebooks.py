@@ -12,13 +12,10 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import field
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -26,11 +23,10 @@ from compressible.companion import committed, rules
 from compressible.companion import parameters as vocabulary
 from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import LIBRARY
+from compressible.companion.yaml_files import BatchError, read_yaml
 from compressible.runtime import checks, paths
 
-
-class BatchError(ValueError):
-    """A notebook, preset or parameter that does not exist or does not fit; nothing was started."""
+UNCOMMITTED = "quick"  # the preset for trying values out; figures under the others' names are the committed ones
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -41,51 +37,6 @@ class Preset:
     gpu: StrictBool = False
     parameters: dict[str, Any] = field(default_factory=dict)
     needs: str = ""
-
-
-# YAML 1.1 reads 1e-3 as text, 010 as 8 and 1:30 as 90, which nobody means.
-_NUMBERS = {
-    "int": re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"),
-    "float": re.compile(
-        r"^([-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))|\.nan)$"
-    ),
-}
-
-
-class _Loader(yaml.SafeLoader):
-    """Numbers are read as everywhere else, and no key stands twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping; ConstructorError where a key stands twice: which value is meant?"""
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in dict.fromkeys(keys) if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, _NUMBERS.get(tag.rpartition(":")[2], known)) for tag, known in resolvers]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-@lru_cache(32)
-def _parsed(text: str) -> Any:
-    """What a YAML text holds; the few files of presets are asked for a thousand times where claims are judged."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Mapping in a YAML file, {} for an empty one. Raises BatchError when it is absent or no mapping of names."""
-    try:
-        content = deepcopy(_parsed(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no such date, ...
-        raise BatchError(f"cannot read {path}: {checks.one_line(error)}") from error
-    if content is not None and not isinstance(content, dict):
-        raise BatchError(f"{path} holds {checks.shown(content)}; expected a mapping of names to values")
-    if other := [key for key in content or {} if not isinstance(key, str)]:
-        raise BatchError(f"{path} has the key {checks.shown(other[0])}; expected the name of a parameter")
-    return content or {}
 
 
 def ids() -> list[str]:
@@ -170,8 +121,9 @@ def plan(
 ) -> dict[str, Any]:
     """Values to hand to a notebook: its preset's, then those of YAML files, then the command line's.
 
-    Everything is checked together with the notebook's own defaults. Raises BatchError for a notebook,
-    preset or name that does not exist and ParameterError for values that do not fit.
+    Everything is checked together with the notebook's own defaults. Raises BatchError for a notebook, preset or name
+    that does not exist, and for other values than the preset's that would be kept under its name, unless it is quick;
+    ParameterError for values that do not fit.
     """
     known = defaults(notebook_path(id))
     if "preset" not in known:
@@ -185,7 +137,16 @@ def plan(
     checked = vocabulary.validate(known | values, allowed=known)
     if lines := rules.broken(conditions(id), checked):
         raise BatchError(f"{id}: {'; '.join(lines)}")
+    if values["preset"] == preset != UNCOMMITTED:
+        _expect_set_by(preset, vocabulary.validate(known | chosen(id, preset).parameters, allowed=known), checked)
     return {name: checked[name] for name in values}
+
+
+def _expect_set_by(preset: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse other values than a preset's: the figure would stand in the place of the one that its claims judge."""
+    if told := [f"{name} is {checks.shown(given[name])}" for name in _unlike(values, given)]:
+        these = f"{', '.join(told)}, other than in preset {preset}, whose figure this would replace"
+        raise BatchError(f"{these}; expected a label of your own: --label NAME, or LABEL=NAME for make")
 
 
 def conditions(id: str) -> list[str]:
@@ -298,8 +259,13 @@ def _other_values(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
         return []
     values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
     given, told = record["parameters"], []
-    for name in sorted((values.keys() | given.keys()) - {"preset"}):
-        if name not in given or name not in values or given[name] != values[name]:
-            was, now = (checks.shown(of[name]) if name in of else "no parameter" for of in (given, values))
-            told.append(f"{name} was {was}, now {now}")
+    for name in _unlike(values, given):
+        was, now = (checks.shown(of[name]) if name in of else "no parameter" for of in (given, values))
+        told.append(f"{name} was {was}, now {now}")
     return told
+
+
+def _unlike(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Names that are in one alone, or differ; what a figure is kept under is no value of its run."""
+    names = sorted((values.keys() | given.keys()) - {"preset"})
+    return [name for name in names if name not in given or name not in values or given[name] != values[name]]
