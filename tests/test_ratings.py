@@ -185,6 +185,13 @@ def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, 
     assert loaded.sha256 == digest(mark + b"".join(value.to_bytes(8, "little") for row in rows for value in row))
 
 
+def marked(archive: bytes, local: int, central: int, value: int) -> bytes:
+    """An archive of one member with a byte of its header and of its entry in the directory set."""
+    content, directory = bytearray(archive), archive.index(b"PK\x01\x02")
+    content[local] = content[directory + central] = value
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -193,8 +200,10 @@ def test_other_sets_are_read_as_published(tmp_path, monkeypatch, file, content, 
         zipped("ml-1m/ratings.dat", ""),
         zipped("ml-1m/ratings.dat", WHOLE.replace("::", ",")),
         zipped("ml-1m/ratings.dat", WHOLE)[:-40],
+        marked(zipped("ml-1m/ratings.dat", WHOLE), 6, 8, 1),  # the flag of encryption
+        marked(zipped("ml-1m/ratings.dat", WHOLE), 8, 10, 99),  # a method of packing that there is not
     ],
-    ids=["not zip", "no member", "empty", "separators", "cut"],
+    ids=["not zip", "no member", "empty", "separators", "cut", "encrypted", "method"],
 )
 def test_an_archive_that_cannot_be_read_is_named(tmp_path, monkeypatch, content):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path / "local"))

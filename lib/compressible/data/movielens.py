@@ -150,6 +150,7 @@ def _read_member(path: Path, member: str, separator: str = "\t") -> pd.DataFrame
         with zipfile.ZipFile(path) as archive:
             text = io.BytesIO(archive.read(member))
         frame = pd.read_csv(text, sep=separator, header=None, usecols=columns, skiprows=first)
-    except (ValueError, KeyError, EOFError, OSError, zlib.error, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+        # RuntimeError: an encrypted member, or one packed in a way that zipfile does not know
         raise DataError(f"{member} of {path} cannot be read as a table: {one_line(error)}") from error
     return _typed(frame.set_axis(COLUMNS, axis=1), path)
