@@ -15,6 +15,7 @@ import pytest
 
 from compressible.command_line import main
 from compressible.companion import batch, committed, imports, library, notebooks, reached, runs, verification
+from compressible.companion import git as asked
 from compressible.companion.library import ROOT, computing_sources, library_digest, notebook_digest
 from compressible.companion.reached import reached_digest, reached_sources
 
@@ -275,7 +276,7 @@ def test_only_an_edit_that_the_notebook_reaches_makes_its_figure_stale(has_key, 
     if has_key:
         record["reached"] = reached_digest(notebooks.notebook_path(record["id"]), committed.ROOT)
     if not has_git:
-        monkeypatch.setattr(committed, "_git", lambda *arguments: None)
+        monkeypatch.setenv("PATH", "")
     assert state_after(UNREACHED, record, monkeypatch) == ("done" if has_key or has_git else "stale")
     assert state_after(REACHED_ONE, record, monkeypatch) == "stale"
 
@@ -321,14 +322,14 @@ def test_the_check_holds_the_digest_against_the_commit(record, monkeypatch):
 
 
 def test_the_archive_of_a_commit_is_made_once(record, monkeypatch):
-    calls, whole = [], committed._git
-    monkeypatch.setattr(committed, "_git", lambda *given: calls.append(given[0]) or whole(*given))
+    calls, whole = [], asked.output
+    monkeypatch.setattr(asked, "output", lambda *given, **more: calls.append(given[0]) or whole(*given, **more))
     states = {state_after(UNREACHED, record, monkeypatch) for _ in range(3)}
     assert states == {"done"} and calls.count("archive") == 1
 
 
 def test_a_record_of_the_present_library_asks_git_for_nothing(record, monkeypatch):
-    monkeypatch.setattr(committed, "_git", lambda *given: pytest.fail(f"git {given}"))
+    monkeypatch.setattr(asked, "output", lambda *given, **more: pytest.fail(f"git {given}"))
     monkeypatch.setattr(notebooks, "LIBRARY", record["library"])
     assert notebooks.differences(record["id"], "mine", record) == []
     assert notebooks.differences(record["id"], "mine", record | {"notebook": "f", "library": "f"}) == [

@@ -6,20 +6,18 @@ Of a commit, git gives the tree once in a process, in a folder that goes away wi
 from __future__ import annotations
 
 import atexit
-import io
 import re
 import shutil
-import subprocess
 import tempfile
-import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from compressible.companion import git
 from compressible.companion.library import ROOT, computing_sources, digest_of, notebook_digest
 from compressible.companion.reached import reached_digest, reached_sources, syntax
-from compressible.runtime import paths
 
 PACKAGE = Path("lib", "compressible")  # where a tree has it
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # nothing that git would take for an option, say
@@ -27,7 +25,13 @@ _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # nothing that git would take
 
 def lies_behind(commit: str) -> bool:
     """Whether a commit is an ancestor of HEAD; not where there is no git."""
-    return bool(_COMMIT.fullmatch(commit)) and _git("merge-base", "--is-ancestor", commit, "HEAD") is not None
+    if not _COMMIT.fullmatch(commit):
+        return False
+    try:
+        git.output("merge-base", "--is-ancestor", commit, "HEAD")
+    except git.GitError:
+        return False
+    return True
 
 
 @lru_cache
@@ -77,20 +81,9 @@ def _same(one: str, other: str) -> bool:
 @lru_cache
 def _tree(commit: str) -> Path:
     """A folder with the library and the notebooks of a commit; an empty one where git does not give them."""
-    named = _COMMIT.fullmatch(commit)
-    content = _git("archive", "--format=zip", commit, "lib/compressible", "notebooks") if named else None
     folder = tempfile.mkdtemp(prefix="compressible-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if content:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            archive.extractall(folder)
+    if _COMMIT.fullmatch(commit):
+        with suppress(git.GitError):
+            git.export(folder, commit, "lib/compressible", "notebooks")
     return Path(folder)
-
-
-def _git(*arguments: str) -> bytes | None:
-    """What git says; None where it refuses, or is not here."""
-    try:
-        command = ["git", "-C", str(paths.repository()), *arguments]
-        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib import metadata
 from typing import Any
 
-from compressible.companion import pins
+from compressible.companion import git, pins
 from compressible.companion.library import library_digest
-from compressible.runtime import paths
 
 PACKAGES = (
     "torch", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "safetensors", "transformers",
@@ -40,9 +38,9 @@ def git_state() -> dict[str, Any]:
         commit, _, dirty = told.partition("+")
         return {"commit": commit, "dirty": dirty == "dirty"}
     try:
-        commit = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", ".", ":(exclude)figures")
-    except (OSError, subprocess.SubprocessError):
+        commit = git.text("rev-parse", "HEAD", seconds=20)
+        changed = git.text("status", "--porcelain", "--", ".", ":(exclude)figures", seconds=20)
+    except git.GitError:
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changed)}
 
@@ -59,11 +57,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(paths.repository()), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
 
 # Read on import: a kernel that lives on while a file is edited still runs the code that it read.

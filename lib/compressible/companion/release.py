@@ -12,12 +12,11 @@ import sys
 import tarfile
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from compressible import __version__
-from compressible.companion import pins, site
+from compressible.companion import git, pins, site
 from compressible.runtime import paths
 
 SUMS = "SHA256SUMS"
@@ -35,19 +34,20 @@ def build(out: Path | None = None) -> Path:
 
     Raises:
         ReleaseError: Files are not committed, the folder is there already, or a part cannot be made.
+        GitError: Git does not say what is committed.
     """
     root = paths.repository()
     out = root / "dist" / __version__ if out is None else out
     if out.exists():
         raise ReleaseError(f"{out} is there already, expected none: a release is made once; remove it to make it again")
-    if changed := _git(root, "status", "--porcelain").splitlines():
+    if changed := git.text("status", "--porcelain", seconds=None).splitlines():
         raise ReleaseError(f"{len(changed)} files are not committed, {changed[0].strip()} for one; expected none")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".release-", dir=out.parent) as folder:
         tree, made = Path(folder, "tree"), Path(folder, "made")
         made.mkdir()
-        _export(root, tree)
-        _cite(root, tree)
+        git.export(tree, "HEAD")
+        _cite(tree)
         _packages(tree, made)
         _archive(made / f"compressible-dynamics-records-{__version__}.tar.gz", tree, _records(tree))
         pages = site.build(Path(folder, "site")).parent
@@ -65,25 +65,9 @@ def sums(folder: Path) -> str:
     return "".join(f"{pins.sha256(file.read_bytes())}  {file.name}\n" for file in files)
 
 
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ReleaseError(f"git {arguments[0]} failed: {getattr(error, 'stderr', '') or error}") from error
-
-
-def _export(root: Path, tree: Path) -> None:
-    """The files of HEAD."""
-    packed = tree.with_suffix(".zip")
-    _git(root, "archive", "-o", str(packed), "HEAD")
-    with zipfile.ZipFile(packed) as archive:
-        archive.extractall(tree)
-
-
-def _cite(root: Path, tree: Path) -> None:
+def _cite(tree: Path) -> None:
     """Say in the exported CITATION.cff which version this is, and of which day and commit."""
-    day, commit = _git(root, "show", "-s", "--format=%cs %H", "HEAD").split()
+    day, commit = git.text("show", "-s", "--format=%cs %H", "HEAD").split()
     with (tree / "CITATION.cff").open("a", encoding="utf-8") as file:
         file.write(f'version: "{__version__}"\ndate-released: "{day}"\ncommit: {commit}\n')
 

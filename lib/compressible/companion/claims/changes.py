@@ -7,14 +7,12 @@ made tells why.
 
 from __future__ import annotations
 
-import io
-import subprocess
 import tempfile
 import textwrap
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from compressible.companion import git
 from compressible.companion.claims import wording
 from compressible.companion.claims.standing import OWN, Standing, standings
 from compressible.companion.claims.statement import NOT_TESTED, load_claims
@@ -28,12 +26,12 @@ def since(commit: str) -> str:
     """The changed verdicts since a commit, in markdown.
 
     Raises:
-        ValueError: git does not know the commit, or it holds no records and claims that are read today.
+        GitError: git does not know the commit, or it has no records and claims.
+        ValueError: its claims are not as they are read today.
     """
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        with zipfile.ZipFile(io.BytesIO(_archive(commit))) as archive:
-            archive.extractall(root)
+        git.export(root, commit, "figures", "data/claims.toml")
         before = standings(root / "figures", OWN, load_claims(root / "data" / "claims.toml"))
     return changes(before, standings(paths.repository() / "figures", OWN))
 
@@ -48,14 +46,6 @@ def changes(before: Sequence[Standing], after: Sequence[Standing]) -> str:
               for figure, lines in told.items() if lines]  # fmt: skip
     blocks += [_wrapped(f"- Claims that are no more: {', '.join(f'`{id}`' for id in sorted(gone))}.")] if gone else []
     return "\n".join(line for block in blocks for line in block) + "\n" if blocks else "no verdict changed\n"
-
-
-def _archive(commit: str) -> bytes:
-    command = ["git", "-C", str(paths.repository()), "archive", "--format=zip", commit, "figures", "data/claims.toml"]
-    ended = subprocess.run(command, capture_output=True, check=False)
-    if ended.returncode:
-        raise ValueError(f"git gives no records of {commit!r}: {ended.stderr.decode().strip()}")
-    return ended.stdout
 
 
 def _line(former: Mapping[str, Standing], now: Standing) -> str:
