@@ -11,7 +11,9 @@ rows (a Pearson of exactly 0), Fisher's exact test on the two counts, and the me
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +41,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     sizes = asked.sizes or p.sample_sizes
     chosen = [p.sample_sizes.index(size) for size in sizes]
     before = records.read_arrays(place, record)[0]["scores"][FULL, chosen, :, -1]
-    histories = train(p, sizes)
+    p.sample_sizes = sizes
+    histories = train(p)
     scores = np.array([run.scores[p.steps] for run in histories]).reshape(before.shape)
     told = {"device": devices.device_name(p.device), "precision": p.precision, "rate": p.learning_rate, "sizes": sizes}
     told |= {"seconds": sum({run.seconds for run in histories}), "record": counted(before), "here": counted(scores)}
@@ -49,15 +52,28 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     return told | {"scores": scores.round(4).tolist(), "scores of the record": before.round(4).tolist()}
 
 
-def train(p: SimpleNamespace, sizes: list[int]) -> list[cd.RunHistory]:
-    """The histories of the full-width runs by size and seed, as the notebook makes them."""
+def train(p: SimpleNamespace) -> list[cd.RunHistory]:
+    """The histories of the full-width runs by size and seed."""
     model, task = cd.load_for_task(p.encoder, p.task, p.protocol, p.max_length, p.validation_rows, p.device)
-    rates = few_shot.Rates(p.learning_rate, p.control_learning_rate, p.inner_learning_rate, p.inner_control_rate)
-    methods = few_shot.methods(model, p.matrices, p.protocol, p.adapter_rank, p.init_scale, rates)
-    runs = few_shot.planned_runs({"full": methods["full"]}, task, sizes, range(p.seed, p.seed + p.seeds))
     options = {"evaluate_at": [p.steps], "precision": p.precision, "max_stack": p.max_stack, "keep_factors": False}
     shared = "all" if torch.cuda.device_count() > 1 else None
-    return cd.fine_tune(model, runs, task, p.steps, p.batch_size, devices=shared, **options)
+    return cd.fine_tune(model, full_width(p, model, task), task, p.steps, p.batch_size, devices=shared, **options)
+
+
+def full_width(p: SimpleNamespace, model: torch.nn.Module, task: cd.Task) -> list[cd.FineTuningRun]:
+    """Of the runs that the notebook plans, by method, size and seed, those of full width."""
+    count = len(p.sample_sizes) * p.seeds
+    return planned()(p, model, task)[FULL * count : (FULL + 1) * count]
+
+
+def planned() -> Callable[..., list[cd.FineTuningRun]]:
+    """The notebook's own function, so that what is trained here is what its record tells of."""
+    cells = json.loads(notebooks.notebook_path(ID).read_text(encoding="utf-8"))["cells"]
+    (source,) = (text for cell in cells if "def planned(" in (text := "".join(cell["source"])))
+    (found,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "planned")
+    space: dict[str, Any] = {"few_shot": few_shot}
+    exec(compile(ast.Module([found], []), ID, "exec"), space)
+    return space["planned"]
 
 
 def counted(scores: np.ndarray) -> dict[str, Any]:
