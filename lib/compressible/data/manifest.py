@@ -277,8 +277,8 @@ def _verify(path: Path, entry: Entry) -> None:
     found = sha256(path)
     if found != entry.sha256:
         raise DataError(
-            f"{path} is not {entry.name}: sha256 {found} ({path.stat().st_size} bytes), "
-            f"expected {entry.sha256} ({entry.size} bytes)"
+            f"not {entry.name}: sha256 {found} ({path.stat().st_size} bytes), "
+            f"expected {entry.sha256} ({entry.size} bytes), of {path}"  # last, as a long one is cut
         )
 
 
