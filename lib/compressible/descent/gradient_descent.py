@@ -8,21 +8,23 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressible.descent.engines.choose import few_threads
+from compressible.descent.engines.choose import NAMES, few_threads
 from compressible.descent.history import DivergenceError, History
 from compressible.descent.solver import Solver
+from compressible.recovery.checks import MOST_RECORDS, expect_problem, expect_problems_factors, expect_rate
 from compressible.recovery.factors import check_factors
 from compressible.recovery.problems import Problem
-from compressible.runtime.checks import expect, expect_integer, is_integer
+from compressible.runtime.checks import expect, expect_flag, expect_integer, expect_iterations, expect_one_of
 from compressible.runtime.devices import without_autocast
 from compressible.runtime.progress import progress
 
 __all__ = ["DivergenceError", "History", "descend"]
+
+MOST_STEPS = 10**15  # years of any machine
 
 
 @without_autocast
@@ -45,11 +47,11 @@ def descend(
         problem: what is recovered, (m, n), a leading batch shape (...) being a stack of problems.
         factors: [W_1 (..., w, n), ..., W_L (..., m, w)] to start from, of the problem's type and device.
         step_size: eta > 0 of the inner factors; here and in outer_ratio a tensor (...) is a value for each problem.
-        steps: iterations at most.
+        steps: iterations at most, and at most 10^15.
         outer_ratio: the first and last factor take steps of outer_ratio * step_size, >= 0: P1's gamma, usually 0.01,
             or P2's alpha, 1 to 10.
         weight_decay: lambda >= 0 of lambda/2 sum ||W_l||_F^2; the recorded loss is without it.
-        record_every: iterations between records; there are records at 0 and at the end, too.
+        record_every: iterations between records, of which there are at most 10^7; records at 0 and at the end, too.
         tolerance: a problem stops at the first record whose training loss is below it.
         snapshots: iterations whose factors are kept.
         engine: "auto" picks; "reference", "fused", "compiled" (CPU), "graphed", "tiled" or "persistent" (CUDA).
@@ -75,14 +77,21 @@ def descend(
         P1, Theorem 2.1 (gradient descent with weight decay) and P1's gamma; P2's alpha.
     """
     began = time.perf_counter()
+    expect_problem(problem, "dtype", "device", "evaluate_factors", "factor_gradients")
     check_factors(factors, problem.shape)
-    kinds = [(x.dtype, x.device) for x in (factors[0], problem)]
-    expect("factors' kind", kinds[0], kinds[0] == kinds[1], f"the problem's {kinds[1]}")
-    _check_number("step_size", step_size, exclusive=True)
-    for name, value in (("outer_ratio", outer_ratio), ("weight_decay", weight_decay), ("tolerance", tolerance)):
-        _check_number(name, value)
-    steps, record_every = expect_integer("steps", steps, 0), expect_integer("record_every", record_every, 1)
-    wanted = _iterations(snapshots, steps)
+    expect_problems_factors(problem, factors)
+    step_size, outer_ratio = (
+        expect_rate("step_size", step_size),
+        expect_rate("outer_ratio", outer_ratio, positive=False),
+    )
+    weight_decay, tolerance = (
+        expect_rate(name, value, positive=False, single=True)
+        for name, value in (("weight_decay", weight_decay), ("tolerance", tolerance))
+    )
+    steps, record_every = _check_records(steps, record_every)
+    wanted = expect_iterations("snapshots", snapshots, steps, f"iterations from 0 to steps = {steps}")
+    expect_one_of("engine", engine, NAMES)
+    show_progress = None if show_progress is None else expect_flag("show_progress", show_progress)
     solver = Solver(problem, factors, step_size, outer_ratio, weight_decay, engine)
     solver.start(record_every, time.perf_counter() - began)
     records = sorted({*range(0, steps + 1, record_every), steps})
@@ -97,20 +106,10 @@ def descend(
     return solver.finish()
 
 
-def _iterations(snapshots: Any, steps: int) -> set[int]:
-    """The iterations of the snapshots, as Python's integers; ValueError unless they are some from 0 to `steps`."""
-    listed = snapshots.tolist() if hasattr(snapshots, "tolist") else snapshots
-    marks: list[Any] = list(listed) if isinstance(listed, Iterable) else [None]
-    inside = all(is_integer(mark) and 0 <= mark <= steps for mark in marks)
-    expect("snapshots", snapshots, inside, f"iterations from 0 to steps = {steps}")
-    return set(map(int, marks))
-
-
-def _check_number(name: str, value: float | Tensor, exclusive: bool = False) -> None:
-    expected = f"finite {'> 0' if exclusive else '>= 0'}"
-    try:
-        tensor = torch.as_tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, None, integers beyond all floats, ragged lists
-        tensor = torch.tensor(torch.nan)
-    inside = torch.isfinite(tensor) & (tensor > 0 if exclusive else tensor >= 0)
-    expect(name, value, bool(inside.all()) and not isinstance(value, bool), expected)
+def _check_records(steps: int, record_every: int) -> tuple[int, int]:
+    steps = expect_integer("steps", steps, 0, MOST_STEPS)
+    record_every = min(expect_integer("record_every", record_every, 1), max(steps, 1))
+    count = steps // record_every + 1
+    told = f"at most {MOST_RECORDS} records, not {count}: with steps = {steps} one every {-(-steps // MOST_RECORDS)}"
+    expect("record_every", record_every, count <= MOST_RECORDS, told)
+    return steps, record_every

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.factors import Factors
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect_number, expect_one_of
 
 
 @dataclass
@@ -48,7 +48,7 @@ class History:
 
     def iterations_to(self, level: float, curve: str = "error") -> Tensor:
         """Return the first recorded iteration (...) at which the "loss" or "error" is below `level`; -1 if never."""
-        below = self._curve(curve) < level
+        below = self._curve(curve) < expect_number("level", level, "a finite number")
         first = self.iterations[below.int().argmax(-1)]
         return torch.where(below.any(-1), first, torch.full_like(first, -1))
 
@@ -58,7 +58,7 @@ class History:
         return self._curve(curve).gather(-1, last)[..., 0]
 
     def _curve(self, name: str) -> Tensor:
-        expect("curve", name, name in ("loss", "error"), "'loss' or 'error'")
+        expect_one_of("curve", name, ("loss", "error"), "'loss' or 'error'")
         return getattr(self, name)
 
 

@@ -14,6 +14,7 @@ from compressible.descent.engines.base import Engine, Rate, goes_on
 from compressible.descent.engines.choose import choose
 from compressible.descent.history import History, raise_if_diverged
 from compressible.descent.records import Records
+from compressible.recovery.checks import expect_one_batch
 from compressible.recovery.factors import Factors
 from compressible.recovery.problems import DenseProblem, Problem
 from compressible.runtime.progress import Bar
@@ -31,8 +32,9 @@ class Solver:
         decay: float,
         engine: str,
     ) -> None:
-        shapes = [problem.batch_shape, *(f.shape[:-2] for f in factors), _batch_of(step_size), _batch_of(outer_ratio)]
-        self.batch_shape = tuple(torch.broadcast_shapes(*shapes))
+        rates = {"step_size": _batch_of(step_size), "outer_ratio": _batch_of(outer_ratio)}
+        starts = {f"W_{layer}": tuple(factor.shape[:-2]) for layer, factor in enumerate(factors, 1)}
+        self.batch_shape = expect_one_batch({"problem": tuple(problem.batch_shape), **starts, **rates})
         self.size = math.prod(self.batch_shape)
         self.active = torch.arange(self.size)  # whom the engine carries
         self.alive = torch.ones(self.size, dtype=torch.bool)  # and who of them has not stopped
@@ -148,7 +150,8 @@ class Solver:
 
 def _selected(problem: Problem, index: Tensor, batch_shape: tuple[int, ...]) -> DenseProblem:
     if not isinstance(problem, DenseProblem):
-        raise ValueError(f"{type(problem).__name__} takes no stack, got starts or steps of batch shape {batch_shape}")
+        got = f"got factors, step_size or outer_ratio of batch shape {batch_shape}"
+        raise ValueError(f"problem {type(problem).__name__} takes no stack, {got}, expected ()")
     return problem.select(index, batch_shape)
 
 

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from compressible.descent.gradient_descent import DivergenceError, History, descend
-from compressible.recovery.factors import Factors, stack_factors
+from compressible.recovery.checks import expect_problem
+from compressible.recovery.factors import Factors, check_factors, stack_factors
 from compressible.recovery.problems import DenseProblem, Problem, stack_problems
+from compressible.runtime.checks import expect, expect_function, expect_integer, expect_number
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
 Build = Callable[[torch.Generator], tuple[DenseProblem, Mapping[str, Start]]]
 
+MOST_SEEDS = 10**6
 PADDING = 4  # widths share a stack up to this ratio: padding costs work in proportion to the largest
 
 
@@ -38,7 +41,7 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
         stopped being finite, the run kept up to there, and "<name>/parameters" (1,), the number of factors' entries.
 
     Raises:
-        ValueError: what `descend` refuses.
+        ValueError: where `build` returns something else, and what `descend` refuses.
 
     Example:
         >>> import compressible as cd
@@ -52,10 +55,11 @@ def compare_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[
     Reference:
         Kwon et al. (2024), whose recovery figures set original beside compressed networks.
     """
+    seed, seeds = _check(build, seed, seeds)
     histories: dict[str, list[History]] = {}
     sizes: dict[str, int] = {}
     for offset in range(seeds):
-        problem, starts = build(torch.Generator().manual_seed(seed + offset))
+        problem, starts = _built(build, seed + offset, set(histories))
         for name, (factors, step_size, ratio) in starts.items():
             run = descend_to_divergence(problem, factors, step_size, outer_ratio=ratio, **options)
             histories.setdefault(name, []).append(run)
@@ -97,7 +101,10 @@ def stack_starts(build: Build, seed: int, seeds: int, **options: Any) -> dict[st
     Reference:
         Kwon et al. (2024), whose recovery figures set original beside compressed networks.
     """
-    built = [build(torch.Generator().manual_seed(seed + offset)) for offset in range(seeds)]
+    seed, seeds = _check(build, seed, seeds)
+    built = [_built(build, seed, set())]
+    built += [_built(build, seed + offset, set(built[0][1])) for offset in range(1, seeds)]
+    _check_stacks(built)
     problems, runs = [problem for problem, _ in built], [starts for _, starts in built]
     arrays: dict[str, np.ndarray] = {}
     for names in share_stacks(runs[0]):
@@ -119,6 +126,40 @@ def stacking_gain(build: Build, seed: int, seeds: int, steps: int = 200, **optio
     all_at_once = sum(float(stacked[f"{names[0]}/seconds"][0, -1]) for names in stacks)
     runs = float(seeds * len(names))
     return {"serial_seconds": one, "stacked_seconds": all_at_once, "gain": one / all_at_once, "runs": runs}
+
+
+def _check(build: Build, seed: int, seeds: int) -> tuple[int, int]:
+    expect_function("build", build, "a function of a torch.Generator that returns (problem, starts)")
+    return expect_integer("seed", seed, 0, 2**62), expect_integer("seeds", seeds, 1, MOST_SEEDS)
+
+
+def _built(build: Build, seed: int, known: set[str]) -> tuple[DenseProblem, Mapping[str, Start]]:
+    """What `build` returns for a seed; ValueError unless it is a problem with its starts, of `known` names if any."""
+    built = build(torch.Generator().manual_seed(seed))
+    pair = isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], Mapping) and len(built[1]) > 0
+    kinds = [type(part).__name__ for part in built] if isinstance(built, tuple) else type(built).__name__
+    expect("what build returned", kinds, pair, "(problem, {name: (factors, step size, outer ratio)})")
+    problem, starts = built
+    expect_problem(problem, name="problem of build")
+    for name, start in starts.items():
+        whole = isinstance(start, Sequence) and not isinstance(start, str) and len(start) == 3
+        expect(f"start {name!r} of build", start, whole, "(factors, step size, outer ratio)")
+    same = not known or set(starts) == known
+    expect(
+        f"names of build's starts for seed {seed}", sorted(starts), same, f"those of the first seed, {sorted(known)}"
+    )
+    return problem, starts
+
+
+def _check_stacks(built: Sequence[tuple[DenseProblem, Mapping[str, Start]]]) -> None:
+    """Raise ValueError, before anything is stacked, for what `descend` would refuse of a run alone."""
+    for problem, starts in built:
+        dense = isinstance(problem, DenseProblem)
+        expect("type of build's problem", type(problem).__name__, dense, "a dense one, which stacks")
+        for factors, step_size, ratio in starts.values():
+            check_factors(factors, problem.shape)
+            expect_number("step_size", step_size, "a finite number > 0", above=0)
+            expect_number("outer_ratio", ratio, "a finite number >= 0", least=0)
 
 
 def descend_to_divergence(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressible.runtime.checks import expect
+
 PADDING = 4  # pixels by which an image may be shifted, the usual augmentation of CIFAR-10
 
 
@@ -24,6 +26,9 @@ class Examples:
     targets: Tensor
 
     def __post_init__(self) -> None:
+        for name, part in (("inputs", self.inputs), ("targets", self.targets)):
+            rows = isinstance(part, Tensor) and part.dim() > 0
+            expect(f"type of {name}", type(part).__name__, rows, "a torch tensor (N, ...)")
         if len(self.inputs) != len(self.targets) or len(self.inputs) == 0:
             found = f"{len(self.inputs)} inputs and {len(self.targets)} targets"
             raise ValueError(f"examples have {found}, expected equally many, at least one")

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressible.networks import starts
 from compressible.networks.layers import FACTORED, FactoredConv2d, FactoredLinear, weight_matrix
+from compressible.recovery.checks import expect_depth
 from compressible.recovery.factors import Factors
-from compressible.runtime.checks import closest, expect, is_integer, is_number, unknown
+from compressible.runtime.checks import (
+    closest,
+    expect,
+    expect_function,
+    expect_generator,
+    is_integer,
+    is_number,
+    unknown,
+)
 
 VARIANTS = ("plain", "deep", "compressed")
 LossStep = Callable[[nn.Module], Tensor]
@@ -67,6 +77,7 @@ def factorize(
         P2, nonlinear networks: "+DLN" is "deep", "+C-DLN" is "compressed" of the penultimate matrix.
     """
     _check(variant, depth, width, init_scale, start, loss_step)
+    expect_generator(generator)
     layers = find_layers(model, target_modules)
     if variant == "plain":
         return list(layers)
@@ -83,20 +94,38 @@ def factorize(
 
 def find_layers(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
     """Return the linear layers and convolutions that are meant, by name; ValueError where there are none."""
+    expect("type of model", type(model).__name__, isinstance(model, nn.Module), "a torch.nn.Module")
     modules = dict(model.named_modules(remove_duplicate=False))
     matrices: dict[str, nn.Module] = {}
     matrices |= {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
     if isinstance(target_modules, str):
-        found = {name: module for name, module in matrices.items() if re.fullmatch(target_modules, name)}
+        found = {name: module for name, module in matrices.items() if _matches(target_modules, name)}
         hint = closest(target_modules, matrices)
         expect("target_modules", target_modules, bool(found), f"an expression that matches a matrix's name{hint}")
     else:
-        expect("target_modules", list(target_modules), len(target_modules) > 0, "at least one name")
-        ends = [_ending(end, matrices, modules) for end in target_modules]
-        found = {name: module for name, module in matrices.items() if any(name in names for names in ends)}
+        ends = _names(target_modules)
+        meant = [_ending(end, matrices, modules) for end in ends]
+        found = {name: module for name, module in matrices.items() if any(name in names for names in meant)}
     for name, module in found.items():
         _check_layer(model, name, module, modules)
     return found
+
+
+def _matches(expression: str, name: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise ValueError(f"target_modules is {expression!r}, expected a regular expression: {error}") from error
+
+
+def _names(target_modules: Any) -> list[str]:
+    told = "at least one name of a layer, or a regular expression"
+    odd = isinstance(target_modules, (bytes, Mapping)) or getattr(target_modules, "ndim", 1) != 1
+    listed = isinstance(target_modules, Iterable) and not odd
+    names = list(target_modules) if listed else []
+    holds = len(names) > 0 and all(isinstance(name, str) for name in names)
+    expect("target_modules", names if listed else target_modules, holds, told)
+    return names
 
 
 def _ending(end: str, matrices: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[str]:
@@ -123,17 +152,20 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, modules: dict[st
 
 
 def _check(variant: str, depth: int, width: int | None, scale: float, start: str, loss_step: LossStep | None) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(unknown("variant", variant, VARIANTS))
-    if start not in starts.STARTS:
-        raise ValueError(unknown("start", start, starts.STARTS))
+    for kind, name, known in (("variant", variant, VARIANTS), ("start", start, starts.STARTS)):
+        expect(f"type of {kind}", type(name).__name__, isinstance(name, str), f"a name: {', '.join(known)}")
+        if name not in known:
+            raise ValueError(f"{unknown(kind, name, known)}, expected one of {', '.join(known)}")
     least = 3 if start == "weights_and_gradient" else 2
     expect("depth", depth, is_integer(depth) and depth >= least, f"an integer >= {least} for the start {start!r}")
+    expect_depth(depth)
     expect("init_scale", scale, is_number(scale, 0), "a finite number > 0 (usually 0.1 to 1)")
     expect("width", width, width is None or (is_integer(width) and width >= 1), "an integer >= 1 or None")
     expect("width", width, variant != "compressed" or width is not None, "one for the variant 'compressed'")
     needs = variant != "plain" and start != "orthogonal"
     expect("loss_step", loss_step, loss_step is not None or not needs, f"a function for the start {start!r}")
+    if loss_step is not None:
+        expect_function("loss_step", loss_step, "a function that maps the model to its loss")
 
 
 def _width(name: str, layer: nn.Module, variant: str, width: int | None, start: str) -> int:

@@ -7,11 +7,14 @@ kernel with its last three axes flattened: W_1 is then a kh x kw convolution to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressible.recovery.factors import check_factors, product
+from compressible.recovery.checks import check_tensor, described, expect_factors
+from compressible.recovery.factors import check_factors, multiply
+from compressible.runtime.checks import expect, expect_integer, expect_sizes, is_integer
 
 
 class FactoredLinear(nn.Module):
@@ -22,7 +25,7 @@ class FactoredLinear(nn.Module):
         bias: b (m,), or None for none.
 
     Raises:
-        ValueError: for factors that do not chain, or a bias of another size.
+        ValueError: for factors that do not chain, or a bias of another size or kind.
 
     Example:
         >>> import torch, compressible as cd
@@ -45,7 +48,7 @@ class FactoredLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The end-to-end matrix W_L ... W_1 (m, n)."""
-        return product(list(self.factors))
+        return multiply(list(self.factors))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return W_L ... W_1 x + b (..., m) of inputs x (..., n)."""
@@ -69,7 +72,8 @@ class FactoredConv2d(nn.Module):
         stride, padding, dilation: of the kh x kw convolution, as nn.Conv2d has them.
 
     Raises:
-        ValueError: for factors that do not chain, a bias of another size or a kernel that does not divide W_1.
+        ValueError: for factors that do not chain, a bias of another size, a kernel that does not divide W_1, or
+            strides and the like that nn.Conv2d would not take.
 
     Example:
         >>> import torch, compressible as cd
@@ -92,9 +96,13 @@ class FactoredConv2d(nn.Module):
     ) -> None:
         super().__init__()
         _check(factors, bias)
+        kernel_size = _pair("kernel_size", kernel_size)
+        stride, dilation = _window("stride", stride), _window("dilation", dilation)
+        padding = _padding(padding, stride) if isinstance(padding, str) else _window("padding", padding, 0)
         taps, columns = kernel_size[0] * kernel_size[1], factors[0].shape[1]
         if columns % taps:
-            raise ValueError(f"W_1 has {columns} columns, expected a multiple of the kernel's {taps} taps")
+            told = f"a multiple of the kernel's {taps} taps, kernel_size {kernel_size}"
+            raise ValueError(f"W_1 of factors has {columns} columns, expected {told}")
         self.factors = nn.ParameterList(nn.Parameter(factor) for factor in factors)
         self.bias = None if bias is None else nn.Parameter(bias)
         self.kernel_size, self.in_channels = tuple(kernel_size), columns // taps
@@ -103,7 +111,7 @@ class FactoredConv2d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The end-to-end matrix W_L ... W_1 (outputs, inputs * kh * kw)."""
-        return product(list(self.factors))
+        return multiply(list(self.factors))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the convolved inputs (B, outputs, H', W') of (B, inputs, H, W)."""
@@ -120,6 +128,7 @@ class FactoredConv2d(nn.Module):
         return f"{_describe(self.factors, self.bias)}, {window}"
 
 
+WIDEST = 2**31 - 1  # of a window's step
 FACTORED = (FactoredLinear, FactoredConv2d)
 MATRICES = (nn.Linear, nn.Conv2d, *FACTORED)
 
@@ -141,13 +150,37 @@ def outer_factors(model: nn.Module) -> set[str]:
     }
 
 
+def _pair(name: str, value: Any, least: int = 1) -> tuple[int, int]:
+    first, second = expect_sizes(name, value, f"a pair of integers >= {least}", 2, least)
+    expect(name, value, max(first, second) <= WIDEST, f"integers up to {WIDEST}")
+    return first, second
+
+
+def _window(name: str, value: Any, least: int = 1) -> Any:
+    """What nn.Conv2d takes: a pair of integers, or one; ValueError for anything else."""
+    return expect_integer(name, value, least, WIDEST) if is_integer(value) else _pair(name, value, least)
+
+
+def _padding(name: str, stride: Any) -> str:
+    told = "'same' (with stride 1), 'valid', or integers"
+    expect("padding", name, name == "valid" or (name == "same" and stride in (1, (1, 1))), told)
+    return name
+
+
 def _check(factors: Sequence[Tensor], bias: Tensor | None) -> None:
+    expect_factors(factors)
     if any(factor.dim() != 2 for factor in factors):
         raise ValueError(f"factors have shapes {[tuple(factor.shape) for factor in factors]}, expected matrices")
     outputs = factors[-1].shape[0]
     check_factors(factors, (outputs, factors[0].shape[1]))
-    if bias is not None and bias.shape != (outputs,):
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.shape != (outputs,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(outputs,)}")
+    kind, wanted = ((each.dtype, each.device, each.layout) for each in (bias, factors[0]))
+    if kind != wanted:
+        raise ValueError(f"bias has {described(bias)} on {bias.device}, expected the factors' {wanted}")
 
 
 def _describe(factors: Sequence[Tensor] | nn.ParameterList, bias: Tensor | None) -> str:

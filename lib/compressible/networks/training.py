@@ -20,7 +20,9 @@ from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import Rule
 from compressible.networks.side_by_side import Plan, SideBySide
 from compressible.networks.training_checks import (
+    check_choices,
     check_decay,
+    check_examples,
     check_models,
     check_names,
     check_numbers,
@@ -28,6 +30,7 @@ from compressible.networks.training_checks import (
     seeds_of,
     snapshot_names,
 )
+from compressible.recovery.checks import expect_device
 from compressible.runtime import devices
 from compressible.runtime.checks import expect
 from compressible.runtime.progress import progress
@@ -116,12 +119,18 @@ def train(
     """
     check_numbers(steps, batch_size, momentum, weight_decay, outer_ratio, warmup, evaluate_every)
     check_names(optimizer, schedule, loss, augment, precision)
+    check_examples("train_set", train_set, needed=True)
+    for name, examples in (("test_set", test_set), ("validation_set", validation_set)):
+        check_examples(name, examples)
+    check_choices(stacked, captured, watch)
     check_models(models, learning_rates)
     check_decay(models[0], weight_decay)
     seeds = seeds_of(seed, len(models))
     check_sets(train_set, batch_size, augment)
     names = snapshot_names(models[0], snapshots, snapshot_of, steps)
+    expect("device", device, isinstance(device, str), "auto, cpu or cuda")
     device = devices.resolve_device(device)
+    expect_device(device)
     every = max(1, steps // 20) if evaluate_every is None else evaluate_every
     together = _together(models, stacked, device)
     graphs = device != "cpu" if captured == "auto" else bool(captured)

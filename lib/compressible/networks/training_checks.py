@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -12,8 +12,9 @@ from compressible.networks.batches import Examples
 from compressible.networks.layers import weight_matrix
 from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import OPTIMIZERS
-from compressible.runtime.checks import closest, expect, is_integer, is_number, unknown
+from compressible.runtime.checks import closest, expect, expect_function, is_integer, is_number, unknown
 
+AUTO, MOST_STEPS = "auto", 10**9  # the schedule is a number a step
 SCHEDULES, PRECISIONS = ("constant", "cosine"), ("float32", "tf32", "bfloat16")
 
 
@@ -26,7 +27,7 @@ def check_numbers(
     warmup: int,
     evaluate_every: int | None,
 ) -> None:
-    expect("steps", steps, is_integer(steps) and steps >= 1, "an integer >= 1")
+    expect("steps", steps, is_integer(steps) and 1 <= steps <= MOST_STEPS, f"an integer >= 1 and <= {MOST_STEPS:g}")
     for name, value in (("batch_size", batch_size), ("evaluate_every", evaluate_every)):
         expect(name, value, value is None or (is_integer(value) and value >= 1), "an integer >= 1 or None")
     expect("momentum", momentum, is_number(momentum) and 0 <= momentum < 1, "a number >= 0 and < 1")
@@ -45,12 +46,15 @@ def check_names(optimizer: str, schedule: str, loss: str, augment: str | None, p
         ("precision", precision, PRECISIONS),
     )
     for kind, name, names in known:
-        if name not in names:
+        if not isinstance(name, (str, type(None))) or name not in names:
             raise ValueError(unknown(kind, name, map(str, names)))
 
 
 def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
     """One a model."""
+    several = isinstance(seed, Sequence) and not isinstance(seed, (str, bytes))
+    told = f"an integer from 0 to 2^32 - 1, or one for each of the {count} models"
+    expect("seed", seed, several or is_integer(seed), told)
     seeds = list(seed) if isinstance(seed, Sequence) else [seed + index for index in range(count)]
     expect("seed", seed, len(seeds) == count, f"an integer, or one for each of the {count} models")
     expect("seed", seed, all(is_integer(each) and 0 <= each < 2**32 for each in seeds), "integers from 0 to 2^32 - 1")
@@ -66,8 +70,14 @@ def check_decay(model: nn.Module, weight_decay: float | Mapping[str, float]) -> 
 
 
 def check_models(models: Sequence[nn.Module], learning_rates: Sequence[float]) -> None:
-    expect("models", list(models), len(models) >= 1, "at least one network")
-    rates = list(learning_rates)
+    listed = isinstance(models, (Sequence, nn.ModuleList)) and all(isinstance(model, nn.Module) for model in models)
+    expect("models", models, listed and len(models) >= 1, "a list of networks, at least one")
+    given = learning_rates
+    one = (
+        isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping)) and getattr(given, "ndim", 1) == 1
+    )
+    expect("learning_rates", given, one, f"one for each of the {len(models)} models")
+    rates = learning_rates.tolist() if hasattr(learning_rates, "tolist") else list(learning_rates)
     expect("learning_rates", rates, len(rates) == len(models), f"one for each of the {len(models)} models")
     expect("learning_rates", rates, all(is_number(rate, 0) for rate in rates), "finite numbers > 0")
     shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in models]
@@ -76,6 +86,20 @@ def check_models(models: Sequence[nn.Module], learning_rates: Sequence[float]) -
         expect(f"architecture of model {index}", differing[:3], not differing, "the tensors of model 0")
     trained = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
     expect("trained parameters", trained, bool(trained), "at least one with requires_grad")
+
+
+def check_examples(name: str, examples: object, needed: bool = False) -> None:
+    """Raise ValueError unless it is a set of examples, or None where none is needed."""
+    holds = isinstance(examples, Examples) or (examples is None and not needed)
+    expect(f"type of {name}", type(examples).__name__, holds, f"Examples{'' if needed else ' or None'}")
+
+
+def check_choices(stacked: object, captured: object, watch: object) -> None:
+    for name, value in (("stacked", stacked), ("captured", captured)):
+        known = isinstance(value, bool) or (isinstance(value, str) and value == AUTO)
+        expect(name, value, known, f"True, False or {AUTO!r}")
+    if watch is not None:
+        expect_function("watch", watch, "a function of the step and the models, or None")
 
 
 def check_sets(train_set: Examples, batch_size: int | None, augment: str | None) -> None:
@@ -88,6 +112,9 @@ def check_sets(train_set: Examples, batch_size: int | None, augment: str | None)
 def snapshot_names(
     model: nn.Module, snapshots: Sequence[int], snapshot_of: Sequence[str] | None, steps: int
 ) -> list[str]:
+    for name, value in (("snapshots", snapshots), ("snapshot_of", () if snapshot_of is None else snapshot_of)):
+        listed = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
+        expect(name, value, listed, "a list" + (" of names, or None" if name == "snapshot_of" else " of steps"))
     wrong = [step for step in snapshots if not (is_integer(step) and 0 <= step <= steps)]
     expect("snapshots", wrong, not wrong, f"steps from 0 to {steps}")
     if not snapshots:

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressible.recovery.checks import MOST_RECORDS, REAL, expect_tensor
 from compressible.recovery.sparse import SparseCompletion, truncated_svd
+from compressible.runtime.checks import (
+    expect,
+    expect_flag,
+    expect_generator,
+    expect_integer,
+    expect_iterations,
+    expect_number,
+    expect_one_of,
+)
 from compressible.runtime.devices import clock
 
 BATCH = 2**14  # rows solved at a time: batched solvers on CUDA have limits of 2^15 and 2^16
@@ -51,10 +61,19 @@ def alternate(
     "spectral", V from the rank-r SVD of Omega * Phi / p, or "random", a Gaussian V (n, r), times 0.1 with biases, drawn
     on the CPU, or V itself, (n, r) or with biases (n, r + 1), the columns' biases last; U = 0 in each case. With ridge
     0 a row with fewer observations than r gets the solution of least norm. Raises ValueError for a rank outside 1 to
-    min(m, n), a negative ridge (0 with biases), sweeps < 1 or another start.
+    min(m, n), a negative ridge (0 with biases), sweeps < 1, another start or another kind of value.
     """
-    _check(problem, rank, ridge, sweeps, start, biases)
-    began, wanted = clock(problem.seen.rows.values), set(snapshots)
+    expect("type of problem", type(problem).__name__, isinstance(problem, SparseCompletion), "SparseCompletion")
+    biases, weighted = expect_flag("biases", biases), expect_flag("weighted", weighted)
+    most = min(problem.shape)
+    rank = expect_integer("rank", rank, 1, most, f"an integer from 1 to {most}")
+    sweeps = expect_integer("sweeps", sweeps, 1, MOST_RECORDS)
+    ridge = expect_number("ridge", ridge, "a finite number >= 0, > 0 with biases", 0 if biases else -math.inf, 0)
+    bias_ridge = expect_number("bias_ridge", bias_ridge, "a finite number >= 0", least=0)
+    expect_generator(generator)
+    _check_start(start, (problem.shape[1], rank + biases))
+    wanted = expect_iterations("snapshots", snapshots, sweeps, f"sweeps from 0 to {sweeps}")
+    began = clock(problem.seen.rows.values)
     ones = torch.ones_like(problem.seen.rows.values)
     patterns = problem.seen.matrix(ones), problem.seen.matrix(ones, transposed=True)
     right = _start(problem, rank, start, generator, biases)
@@ -78,7 +97,7 @@ def _start(
     problem: SparseCompletion, rank: int, start: str | Tensor, generator: torch.Generator | None, biases: bool
 ) -> Tensor:
     if isinstance(start, Tensor):
-        right = start.to(problem.device, problem.dtype)
+        right = start.detach().to(problem.device, problem.dtype)
     elif start == "spectral":
         _, values, right = truncated_svd(problem.surrogate(), rank)
         right = right * values.sqrt()
@@ -140,16 +159,12 @@ def _solve_each(normal: Tensor, right_side: Tensor, definite: bool) -> Tensor:
     return torch.einsum("mki,mi->mk", vectors, inside)
 
 
-def _check(problem: SparseCompletion, rank: int, ridge: float, sweeps: int, start: str | Tensor, biases: bool) -> None:
-    if not isinstance(rank, int) or not 1 <= rank <= min(problem.shape):
-        raise ValueError(f"rank is {rank!r}, expected an integer from 1 to {min(problem.shape)}")
-    if not 0 <= ridge < math.inf or (biases and ridge == 0):
-        raise ValueError(f"ridge is {ridge!r}, expected a finite number >= 0, > 0 with biases")
-    if not isinstance(sweeps, int) or sweeps < 1:
-        raise ValueError(f"sweeps is {sweeps!r}, expected an integer >= 1")
-    if isinstance(start, Tensor):
-        expected = (problem.shape[1], rank + biases)
-        if tuple(start.shape) != expected:
-            raise ValueError(f"start has shape {tuple(start.shape)}, expected (n, k) = {expected}")
-    elif start not in ("spectral", "random"):
-        raise ValueError(f"start is {start!r}, expected spectral, random or a tensor")
+def _check_start(start: object, shape: tuple[int, int]) -> None:
+    if not isinstance(start, Tensor):
+        expect_one_of("start", start, ("spectral", "random"), "spectral, random or a tensor")
+        return
+    expect_tensor("start", start, f"(n, k) = {shape} of numbers", REAL)
+    if tuple(start.shape) != shape:
+        raise ValueError(f"start has shape {tuple(start.shape)}, expected (n, k) = {shape}")
+    if not bool(torch.isfinite(start).all()):
+        raise ValueError("start holds values that are not finite, expected finite ones")

@@ -12,10 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compressible.recovery.checks import (
+    PRECISIONS,
+    described,
+    expect_depth,
+    expect_matrix,
+    expect_problem,
+    expect_problems_factors,
+)
 from compressible.recovery.factors import Factors, check_factors, product
-from compressible.recovery.problem_base import Problem, check_tensor
+from compressible.recovery.problem_base import DenseProblem, Problem
 from compressible.recovery.sparse import truncated_svd
-from compressible.runtime.checks import expect, expect_integer, is_number
+from compressible.runtime.checks import expect, expect_integer, expect_number, shown
 from compressible.runtime.devices import without_autocast
 
 
@@ -50,7 +58,11 @@ def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: in
     Reference:
         P1, Theorem 2.1 and its corollary on compression.
     """
+    expect_problem(problem, "factor_gradients")
     check_factors(factors, problem.shape)
+    batch = expect_problems_factors(problem, factors)
+    told = f"() with {type(problem).__name__}, which takes no stack"
+    expect("batch shape of factors", batch, not batch or isinstance(problem, DenseProblem), told)
     rank = _check_guess(problem, rank)
     scales = [orthogonal_scale(factor, f"W_{layer}") for layer, factor in enumerate(factors, 1)]
     if factors[0].shape[-2] != max(problem.shape):
@@ -113,13 +125,16 @@ def compress_spectral(
         P2, the algorithm of the compressed deep linear network (C-DLN), whose r-hat is this width.
     """
     if width is None or rank is not None:
-        raise TypeError(f"compress_spectral got width {width} and rank {rank}, expected width alone: columns of U, V")
+        raise TypeError(
+            f"compress_spectral got width {shown(width)} and rank {shown(rank)}, expected width alone: columns of U, V"
+        )
+    expect_problem(problem, "surrogate")
     most = min(problem.shape)
     width = expect_integer("width", width, 1, most, f"an integer with 1 <= width <= min(m, n) = {most}")
-    depth = expect_integer("depth", depth, 2)
-    expect("scale", scale, is_number(scale, above=0), "a finite number > 0")
+    depth = expect_depth(depth)
+    scale = expect_number("scale", scale, "a finite number > 0", above=0)
     surrogate = problem.surrogate() if surrogate is None else surrogate
-    check_tensor("surrogate", surrogate)
+    _check_surrogate(surrogate)
     if tuple(surrogate.shape[-2:]) != problem.shape:
         raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
     left, right = _leading(surrogate, width)
@@ -147,15 +162,22 @@ def orthogonal_scale(factor: Tensor, name: str = "factor") -> Tensor:
 def _leading(surrogate: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """U (..., m, k) and V^T (..., k, n) of the top k = `width` singular triplets, dense or sparse."""
     values = surrogate if surrogate.layout is torch.strided else surrogate.values()
-    if not bool(values.any()):
-        raise ValueError(
-            "surrogate is 0 everywhere, expected observed entries from which singular vectors can be taken"
-        )
+    if not bool(values.any()) or not bool(values.isfinite().all()):
+        odd = "not finite somewhere" if bool(values.any()) else "0 everywhere"
+        raise ValueError(f"surrogate is {odd}, expected observed entries from which singular vectors can be taken")
     if surrogate.layout is torch.strided:
         left, _, right = torch.linalg.svd(surrogate, full_matrices=False)
         return left[..., :width], right[..., :width, :]
     left, _, right = truncated_svd(surrogate, width)
     return left, right.mT
+
+
+def _check_surrogate(surrogate: Tensor) -> None:
+    sparse = isinstance(surrogate, Tensor) and surrogate.layout is torch.sparse_csr and not surrogate.is_meta
+    if not sparse:
+        expect_matrix("surrogate", surrogate)
+    elif surrogate.ndim != 2 or surrogate.dtype not in PRECISIONS:
+        raise ValueError(f"surrogate has {described(surrogate)}, expected (m, n) in float32 or float64")
 
 
 def _check_guess(problem: Problem, rank: int) -> int:

@@ -10,9 +10,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compressible.recovery.factors import product
+from compressible.recovery.checks import REAL, expect_one_batch, expect_tensor
+from compressible.recovery.factors import multiply
 from compressible.recovery.problem_base import DenseProblem, pick
 from compressible.recovery.theory import dropout
+from compressible.runtime.checks import expect
 
 _NOT_OF_THE_PRODUCT = 'the loss under dropout is no function of the product, expected engine "reference"'
 
@@ -45,15 +47,16 @@ class DropoutFactorization(DenseProblem):
     def __init__(self, target: Tensor, keep: float | Tensor) -> None:
         self._adopt(target, "target")
         if not bool(torch.isfinite(target).all()):
-            raise ValueError("target holds values that are not finite")
-        self.target = target
-        self.keep = torch.as_tensor(keep, dtype=self.dtype, device=self.device)
+            raise ValueError("target holds values that are not finite, expected finite ones")
+        self.target = target.detach().clone()  # the caller may go on to write into its own
+        _check_keep(keep)
+        self.keep = torch.as_tensor(keep, dtype=self.dtype, device=self.device).detach()
         self.strength = torch.as_tensor(dropout.strength(self.keep))
-        self.batch_shape = tuple(torch.broadcast_shapes(self.batch_shape, self.keep.shape))
+        self.batch_shape = expect_one_batch({"target": self.batch_shape, "keep": tuple(self.keep.shape)})
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         size = 2 * math.prod(self.shape)
-        fit = (product(factors) - self.target).square().sum((-2, -1)) / size
+        fit = (multiply(factors) - self.target).square().sum((-2, -1)) / size
         return fit + self.strength * dropout.penalty(factors) / size, fit
 
     def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -83,3 +86,13 @@ class DropoutFactorization(DenseProblem):
         for name in ("target", "keep", "strength"):
             setattr(whole, name, torch.stack([getattr(problem, name) for problem in problems]))
         return whole
+
+
+def _check_keep(keep: object) -> None:
+    told = "keep rates in (0, 1]: a number, or one for each problem (...)"
+    try:
+        rates = torch.as_tensor(keep)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, None, ragged lists, huge integers
+        rates = torch.tensor(math.nan)
+    expect_tensor("keep", rates, told, REAL)
+    expect("keep", keep, bool(((rates > 0) & (rates <= 1)).all()), told)

@@ -5,14 +5,29 @@ W_1 is (..., w, n), the inner W_l are (..., w, w), W_L is (..., m, w); any leadi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressible.runtime.checks import expect, expect_integer, expect_shape, is_number
+from compressible.recovery.checks import (
+    FLOATING,
+    expect_depth,
+    expect_device,
+    expect_dtype,
+    expect_entries,
+    expect_factors,
+)
+from compressible.runtime.checks import (
+    expect,
+    expect_batch_shape,
+    expect_generator,
+    expect_integer,
+    expect_number,
+    expect_shape,
+)
 
 Factors = list[Tensor]
 
@@ -42,7 +57,7 @@ def orthogonal_factors(
         [W_1 (..., w, n), W_2 (..., w, w), ..., W_L (..., m, w)].
 
     Raises:
-        ValueError: on a depth, width, shape or scale that is out of range.
+        ValueError: on a depth, width, shape or scale that is out of range, or another kind of value.
 
     Example:
         >>> import compressible as cd
@@ -54,8 +69,13 @@ def orthogonal_factors(
     """
     m, n = expect_shape(shape)
     width = max(m, n) if width is None else width
-    depth, width = expect_integer("depth", depth, 2), expect_integer("width", width, 1)
-    expect("scale", scale, is_number(scale, above=0), "a finite number > 0 (usually 1e-3 to 1)")
+    depth, width = expect_depth(depth), expect_integer("width", width, 1)
+    scale = expect_number("scale", scale, "a finite number > 0 (usually 1e-3 to 1)", above=0)
+    batch_shape = expect_batch_shape(batch_shape)
+    expect_entries("batch_shape, depth, shape and width", (*batch_shape, depth, max(m, width), max(n, width)))
+    expect_generator(generator)
+    expect_dtype("dtype", dtype, FLOATING)
+    expect_device(device)
     sizes = [n, *[width] * (depth - 1), m]
     orthogonal = [_orthogonal(*batch_shape, rows, cols, generator=generator) for cols, rows in pairwise(sizes)]
     return [(scale * factor).to(dtype=dtype, device=device) for factor in orthogonal]
@@ -71,16 +91,19 @@ def product(factors: Sequence[Tensor]) -> Tensor:
         X (..., m, n).
 
     Raises:
-        ValueError: where there is no factor at all.
-        RuntimeError: PyTorch's own, where the widths of neighbours differ.
+        ValueError: where there is no factor at all, the widths of neighbours differ, or one is no matrix.
 
     Example:
         >>> import compressible as cd
         >>> cd.product(cd.orthogonal_factors((8, 6), depth=3)).shape
         torch.Size([8, 6])
     """
-    if not len(factors):
-        raise ValueError(f"factors are {factors!r}, expected at least one")
+    expect_factors(factors, dtypes=None)
+    return multiply(factors)
+
+
+def multiply(factors: Sequence[Tensor]) -> Tensor:
+    """Return W_L ... W_1 of factors that have been checked, as those of a descent have."""
     result = factors[0]
     for factor in factors[1:]:
         result = factor @ result
@@ -99,7 +122,7 @@ def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
         [W_1 (S, ..., w, n), ..., W_L (S, ..., m, w)] with w the largest width.
 
     Raises:
-        ValueError: where depths or outer shapes differ.
+        ValueError: where depths, outer shapes, types or devices differ.
 
     Example:
         >>> import compressible as cd
@@ -107,10 +130,23 @@ def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
         >>> cd.stack_factors([narrow, wide])[0].shape
         torch.Size([2, 5, 6])
     """
+    odd = isinstance(runs, (str, bytes, Mapping, Set)) or hasattr(runs, "dtype")
+    listed = isinstance(runs, Iterable) and not odd
+    expect("type of runs", type(runs).__name__, listed, "a list of runs, each a list [W_1, ..., W_L] of tensors")
+    runs = list(runs)
+    expect("runs", runs, len(runs) > 0, "at least one list [W_1, ..., W_L] of tensors")
+    for index, run in enumerate(runs):
+        expect_factors(run, f"run {index} of runs", None)
     depths = {len(run) for run in runs}
     ends = {(run[-1].shape[-2], run[0].shape[-1]) for run in runs}
+    kinds = {
+        (*map(str, (f.dtype, f.device, tuple(f.shape[:-2]))), layer) for run in runs for layer, f in enumerate(run)
+    }
     if len(depths) != 1 or len(ends) != 1:
         raise ValueError(f"cannot stack depths {sorted(depths)} and shapes {sorted(ends)}, expected one of each")
+    if len(kinds) != len(runs[0]):
+        told = "expected one type, device and batch shape of each layer"
+        raise ValueError(f"cannot stack runs of kinds {sorted({kind[:3] for kind in kinds})}, {told}")
     stacked = []
     for layer in zip(*runs, strict=True):
         rows, columns = (max(factor.shape[axis] for factor in layer) for axis in (-2, -1))
@@ -120,18 +156,12 @@ def stack_factors(runs: Sequence[Sequence[Tensor]]) -> Factors:
 
 
 def check_factors(factors: Sequence[Tensor], shape: tuple[int, int]) -> None:
-    """Raise ValueError unless the factors chain into an (m, n) = `shape` product, in one dtype and on one device."""
-    passing = isinstance(factors, Iterator)  # this check would use it up
-    expect("type of factors", type(factors).__name__, not passing, "a list [W_1, ..., W_L] of tensors")
-    for layer, factor in enumerate(factors, 1):
-        expect(f"type of W_{layer}", type(factor).__name__, isinstance(factor, Tensor), "a torch tensor")
+    """Raise ValueError unless two or more chain into an (m, n) = `shape` product, in one dtype and on one device."""
+    told = f"L >= 2 that multiply to {tuple(shape)}"
+    expect_factors(factors, expected=told)
     sizes = [tuple(factor.shape[-2:]) for factor in factors]
-    chained = all(upper[1] == lower[0] for lower, upper in pairwise(sizes))
-    if len(sizes) < 2 or not chained or (sizes[-1][0], sizes[0][1]) != tuple(shape):
-        raise ValueError(f"factors W_1..W_L have shapes {sizes}, expected L >= 2 that multiply to {tuple(shape)}")
-    kinds = {(factor.dtype, factor.device) for factor in factors}
-    if len(kinds) != 1 or not factors[0].is_floating_point():
-        raise ValueError(f"factors have kinds {sorted(map(str, kinds))}, expected one floating dtype on one device")
+    if len(sizes) < 2 or (sizes[-1][0], sizes[0][1]) != tuple(shape):
+        raise ValueError(f"factors W_1..W_L have shapes {sizes}, expected {told}")
 
 
 def _orthogonal(*size: int, generator: torch.Generator | None) -> Tensor:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.recovery.factors import product
+from compressible.recovery.checks import expect_matrix, expect_problem
+from compressible.recovery.factors import multiply
 from compressible.runtime.checks import expect
-
-PRECISIONS = (torch.float32, torch.float64)  # half types have no SVD, and lose what a descent has to tell apart
 
 
 class Problem(Protocol):
@@ -69,7 +67,7 @@ class DenseProblem(Problem):
         return lambda: torch.stack(self.evaluate(product), -1)
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return self.evaluate(product(factors))
+        return self.evaluate(multiply(factors))
 
     def factor_gradients(self, factors: Sequence[Tensor]) -> list[Tensor]:
         prefixes = [factors[0]]
@@ -92,19 +90,10 @@ class DenseProblem(Problem):
 
     def _adopt(self, matrix: Tensor, name: str) -> None:
         """Take shape, batch shape, type and device from a matrix (..., m, n)."""
-        check_tensor(name, matrix)
-        if matrix.ndim < 2 or matrix.dtype not in PRECISIONS or matrix.numel() == 0:
-            got = f"{name} has shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
-            raise ValueError(f"{got}, expected a non-empty floating-point (..., m, n) in float32 or float64")
+        expect_matrix(name, matrix)
         self.shape = (matrix.shape[-2], matrix.shape[-1])
         self.batch_shape = tuple(matrix.shape[:-2])
         self.dtype, self.device = matrix.dtype, matrix.device
-
-
-def check_tensor(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a tensor; an array is told how to become one."""
-    hint = " (torch.from_numpy makes one of an array)" if isinstance(value, np.ndarray) else ""
-    expect(f"type of {name}", type(value).__name__, isinstance(value, Tensor), f"a torch tensor{hint}")
 
 
 def stack_problems(problems: Sequence[Problem]) -> DenseProblem:
@@ -117,7 +106,7 @@ def stack_problems(problems: Sequence[Problem]) -> DenseProblem:
         A problem of batch shape (S, ...).
 
     Raises:
-        ValueError: where they differ, or where they are sparse, which do not stack.
+        ValueError: where they differ, where they are sparse, which do not stack, or where there is none.
 
     Example:
         >>> import compressible as cd
@@ -125,12 +114,22 @@ def stack_problems(problems: Sequence[Problem]) -> DenseProblem:
         >>> cd.stack_problems(runs).batch_shape
         (3,)
     """
-    kinds = {(type(problem), problem.shape, problem.batch_shape) for problem in problems}
-    dense = [problem for problem in problems if isinstance(problem, DenseProblem)]
-    if len(kinds) != 1 or len(dense) < len(problems):
-        found = sorted(f"{kind.__name__} {shape} {batch}" for kind, shape, batch in kinds)
-        raise ValueError(f"cannot stack {found}, expected one dense kind, shape and batch shape")
+    odd = isinstance(problems, (str, bytes, Mapping)) or hasattr(problems, "dtype")
+    listed = isinstance(problems, Iterable) and not odd
+    expect("type of problems", type(problems).__name__, listed, "a list of problems")
+    given = list(problems)
+    expect("problems", given, len(given) > 0, "at least one")
+    for index, problem in enumerate(given):
+        expect_problem(problem, "dtype", "device", name=f"problem {index} of problems")
+    kinds = {(*(getattr(problem, name) for name in _KIND), type(problem)) for problem in given}
+    dense = [problem for problem in given if isinstance(problem, DenseProblem)]
+    if len(kinds) != 1 or len(dense) < len(given):
+        found = sorted(f"{kind[-1].__name__} {kind[0]} {kind[1]} {kind[2]} on {kind[3]}" for kind in kinds)
+        raise ValueError(f"cannot stack problems {found}, expected one dense kind, shape, batch shape and type")
     return dense[0].stacked(dense)
+
+
+_KIND = ("shape", "batch_shape", "dtype", "device")
 
 
 def pick(tensor: Tensor, index: Tensor, batch_shape: tuple[int, ...], trailing: int = 2) -> Tensor:

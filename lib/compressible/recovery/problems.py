@@ -16,7 +16,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compressible.recovery.problem_base import DenseProblem, Problem, check_tensor, pick, stack_problems
+from compressible.recovery.checks import REAL, expect_matrix, expect_one_batch, expect_tensor
+from compressible.recovery.problem_base import DenseProblem, Problem, pick, stack_problems
+from compressible.runtime.checks import expect, expect_one_of
 
 __all__ = ["DenseProblem", "MatrixCompletion", "MatrixFactorization", "MatrixSensing", "Problem", "stack_problems"]
 
@@ -34,7 +36,8 @@ class MatrixCompletion(DenseProblem):
             scaled by the observed fraction p for the other.
 
     Raises:
-        ValueError: on another mask or mean, an empty mask, or a target that is not finite where it is observed.
+        ValueError: on another mask or mean, an empty mask, a target that is not finite where it is observed, or types
+            and shapes other than these.
 
     Example:
         >>> import torch, compressible as cd
@@ -53,9 +56,9 @@ class MatrixCompletion(DenseProblem):
     offset: Tensor
 
     def __init__(self, target: Tensor, mask: Tensor, mean_over: str = "observed") -> None:
-        if mean_over not in ("observed", "all"):
-            raise ValueError(f'mean_over is {mean_over!r}, expected "observed" (P2) or "all" (P1)')
+        expect_one_of("mean_over", mean_over, ("observed", "all"), '"observed" (P2) or "all" (P1)')
         self._adopt(target, "target")
+        target = target.detach()
         target, mask = torch.broadcast_tensors(target, _as_mask(mask, target))
         # A copy: what the caller does to its own mask afterwards would reach the surrogate and not the loss.
         self.batch_shape, self.mean_over, self.mask = tuple(target.shape[:-2]), mean_over, mask.clone()
@@ -109,7 +112,7 @@ class MatrixCompletion(DenseProblem):
     def stacked(self, problems: Sequence[Self]) -> MatrixCompletion:
         means = {problem.mean_over for problem in problems}
         if len(means) != 1:
-            raise ValueError(f"cannot stack problems with mean_over {sorted(means)}, expected one")
+            raise ValueError(f"cannot stack problems with mean_over {sorted(means)}, expected one of them")
         whole = copy.copy(self)
         whole.batch_shape = (len(problems), *self.batch_shape)
         for name in ("target", "mask", "offset", "weights"):
@@ -138,7 +141,8 @@ class MatrixFactorization(DenseProblem):
     def __init__(self, target: Tensor) -> None:
         self._adopt(target, "target")
         if not bool(torch.isfinite(target).all()):
-            raise ValueError("target holds values that are not finite")
+            raise ValueError("target holds values that are not finite, expected finite ones")
+        target = target.detach()
         self.target = target.clone()  # the caller may go on to write into its own
         self.observed_weight = torch.full((), 1.0 / math.prod(self.shape), dtype=self.dtype, device=self.device)
         self.offset = -self.observed_weight * target
@@ -169,7 +173,7 @@ class MatrixSensing(DenseProblem):
         target: X* (..., m, n), for the recovery error ||X - X*||_F / ||X*||_F alone; without it the error is NaN.
 
     Raises:
-        ValueError: where the shapes disagree, or operators or measurements are not finite.
+        ValueError: where shapes, types or devices disagree, or a value is not finite.
 
     Example:
         >>> import torch, compressible as cd
@@ -183,25 +187,18 @@ class MatrixSensing(DenseProblem):
     """
 
     def __init__(self, operators: Tensor, measurements: Tensor, target: Tensor | None = None) -> None:
-        check_tensor("operators", operators)
-        check_tensor("measurements", measurements)
+        self._adopt(operators, "operators")
         if operators.ndim != 3:
             raise ValueError(f"operators have shape {tuple(operators.shape)}, expected (k, m, n)")
-        self._adopt(operators, "operators")
-        if measurements.shape[-1:] != operators.shape[:1]:
-            expected = f"(..., {operators.shape[0]})"
-            raise ValueError(f"measurements have shape {tuple(measurements.shape)}, expected {expected}")
-        for name, given in (("operators", operators), ("measurements", measurements)):
-            if not all(bool(torch.isfinite(end).all()) for end in given.aminmax()):  # without another array of its size
-                raise ValueError(f"{name} hold values that are not finite")
-        if target is not None:
-            check_tensor("target", target)
-        if target is not None and tuple(target.shape[-2:]) != self.shape:
-            raise ValueError(f"target has shape {tuple(target.shape)}, expected (..., m, n) with {self.shape}")
+        _check_measurements(operators, measurements, target)
+        for name, given in (("operators", operators), ("measurements", measurements), ("target", target)):
+            # both ends, without another array of its size
+            if given is not None and not all(bool(torch.isfinite(end).all()) for end in given.aminmax()):
+                raise ValueError(f"{name} hold values that are not finite, expected finite ones")
         # Copies, which nobody else writes into; the operators are too large for that.
-        self.operators, self.measurements = operators, measurements.clone()
-        self.target = None if target is None else target.clone()
-        self._rows = operators.reshape(operators.shape[0], -1)  # (k, m n), a view: the operator is held once
+        self.operators, self.measurements = operators, measurements.detach().clone()
+        self.target = None if target is None else target.detach().clone()
+        self._rows = operators.detach().reshape(operators.shape[0], -1)  # (k, m n), a view: the operator is held once
         self.batch_shape = tuple(measurements.shape[:-1])
 
     def residual(self, product: Tensor) -> Tensor:
@@ -223,26 +220,46 @@ class MatrixSensing(DenseProblem):
         return (self.measurements @ self._rows).unflatten(-1, self.shape) / self._rows.shape[0]
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixSensing:
-        measurements = pick(self.measurements, index, batch_shape, trailing=1)
-        target = None if self.target is None else pick(self.target, index, batch_shape)
-        return MatrixSensing(self.operators, measurements, target)
+        part = copy.copy(self)  # the constructor would read all operators once more
+        part.batch_shape = (len(index),)
+        part.measurements = pick(self.measurements, index, batch_shape, trailing=1).clone()
+        part.target = None if self.target is None else pick(self.target, index, batch_shape).clone()
+        return part
 
     def stacked(self, problems: Sequence[Self]) -> MatrixSensing:
         if any(problem.operators is not self.operators for problem in problems):
-            raise ValueError("cannot stack sensing problems with different operators: they would be held many times")
+            many = "they would be held many times"
+            raise ValueError(f"cannot stack problems of sensing with different operators, expected the same: {many}")
         targets = [problem.target for problem in problems if problem.target is not None]
         target = torch.stack(targets) if len(targets) == len(problems) else None
         return MatrixSensing(self.operators, torch.stack([problem.measurements for problem in problems]), target)
 
 
+def _check_measurements(operators: Tensor, measurements: Tensor, target: Tensor | None) -> None:
+    told = f"(..., {operators.shape[0]}) of the operators' {operators.dtype} on {operators.device}"
+    expect_tensor("measurements", measurements, told, (operators.dtype,), 1)
+    if measurements.shape[-1] != operators.shape[0] or measurements.device != operators.device:
+        found = f"{tuple(measurements.shape)} on {measurements.device}"
+        raise ValueError(f"measurements have shape {found}, expected {told}")
+    if target is None:
+        return
+    expect_matrix("target", target)
+    if target.shape[-2:] != operators.shape[1:]:
+        expected = f"(..., m, n) with {tuple(operators.shape[1:])}"
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected}")
+    expect("device of target", target.device, target.device == operators.device, f"the operators', {operators.device}")
+    expect_one_batch({"measurements": tuple(measurements.shape[:-1]), "target": tuple(target.shape[:-2])})
+
+
 def _as_mask(mask: Tensor, target: Tensor) -> Tensor:
-    check_tensor("mask", mask)
+    expect_tensor("mask", mask, "(..., m, n) of zeros and ones, bool or number", (*REAL, torch.bool), 2)
     if tuple(mask.shape[-2:]) != tuple(target.shape[-2:]):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {target.shape[-2]}, {target.shape[-1]})")
-    mask = mask.to(dtype=target.dtype, device=target.device)
+    expect_one_batch({"target": tuple(target.shape[:-2]), "mask": tuple(mask.shape[:-2])})
+    mask = mask.detach().to(dtype=target.dtype, device=target.device)
     odd = mask[(mask != 0) & (mask != 1)]
     if odd.numel():
         raise ValueError(f"mask holds the value {odd.flatten()[0].item()}, expected zeros and ones only")
     if not bool(torch.isfinite(torch.where(mask > 0, target, torch.zeros_like(target))).all()):
-        raise ValueError("target is not finite on some observed entries")
+        raise ValueError("target is not finite on some observed entries, expected finite ones")
     return mask

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.recovery.factors import product
+from compressible.recovery.checks import PRECISIONS, expect_device, expect_dtype
+from compressible.recovery.factors import multiply
 from compressible.recovery.problem_base import Problem
+from compressible.runtime.checks import expect
 
 CHUNK = 2**20  # entries whose gathered factors are alive at a time in plain PyTorch
 
@@ -73,10 +75,12 @@ class SparseCompletion(Problem):
     Args:
         observed: torch sparse COO or CSR tensor or anything scipy.sparse knows, (m, n); stored zeros count as observed.
         hidden: such a matrix of other entries, whose mean is the recovery error; without it the error is NaN.
-        dtype, device: those of the values unless given; float32 or float64.
+        dtype, device: those of the values unless given; float32 or float64. Integers, truth values and half types are
+            taken where a dtype is given.
 
     Raises:
-        ValueError: on shapes that differ, entries given twice, values that are not finite, or nothing observed.
+        ValueError: on shapes that differ, entries given twice, values that are not finite or of another type, or
+            nothing observed.
 
     Example:
         >>> import scipy.sparse, torch, compressible as cd
@@ -98,6 +102,9 @@ class SparseCompletion(Problem):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if dtype is not None:
+            expect_dtype("dtype", dtype)
+        expect_device(device)
         self.seen = read_entries(observed, "observed", dtype, device)
         self.unseen = None if hidden is None else read_entries(hidden, "hidden", self.seen.rows.values.dtype, device)
         if self.unseen is not None and self.unseen.shape != self.seen.shape:
@@ -108,7 +115,7 @@ class SparseCompletion(Problem):
         self.dtype, self.device = self.seen.rows.values.dtype, self.seen.rows.values.device
 
     def evaluate_factors(self, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        right = product(factors[:-1])
+        right = multiply(factors[:-1])
         means = [
             torch.tensor(torch.nan, dtype=self.dtype, device=self.device)
             if entries is None
@@ -137,10 +144,11 @@ class SparseCompletion(Problem):
 def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torch.device | str | None) -> Entries:
     """Return `matrix`, torch sparse or scipy sparse, as `Entries`; ValueError as `SparseCompletion`."""
     rows, columns, values, shape = _triplets(matrix, name)
-    if values.is_complex():
-        raise ValueError(f"{name} has dtype {values.dtype}, expected real entries")
+    if values.is_complex() or values.is_meta or (dtype is None and values.dtype not in PRECISIONS):
+        kinds = "real entries in float32 or float64, or a dtype that they become"
+        raise ValueError(f"{name} has dtype {values.dtype}{' on meta' if values.is_meta else ''}, expected {kinds}")
     device = values.device if device is None else device
-    values = values.to(device, dtype or (values.dtype if values.is_floating_point() else torch.float64))
+    values = values.detach().to(device, dtype or values.dtype)
     rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
     if not bool(torch.isfinite(values).all()):
         bad = values[~torch.isfinite(values)][0].item()
@@ -168,7 +176,7 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Ten
     if matrix.device.type == "cpu":
         import scipy.sparse.linalg
 
-        arrays = tuple(part.numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
+        arrays = tuple(part.detach().numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
         csr = scipy.sparse.csr_array(arrays, shape=tuple(matrix.shape))
         start = np.random.default_rng(seed).standard_normal(min(csr.shape))
         left, values, right = scipy.sparse.linalg.svds(csr, k=rank, v0=start)
@@ -196,10 +204,16 @@ def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int
 
     if scipy.sparse.issparse(matrix) and matrix.ndim == 2:
         coo = matrix.tocoo()
+        kind = coo.data.dtype
+        known = kind.kind in "biufc" and kind.isnative and kind.itemsize <= (16 if kind.kind == "c" else 8)
+        expect(f"dtype of {name}", str(kind), known, "one that torch knows, such as float64")
         rows, columns, values = (torch.from_numpy(np.ascontiguousarray(x)) for x in (coo.row, coo.col, coo.data))
         return rows, columns, values, (int(matrix.shape[0]), int(matrix.shape[1]))
     kind = f"{type(matrix).__name__} {getattr(matrix, 'layout', '')}".strip()
-    raise ValueError(f"{name} is {kind}, expected a two-dimensional sparse COO or CSR tensor or scipy.sparse matrix")
+    dims = f" of {matrix.ndim} dimensions" if hasattr(matrix, "ndim") else ""
+    raise ValueError(
+        f"{name} is {kind}{dims}, expected a two-dimensional sparse COO or CSR tensor or scipy.sparse matrix"
+    )
 
 
 def _pointers(lines: Tensor, count: int) -> Tensor:

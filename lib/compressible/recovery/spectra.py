@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressible.recovery.checks import FLOATING, PRECISIONS, REAL, expect_matrix, expect_one_batch, expect_tensor
+from compressible.runtime.checks import expect, expect_integer, expect_number
+
 
 @dataclass
 class Evolution:
@@ -30,9 +33,12 @@ def svd_evolution(path: Tensor, rank: int, reference: int = 1) -> Evolution:
     The reference time is 1 because at 0 the singular values of an orthogonal start coincide and single vectors mean
     nothing. Raises ValueError unless 2 rank < d and the reference lies on the path.
     """
-    size = min(path.shape[-2:])
-    if 2 * rank >= size or not 0 <= reference < path.shape[-3]:
-        raise ValueError(f"rank is {rank} and reference {reference}, expected 2 rank < {size} and a time on the path")
+    expect_tensor("path", path, "a non-empty (..., T, d, d) in float32 or float64", PRECISIONS, 3)
+    _check_finite("path", path)
+    size, times = min(path.shape[-2:]), path.shape[-3]
+    rank = expect_integer("rank", rank, 1, (size - 1) // 2, f"an integer >= 1 with 2 rank < {size}")
+    told = f"a time on the path, from 0 to {times - 1}"
+    reference = expect_integer("reference", reference, 0, times - 1, told)
     left, values, right = torch.linalg.svd(path, full_matrices=False)
     return Evolution(values, _turned(right.mT, rank, reference), _turned(left, rank, reference))
 
@@ -53,6 +59,15 @@ def principal_coordinates(reference: Tensor, *paths: Tensor, components: int = 2
     points to where the reference goes farthest. It takes the T x T products of the points and no singular value
     decomposition of their T x (m n) entries. Raises ValueError if the reference spans fewer components.
     """
+    components = expect_integer("components", components, 1)
+    named = {"reference": reference, **{f"path {index} of paths": path for index, path in enumerate(paths)}}
+    for name, path in named.items():
+        expect_tensor(name, path, "a non-empty (T, m, n) in float32 or float64", (PRECISIONS), 3)
+        kind = (path.shape[1:], path.dtype, path.device)
+        same = kind == (reference.shape[1:], reference.dtype, reference.device) and path.ndim == 3
+        expect(
+            f"kind of {name}", (tuple(path.shape), path.dtype), same, f"that of the reference {tuple(reference.shape)}"
+        )
     flat = reference.flatten(1)
     gram = flat @ flat.T
     mean = gram.mean(0, keepdim=True)  # <m, x_j>
@@ -77,8 +92,12 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     Bjorck and Golub: the cosine loses an angle below 1e-8 and the sine one near pi/2, so each serves where it is
     accurate. Raises ValueError unless both are (..., d, k) with the same d.
     """
+    _check_pair(first, second)
+    for name, basis in (("first", first), ("second", second)):
+        _check_finite(name, basis)
     if first.shape[-2] != second.shape[-2]:
-        raise ValueError(f"subspaces live in dimensions {first.shape[-2]} and {second.shape[-2]}, expected the same")
+        dimensions = f"{first.shape[-2]} and {second.shape[-2]}"
+        raise ValueError(f"subspaces first and second live in dimensions {dimensions}, expected the same")
     if first.shape[-1] < second.shape[-1]:
         first, second = second, first
     overlap = first.mT @ second
@@ -92,6 +111,12 @@ def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: i
 
     Those of the first `first_rank` and `second_rank` singular vectors, the larger of the left and of the right side.
     """
+    _check_columns(first, second)
+    for name, matrix in (("first", first), ("second", second)):
+        _check_finite(name, matrix)
+    most = min(first.shape[-2:])
+    first_rank = expect_integer("first_rank", first_rank, 1, most)
+    second_rank = expect_integer("second_rank", second_rank, 1, most)
     (left, _, right), (other_left, _, other_right) = (
         torch.linalg.svd(matrix, full_matrices=False) for matrix in (first, second)
     )
@@ -102,6 +127,7 @@ def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: i
 
 def vector_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the angles (..., k) in [0, pi/2] between matching unit columns (..., d, k), whatever their signs."""
+    _check_columns(first, second)
     cosines = (first * second).sum(-2, keepdim=True)
     sines = torch.linalg.vector_norm(second - first * cosines, dim=-2)
     return torch.atan2(sines, cosines[..., 0, :].abs())
@@ -120,6 +146,7 @@ def singular_values(matrix: Tensor) -> Tensor:
         (..., min(m, n)), not negative; NaN for a matrix with an entry that is not finite, such as a run that diverged.
 
     Raises:
+        ValueError: for anything but a matrix of floating-point numbers.
         torch.linalg.LinAlgError: PyTorch's own, if the eigenvalues do not converge.
 
     Example:
@@ -127,6 +154,7 @@ def singular_values(matrix: Tensor) -> Tensor:
         >>> cd.spectra.singular_values(torch.tensor([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]])).tolist()
         [4.0, 3.0]
     """
+    expect_matrix("matrix", matrix, FLOATING)
     matrix = matrix.double()
     gram = matrix @ matrix.mT if matrix.shape[-2] < matrix.shape[-1] else matrix.mT @ matrix
     finite = gram.isfinite().all(-1).all(-1)[..., None]
@@ -146,7 +174,7 @@ def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
         (...) in [0, 1]; NaN for a matrix of zeros, which has none.
 
     Raises:
-        ValueError: if `count` or `power` is out of range.
+        ValueError: if `count` or `power` is out of range, or a value below 0.
 
     Example:
         >>> import torch, compressible as cd
@@ -156,8 +184,9 @@ def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
     Reference:
         P2 and P3, Figure 1 (version 1): few singular values of an update hold nearly all of it.
     """
-    if count < 1 or power <= 0:
-        raise ValueError(f"count is {count!r} and power {power!r}, expected count >= 1 and power > 0")
+    _check_values(values)
+    count = expect_integer("count", count, 1)
+    power = expect_number("power", power, "a finite number > 0", above=0)
     powers = values**power
     return powers[..., :count].sum(-1) / powers.sum(-1)
 
@@ -168,6 +197,7 @@ def effective_count(values: Tensor) -> Tensor:
     k equal values count k, one value beside zeros counts 1, none counts 0. It is `effective_rank` where the values are
     singular values.
     """
+    _check_values(values)
     total = values.sum(-1, keepdim=True)
     shares = values / torch.where(total == 0, 1, total)
     return torch.where(total[..., 0] == 0, 0, torch.special.entr(shares).sum(-1).exp())
@@ -185,7 +215,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
         (...), between 1 and the rank; 0 for a matrix of zeros.
 
     Raises:
-        torch.linalg.LinAlgError: PyTorch's own, if an entry is not finite.
+        ValueError: for anything but a matrix of float32 or float64, or if an entry is not finite.
 
     Example:
         >>> import torch, compressible as cd
@@ -195,11 +225,13 @@ def effective_rank(matrix: Tensor) -> Tensor:
     Reference:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007; P3, Figure 2 (version 1) shows what falls.
     """
+    _check_finite("matrix", matrix)
     return effective_count(torch.linalg.svdvals(matrix))
 
 
 def stable_count(values: Tensor) -> Tensor:
     """Return the sum of squares of the values (..., k) >= 0 over the largest square; 0 where all are zero."""
+    _check_values(values)
     squares = values.square()
     top = squares.amax(-1)
     return squares.sum(-1) / torch.where(top == 0, 1, top)
@@ -215,7 +247,7 @@ def stable_rank(matrix: Tensor) -> Tensor:
         (...), between 1 and the rank; 0 for a matrix of zeros.
 
     Raises:
-        torch.linalg.LinAlgError: PyTorch's own, if an entry is not finite.
+        ValueError: for anything but a matrix of float32 or float64, or if an entry is not finite.
 
     Example:
         >>> import torch, compressible as cd
@@ -225,6 +257,7 @@ def stable_rank(matrix: Tensor) -> Tensor:
     Reference:
         Rudelson and Vershynin, "Sampling from large matrices", J. ACM 2007 (there the numerical rank).
     """
+    _check_finite("matrix", matrix)
     return stable_count(torch.linalg.svdvals(matrix))
 
 
@@ -235,4 +268,33 @@ def _farthest_sign(columns: Tensor) -> Tensor:
 
 def alignment(first: Tensor, second: Tensor) -> Tensor:
     """Return |<u_i, v_i>| (..., k) of matching columns: 1 where the directions agree, about 1/sqrt(d) by chance."""
+    _check_columns(first, second)
     return (first * second).sum(-2).abs()
+
+
+def _check_values(values: Tensor) -> None:
+    expect_tensor("values", values, "a non-empty (..., k) of numbers >= 0", REAL, 1)
+    if bool((values < 0).any()):
+        raise ValueError(f"values hold {values.min().item():g}, expected numbers >= 0")
+
+
+def _check_finite(name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless it is a matrix that has singular values."""
+    expect_matrix(name, matrix)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name} holds values that are not finite, expected finite ones")
+
+
+def _check_pair(first: Tensor, second: Tensor) -> None:
+    """Raise ValueError unless both are matrices of one type, on one device, that stack alike."""
+    expect_matrix("first", first)
+    expect_matrix("second", second)
+    kinds = [(value.dtype, value.device) for value in (first, second)]
+    expect("kind of second", kinds[1], kinds[0] == kinds[1], f"that of first, {kinds[0]}")
+    expect_one_batch({"first": tuple(first.shape[:-2]), "second": tuple(second.shape[:-2])})
+
+
+def _check_columns(first: Tensor, second: Tensor) -> None:
+    _check_pair(first, second)
+    told = f"those of first, {tuple(first.shape[-2:])}"
+    expect("sizes of second", tuple(second.shape[-2:]), second.shape[-2:] == first.shape[-2:], told)

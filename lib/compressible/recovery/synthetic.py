@@ -11,7 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from compressible.runtime.checks import expect, expect_generator, expect_integer, expect_shape, is_number
+from compressible.recovery.checks import (
+    PRECISIONS,
+    REAL,
+    expect_device,
+    expect_dtype,
+    expect_entries,
+    expect_tensor,
+)
+from compressible.runtime.checks import (
+    expect,
+    expect_batch_shape,
+    expect_generator,
+    expect_integer,
+    expect_shape,
+    is_number,
+)
 
 
 def low_rank_target(
@@ -35,7 +50,7 @@ def low_rank_target(
         Phi (..., m, n) of exact rank r.
 
     Raises:
-        ValueError: if the rank is out of range.
+        ValueError: if the rank is out of range, or for another kind of value, as all of this file.
 
     Example:
         >>> import torch, compressible as cd
@@ -47,7 +62,8 @@ def low_rank_target(
     """
     shape = expect_shape(shape)
     rank = expect_integer("rank", rank, 1, min(shape), f"an integer with 1 <= rank <= min(m, n) = {min(shape)}")
-    expect_generator(generator)
+    batch_shape = expect_batch_shape(batch_shape)
+    _check_draw((*batch_shape, *shape), generator, dtype, device)
     gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
     left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
     cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
@@ -86,10 +102,11 @@ def random_mask(
         30.0
     """
     size = math.prod(shape := expect_shape(shape))
-    expect_generator(generator)
-    count = math.floor(observed * size + 1e-9) if is_number(observed) else 0  # 0.3 * 100 is 29.999...
-    told = "a fraction in (0, 1] that leaves at least one entry"
-    expect("observed", observed, is_number(observed, above=0) and observed <= 1 and count >= 1, told)
+    batch_shape = expect_batch_shape(batch_shape)
+    _check_draw((*batch_shape, size), generator, dtype, device, (*REAL, torch.bool))
+    fraction = is_number(observed, above=0) and observed <= 1
+    count = math.floor(observed * size + 1e-9) if fraction else 0  # 0.3 * 100 is 29.999...
+    expect("observed", observed, count >= 1, "a fraction in (0, 1] that leaves at least one entry")
     keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64)
     if weights is not None:  # the smallest of exponential clocks with these rates
         keys = -torch.log1p(-keys) / _check_weights(weights, shape)
@@ -132,10 +149,13 @@ def sparse_low_rank(
         (5000, 500)
     """
     size = math.prod(shape := expect_shape(shape))
+    expect_entries("shape", shape, most=2**62)  # places are numbered; there is no such array
     expect_generator(generator)
+    expect_dtype("dtype", dtype)
     rank = expect_integer("rank", rank, 1, min(shape), f"1 <= rank <= min(m, n) = {min(shape)}")
     count = expect_integer("count", count, 1)
     hidden = expect_integer("hidden", max(count // 10, 1) if hidden is None else hidden, 1)
+    expect_entries("count, hidden, and rank on shape", (count + hidden + rank * sum(shape),))
     if count + hidden > size:
         raise ValueError(f"count is {count} and hidden {hidden}, expected at most {size} together")
     left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
@@ -152,9 +172,8 @@ def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
     1 - exp(-t w) with t such that the probabilities sum to `observed` m n: the limit of large m n, where the count is
     as good as fixed. Raises ValueError if `observed` is outside (0, 1) or a weight is not finite and positive.
     """
-    if not 0 < observed < 1:
-        raise ValueError(f"observed is {observed}, expected a fraction in (0, 1)")
-    rates = _check_weights(weights, weights.shape)
+    expect("observed", observed, is_number(observed, above=0) and observed < 1, "a fraction in (0, 1)")
+    rates = _check_weights(weights)
     low, high = torch.tensor(0.0, dtype=torch.float64), 1 / rates.min() * -math.log1p(-observed)
     for _ in range(200):  # bisection: the least weight alone bounds t from above
         middle = (low + high) / 2
@@ -193,8 +212,9 @@ def gaussian_operators(
         P2's matrix sensing.
     """
     count = expect_integer("count", count, 1, told="at least one measurement")
-    expect_generator(generator)
-    gaussian = torch.randn(count, *expect_shape(shape), generator=generator, dtype=torch.float64)
+    shape = expect_shape(shape)
+    _check_draw((count, *shape), generator, dtype, device)
+    gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
     return gaussian.div_(count).to(dtype=dtype, device=device)
 
 
@@ -218,8 +238,23 @@ def _entries_at(places: Tensor, left: Tensor, right: Tensor, shape: tuple[int, i
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
 
 
-def _check_weights(weights: Tensor, shape: Sequence[int]) -> Tensor:
+def _check_draw(
+    sizes: Sequence[int],
+    generator: torch.Generator | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    dtypes: Sequence[torch.dtype] = PRECISIONS,
+) -> None:
+    expect_entries("batch_shape or count, and shape", sizes)
+    expect_generator(generator)
+    expect_dtype("dtype", dtype, dtypes)
+    expect_device(device)
+
+
+def _check_weights(weights: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    expect_tensor("weights", weights, f"numbers {shape or '(m, n)'} and > 0", REAL)
+    shape = weights.shape if shape is None else shape
     if tuple(weights.shape) != tuple(shape) or not bool((torch.isfinite(weights) & (weights > 0)).all()):
         least = weights.min().item() if weights.numel() else math.nan
         raise ValueError(f"weights have shape {tuple(weights.shape)} and minimum {least}, expected {shape} and > 0")
-    return weights.to("cpu", torch.float64).flatten()
+    return weights.detach().to("cpu", torch.float64).flatten()

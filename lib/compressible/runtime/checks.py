@@ -5,11 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
 from typing import Any
 
-_SHORT = reprlib.Repr()
+LONG = 400  # characters up to which an error shows a value as it is
+
+
+class _Short(reprlib.Repr):
+    """Python's, which tells of arrays and tensors in lists what they are."""
+
+    def repr_instance(self, value: Any, level: int) -> str:
+        return _array(value) or super().repr_instance(value, level)
+
+
+_SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxset = 4, 40, 40, 40, 40
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 
@@ -17,7 +27,7 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 120
 def expect(name: str, value: object, holds: bool, expected: str) -> None:
     """Raise ValueError, with the value and what was expected, unless `holds`."""
     if not holds:
-        raise ValueError(f"{name} is {value!r}, expected {expected}")
+        raise ValueError(f"{name} is {_as_told(value)}, expected {expected}")
 
 
 def is_integer(value: object, numpys: bool = True) -> bool:
@@ -33,23 +43,77 @@ def expect_integer(name: str, value: object, least: int, most: float = math.inf,
     return int(value)  # type: ignore[call-overload]
 
 
+def expect_sizes(name: str, value: object, expected: str, count: int | None = None, least: int = 1) -> tuple[int, ...]:
+    """Return several integers >= `least`, of numpy, too, as Python's; `count` of them where that is given."""
+    unordered = isinstance(value, (str, bytes, Mapping, Set)) or hasattr(value, "layout")  # a tensor's are no integers
+    listed = isinstance(value, Iterable) and not unordered and getattr(value, "ndim", 1) == 1
+    sizes = tuple(value) if listed and isinstance(value, Iterable) else ()
+    expect(name, value, listed and count in (None, len(sizes)), expected)
+    return tuple(expect_integer(f"size {at} of {name}", size, least) for at, size in enumerate(sizes))
+
+
 def expect_shape(shape: object) -> tuple[int, int]:
     """Return (m, n), of numpy, too, as Python's integers; ValueError unless it is two integers >= 1."""
-    sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str) else ()
-    expect("shape", shape, len(sizes) == 2, "two integers (m, n)")
-    m, n = (expect_integer(f"size {at} of shape", size, 1) for at, size in enumerate(sizes))
+    m, n = expect_sizes("shape", shape, "two integers (m, n)", 2)
     return m, n
+
+
+def expect_batch_shape(shape: object) -> tuple[int, ...]:
+    """Return the leading dimensions of a stack as Python's integers; ValueError unless all are integers >= 1."""
+    return expect_sizes("batch_shape", shape, "a tuple of integers, () for one problem")
+
+
+def expect_function(name: str, value: object, expected: str) -> None:
+    """Raise ValueError unless it can be called; a class, which makes another object, is no function."""
+    expect(name, value, callable(value) and not isinstance(value, type), expected)
+
+
+def expect_iterations(name: str, value: Any, most: int, expected: str) -> set[int]:
+    """Return iterations, of numpy and torch, too, as Python's integers; ValueError unless all are from 0 to `most`."""
+    try:
+        listed = value.tolist() if hasattr(value, "tolist") else value
+    except (RuntimeError, TypeError, NotImplementedError):  # a tensor that holds no numbers, or not in a row
+        listed = None
+    text = isinstance(listed, (str, bytes, Mapping))
+    marks: list[Any] = list(listed) if isinstance(listed, Iterable) and not text else [None]
+    expect(name, value, all(is_integer(mark) and 0 <= mark <= most for mark in marks), expected)
+    return set(map(int, marks))
 
 
 def is_number(value: object, above: float = -math.inf) -> bool:
     """Whether a value is a finite number above `above`; text and truth values are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and above < float(value) < math.inf
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return above < float(value) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
-def expect_generator(generator: object) -> None:
-    """Raise ValueError unless it is a torch.Generator or None; known by its methods, without PyTorch."""
-    holds = generator is None or (hasattr(generator, "initial_seed") and hasattr(generator, "get_state"))
-    expect("generator", generator, holds, "a torch.Generator, torch.Generator().manual_seed(0) for one, or None")
+def expect_number(name: str, value: Any, expected: str, above: float = -math.inf, least: float = -math.inf) -> float:
+    """Return a finite number > `above` and >= `least`, of numpy, too, as Python's; ValueError for another."""
+    expect(name, value, is_number(value, above) and float(value) >= least, expected)
+    return float(value)
+
+
+def expect_flag(name: str, value: object) -> bool:
+    """Return a truth value, of numpy, too, as Python's; ValueError for anything else."""
+    expect(name, value, type(value).__name__ in ("bool", "bool_"), "True or False")
+    return bool(value)
+
+
+def expect_one_of(name: str, value: object, known: Iterable[str], expected: str = "") -> None:
+    """Raise ValueError unless a value is one of the names."""
+    known = tuple(known)
+    expect(name, value, isinstance(value, str) and value in known, expected or f"one of {', '.join(known)}")
+
+
+def expect_generator(generator: Any) -> None:
+    """Raise ValueError unless it is a torch.Generator of the CPU or None; known by its methods, without PyTorch."""
+    methods = hasattr(generator, "initial_seed") and hasattr(generator, "get_state") and hasattr(generator, "device")
+    told = "a torch.Generator on the CPU, torch.Generator().manual_seed(0) for one, or None"
+    holds = methods and not isinstance(generator, type) and str(generator.device) == "cpu"
+    expect("generator", generator, generator is None or holds, told)
 
 
 def names(name: str, value: Any, expected: str) -> Any:
@@ -84,6 +148,28 @@ def mistake(found: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}"
     told = told.replace("Input should be", "expected").replace("String should", "expected to")
     return f"{where}: got {found['input']!r}, {told}" if where else told
+
+
+def _as_told(value: Any) -> str:
+    """A value's own text where that is short; arrays and tensors of more than a few numbers by shape and type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if array := _array(value):
+        return array
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, a nested tensor of none
+        text = shown(value)
+    text = text if len(text) <= LONG else shown(value)
+    return text if len(text) <= LONG else f"{text[:LONG]}..."
+
+
+def _array(value: Any) -> str:
+    """What an array or tensor of more than a few numbers is, by shape and type; empty for anything else."""
+    sizes, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if not isinstance(sizes, tuple) or dtype is None or (len(sizes) < 2 and math.prod(sizes) <= 8):
+        return ""
+    return f"{type(value).__name__} of shape {tuple(sizes)} and {dtype}"
 
 
 def shown(value: object) -> str:
