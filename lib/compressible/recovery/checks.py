@@ -25,8 +25,10 @@ MOST_RECORDS = 10**7  # values kept of a loop: more are a mistake, and a list of
 
 def check_tensor(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a tensor; an array is told how to become one."""
+    if isinstance(value, Tensor):
+        return
     hint = " (torch.from_numpy makes one of an array)" if isinstance(value, np.ndarray) else ""
-    expect(f"type of {name}", type(value).__name__, isinstance(value, Tensor), f"a torch tensor{hint}")
+    expect(f"type of {name}", type(value).__name__, False, f"a torch tensor{hint}")
 
 
 def expect_tensor(
@@ -118,17 +120,20 @@ def expect_factors(
     expect(f"type of {name}", type(factors).__name__, not odd, "a list [W_1, ..., W_L] of tensors")
     if not len(factors):
         raise ValueError(f"{name} are {factors!r}, expected at least one tensor")
-    for layer, factor in enumerate(factors, 1):
-        check_tensor(f"W_{layer}{of}", factor)
+    for layer, factor in enumerate(factors, 1):  # text is made where it is needed: small products are microseconds
+        if not isinstance(factor, Tensor):
+            check_tensor(f"W_{layer}{of}", factor)
         if factor.layout is not torch.strided or factor.is_nested or factor.ndim < 2 or factor.dtype is torch.bool:
             raise ValueError(f"W_{layer}{of} has {described(factor)}, expected a dense matrix (..., w, w)")
     kinds = {(factor.dtype, factor.device) for factor in factors}
+    batches = [tuple(factor.shape[:-2]) for factor in factors]
     if len(kinds) != 1 or (dtypes is not None and factors[0].dtype not in dtypes):
         raise ValueError(f"{name} have kinds {sorted(map(str, kinds))}, expected one floating dtype on one device")
     sizes = [tuple(factor.shape[-2:]) for factor in factors]
     if not all(upper[1] == lower[0] for lower, upper in pairwise(sizes)):
         raise ValueError(f"{name} W_1..W_L have shapes {sizes}, expected {expected}")
-    expect_one_batch({f"W_{layer}{of}": tuple(factor.shape[:-2]) for layer, factor in enumerate(factors, 1)})
+    if any(batches):
+        expect_one_batch({f"W_{layer}{of}": batch for layer, batch in enumerate(batches, 1)})
 
 
 def expect_problems_factors(problem: Any, factors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -144,6 +149,8 @@ def expect_one_batch(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Return the shape to which named leading dimensions broadcast; ValueError, by the name, where one does not."""
     whole: tuple[int, ...] = ()
     for name, shape in shapes.items():
+        if shape == whole:
+            continue
         pairs = zip(reversed(whole), reversed(shape), strict=False)
         fits = all(one == other or 1 in (one, other) for one, other in pairs)
         expect(f"batch shape of {name}", shape, fits, f"one that broadcasts with {whole}")
