@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from compressible.descent.gradient_descent import DivergenceError, History, descend
-from compressible.recovery.checks import expect_problem
+from compressible.recovery.checks import expect_problem, expect_rate
 from compressible.recovery.factors import Factors, check_factors, stack_factors
 from compressible.recovery.problems import DenseProblem, Problem, stack_problems
-from compressible.runtime.checks import expect, expect_function, expect_integer, expect_number
+from compressible.runtime.checks import expect, expect_function, expect_integer
 
 Start = tuple[Factors, float, float]  # factors, step size, outer ratio
 Build = Callable[[torch.Generator], tuple[DenseProblem, Mapping[str, Start]]]
@@ -158,8 +158,8 @@ def _check_stacks(built: Sequence[tuple[DenseProblem, Mapping[str, Start]]]) -> 
         expect("type of build's problem", type(problem).__name__, dense, "a dense one, which stacks")
         for factors, step_size, ratio in starts.values():
             check_factors(factors, problem.shape)
-            expect_number("step_size", step_size, "a finite number > 0", above=0)
-            expect_number("outer_ratio", ratio, "a finite number >= 0", least=0)
+            expect_rate("step_size", step_size, single=True)
+            expect_rate("outer_ratio", ratio, positive=False, single=True)
 
 
 def descend_to_divergence(
