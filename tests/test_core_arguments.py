@@ -444,7 +444,8 @@ ALSO = {  # where one value is of another's size, the message may name the other
     "observed": ("hidden",),
     "width": ("rank",),
     "target_modules": ("layer",),
-    "inputs": ("targets", "inputs"),
+    "inputs": ("targets",),
+    "reference": ("components",),
 }
 CASES = [(name, argument) for name, (_, _, taken) in CORE.items() for argument in taken]
 

@@ -136,8 +136,8 @@ def _check(build: Build, seed: int, seeds: int) -> tuple[int, int]:
 def _built(build: Build, seed: int, known: set[str]) -> tuple[DenseProblem, Mapping[str, Start]]:
     """What `build` returns for a seed; ValueError unless it is a problem with its starts, of `known` names if any."""
     built = build(torch.Generator().manual_seed(seed))
-    pair = isinstance(built, tuple) and len(built) == 2 and isinstance(built[1], Mapping) and len(built[1]) > 0
-    kinds = [type(part).__name__ for part in built] if isinstance(built, tuple) else type(built).__name__
+    pair = isinstance(built, (tuple, list)) and len(built) == 2 and isinstance(built[1], Mapping) and len(built[1]) > 0
+    kinds = [type(part).__name__ for part in built] if isinstance(built, (tuple, list)) else type(built).__name__
     expect("what build returned", kinds, pair, "(problem, {name: (factors, step size, outer ratio)})")
     problem, starts = built
     expect_problem(problem, name="problem of build")

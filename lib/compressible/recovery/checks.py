@@ -157,3 +157,50 @@ def expect_one_batch(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         expect(f"batch shape of {name}", shape, fits, f"one that broadcasts with {whole}")
         whole = tuple(torch.broadcast_shapes(whole, shape))
     return whole
+
+
+def expect_measurements(operators: Tensor, measurements: Tensor, target: Tensor | None) -> None:
+    """Raise ValueError unless measurements and target are of the operators' sizes and kind."""
+    told = f"(..., {operators.shape[0]}) of the operators' {operators.dtype} on {operators.device}"
+    expect_tensor("measurements", measurements, told, (operators.dtype,), 1)
+    if measurements.shape[-1] != operators.shape[0] or measurements.device != operators.device:
+        found = f"{tuple(measurements.shape)} on {measurements.device}"
+        raise ValueError(f"measurements have shape {found}, expected {told}")
+    if target is None:
+        return
+    expect_matrix("target", target)
+    if target.shape[-2:] != operators.shape[1:]:
+        expected = f"(..., m, n) with {tuple(operators.shape[1:])}"
+        raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected}")
+    expect("device of target", target.device, target.device == operators.device, f"the operators', {operators.device}")
+    expect_one_batch({"measurements": tuple(measurements.shape[:-1]), "target": tuple(target.shape[:-2])})
+
+
+def expect_values(values: Any) -> None:
+    """Raise ValueError unless these can be singular values: (..., k), none below 0."""
+    expect_tensor("values", values, "a non-empty (..., k) of numbers >= 0", REAL, 1)
+    if bool((values < 0).any()):
+        raise ValueError(f"values hold {values.min().item():g}, expected numbers >= 0")
+
+
+def expect_finite_matrix(name: str, matrix: Any) -> None:
+    """Raise ValueError unless it is a matrix that has singular values."""
+    expect_matrix(name, matrix)
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name} holds values that are not finite, expected finite ones")
+
+
+def expect_pair(first: Any, second: Any) -> None:
+    """Raise ValueError unless both are matrices of one type, on one device, that stack alike."""
+    expect_matrix("first", first)
+    expect_matrix("second", second)
+    kinds = [(value.dtype, value.device) for value in (first, second)]
+    expect("kind of second", kinds[1], kinds[0] == kinds[1], f"that of first, {kinds[0]}")
+    expect_one_batch({"first": tuple(first.shape[:-2]), "second": tuple(second.shape[:-2])})
+
+
+def expect_matching_columns(first: Any, second: Any) -> None:
+    """Raise ValueError unless they are such a pair of equal sizes (..., d, k)."""
+    expect_pair(first, second)
+    told = f"those of first, {tuple(first.shape[-2:])}"
+    expect("sizes of second", tuple(second.shape[-2:]), second.shape[-2:] == first.shape[-2:], told)

@@ -77,8 +77,11 @@ class DropoutFactorization(DenseProblem):
         return self.target
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> DropoutFactorization:
-        keep = pick(self.keep, index, batch_shape, trailing=0)
-        return DropoutFactorization(pick(self.target, index, batch_shape), keep)
+        part = copy.copy(self)  # the constructor would wait for a GPU to look at all once more
+        part.batch_shape = (len(index),)
+        part.target = pick(self.target, index, batch_shape)
+        part.keep, part.strength = (pick(each, index, batch_shape, trailing=0) for each in (self.keep, self.strength))
+        return part
 
     def stacked(self, problems: Sequence[Self]) -> DropoutFactorization:
         whole = copy.copy(self)

@@ -16,9 +16,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compressible.recovery.checks import REAL, expect_matrix, expect_one_batch, expect_tensor
+from compressible.recovery.checks import REAL, expect_measurements, expect_one_batch, expect_tensor
 from compressible.recovery.problem_base import DenseProblem, Problem, pick, stack_problems
-from compressible.runtime.checks import expect, expect_one_of
+from compressible.runtime.checks import expect_one_of
 
 __all__ = ["DenseProblem", "MatrixCompletion", "MatrixFactorization", "MatrixSensing", "Problem", "stack_problems"]
 
@@ -190,7 +190,7 @@ class MatrixSensing(DenseProblem):
         self._adopt(operators, "operators")
         if operators.ndim != 3:
             raise ValueError(f"operators have shape {tuple(operators.shape)}, expected (k, m, n)")
-        _check_measurements(operators, measurements, target)
+        expect_measurements(operators, measurements, target)
         for name, given in (("operators", operators), ("measurements", measurements), ("target", target)):
             # both ends, without another array of its size
             if given is not None and not all(bool(torch.isfinite(end).all()) for end in given.aminmax()):
@@ -233,22 +233,6 @@ class MatrixSensing(DenseProblem):
         targets = [problem.target for problem in problems if problem.target is not None]
         target = torch.stack(targets) if len(targets) == len(problems) else None
         return MatrixSensing(self.operators, torch.stack([problem.measurements for problem in problems]), target)
-
-
-def _check_measurements(operators: Tensor, measurements: Tensor, target: Tensor | None) -> None:
-    told = f"(..., {operators.shape[0]}) of the operators' {operators.dtype} on {operators.device}"
-    expect_tensor("measurements", measurements, told, (operators.dtype,), 1)
-    if measurements.shape[-1] != operators.shape[0] or measurements.device != operators.device:
-        found = f"{tuple(measurements.shape)} on {measurements.device}"
-        raise ValueError(f"measurements have shape {found}, expected {told}")
-    if target is None:
-        return
-    expect_matrix("target", target)
-    if target.shape[-2:] != operators.shape[1:]:
-        expected = f"(..., m, n) with {tuple(operators.shape[1:])}"
-        raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected}")
-    expect("device of target", target.device, target.device == operators.device, f"the operators', {operators.device}")
-    expect_one_batch({"measurements": tuple(measurements.shape[:-1]), "target": tuple(target.shape[:-2])})
 
 
 def _as_mask(mask: Tensor, target: Tensor) -> Tensor:

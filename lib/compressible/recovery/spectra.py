@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressible.recovery.checks import FLOATING, PRECISIONS, REAL, expect_matrix, expect_one_batch, expect_tensor
+from compressible.recovery.checks import (
+    FLOATING,
+    PRECISIONS,
+    expect_finite_matrix,
+    expect_matching_columns,
+    expect_matrix,
+    expect_pair,
+    expect_tensor,
+    expect_values,
+)
 from compressible.runtime.checks import expect, expect_integer, expect_number
 
 
@@ -34,7 +43,7 @@ def svd_evolution(path: Tensor, rank: int, reference: int = 1) -> Evolution:
     nothing. Raises ValueError unless 2 rank < d and the reference lies on the path.
     """
     expect_tensor("path", path, "a non-empty (..., T, d, d) in float32 or float64", PRECISIONS, 3)
-    _check_finite("path", path)
+    expect_finite_matrix("path", path)
     size, times = min(path.shape[-2:]), path.shape[-3]
     rank = expect_integer("rank", rank, 1, (size - 1) // 2, f"an integer >= 1 with 2 rank < {size}")
     told = f"a time on the path, from 0 to {times - 1}"
@@ -62,12 +71,13 @@ def principal_coordinates(reference: Tensor, *paths: Tensor, components: int = 2
     components = expect_integer("components", components, 1)
     named = {"reference": reference, **{f"path {index} of paths": path for index, path in enumerate(paths)}}
     for name, path in named.items():
-        expect_tensor(name, path, "a non-empty (T, m, n) in float32 or float64", (PRECISIONS), 3)
+        expect_tensor(name, path, "a non-empty (T, m, n) in float32 or float64", PRECISIONS, 2)
         kind = (path.shape[1:], path.dtype, path.device)
-        same = kind == (reference.shape[1:], reference.dtype, reference.device) and path.ndim == 3
+        same = kind == (reference.shape[1:], reference.dtype, reference.device)
         expect(
             f"kind of {name}", (tuple(path.shape), path.dtype), same, f"that of the reference {tuple(reference.shape)}"
         )
+    expect_finite_matrix("reference", reference)
     flat = reference.flatten(1)
     gram = flat @ flat.T
     mean = gram.mean(0, keepdim=True)  # <m, x_j>
@@ -92,9 +102,9 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     Bjorck and Golub: the cosine loses an angle below 1e-8 and the sine one near pi/2, so each serves where it is
     accurate. Raises ValueError unless both are (..., d, k) with the same d.
     """
-    _check_pair(first, second)
+    expect_pair(first, second)
     for name, basis in (("first", first), ("second", second)):
-        _check_finite(name, basis)
+        expect_finite_matrix(name, basis)
     if first.shape[-2] != second.shape[-2]:
         dimensions = f"{first.shape[-2]} and {second.shape[-2]}"
         raise ValueError(f"subspaces first and second live in dimensions {dimensions}, expected the same")
@@ -111,9 +121,9 @@ def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: i
 
     Those of the first `first_rank` and `second_rank` singular vectors, the larger of the left and of the right side.
     """
-    _check_columns(first, second)
+    expect_matching_columns(first, second)
     for name, matrix in (("first", first), ("second", second)):
-        _check_finite(name, matrix)
+        expect_finite_matrix(name, matrix)
     most = min(first.shape[-2:])
     first_rank = expect_integer("first_rank", first_rank, 1, most)
     second_rank = expect_integer("second_rank", second_rank, 1, most)
@@ -127,7 +137,7 @@ def leading_angle(first: Tensor, second: Tensor, first_rank: int, second_rank: i
 
 def vector_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the angles (..., k) in [0, pi/2] between matching unit columns (..., d, k), whatever their signs."""
-    _check_columns(first, second)
+    expect_matching_columns(first, second)
     cosines = (first * second).sum(-2, keepdim=True)
     sines = torch.linalg.vector_norm(second - first * cosines, dim=-2)
     return torch.atan2(sines, cosines[..., 0, :].abs())
@@ -184,7 +194,7 @@ def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
     Reference:
         P2 and P3, Figure 1 (version 1): few singular values of an update hold nearly all of it.
     """
-    _check_values(values)
+    expect_values(values)
     count = expect_integer("count", count, 1)
     power = expect_number("power", power, "a finite number > 0", above=0)
     powers = values**power
@@ -197,7 +207,7 @@ def effective_count(values: Tensor) -> Tensor:
     k equal values count k, one value beside zeros counts 1, none counts 0. It is `effective_rank` where the values are
     singular values.
     """
-    _check_values(values)
+    expect_values(values)
     total = values.sum(-1, keepdim=True)
     shares = values / torch.where(total == 0, 1, total)
     return torch.where(total[..., 0] == 0, 0, torch.special.entr(shares).sum(-1).exp())
@@ -225,13 +235,13 @@ def effective_rank(matrix: Tensor) -> Tensor:
     Reference:
         Roy and Vetterli, "The effective rank", EUSIPCO 2007; P3, Figure 2 (version 1) shows what falls.
     """
-    _check_finite("matrix", matrix)
+    expect_finite_matrix("matrix", matrix)
     return effective_count(torch.linalg.svdvals(matrix))
 
 
 def stable_count(values: Tensor) -> Tensor:
     """Return the sum of squares of the values (..., k) >= 0 over the largest square; 0 where all are zero."""
-    _check_values(values)
+    expect_values(values)
     squares = values.square()
     top = squares.amax(-1)
     return squares.sum(-1) / torch.where(top == 0, 1, top)
@@ -257,7 +267,7 @@ def stable_rank(matrix: Tensor) -> Tensor:
     Reference:
         Rudelson and Vershynin, "Sampling from large matrices", J. ACM 2007 (there the numerical rank).
     """
-    _check_finite("matrix", matrix)
+    expect_finite_matrix("matrix", matrix)
     return stable_count(torch.linalg.svdvals(matrix))
 
 
@@ -268,33 +278,5 @@ def _farthest_sign(columns: Tensor) -> Tensor:
 
 def alignment(first: Tensor, second: Tensor) -> Tensor:
     """Return |<u_i, v_i>| (..., k) of matching columns: 1 where the directions agree, about 1/sqrt(d) by chance."""
-    _check_columns(first, second)
+    expect_matching_columns(first, second)
     return (first * second).sum(-2).abs()
-
-
-def _check_values(values: Tensor) -> None:
-    expect_tensor("values", values, "a non-empty (..., k) of numbers >= 0", REAL, 1)
-    if bool((values < 0).any()):
-        raise ValueError(f"values hold {values.min().item():g}, expected numbers >= 0")
-
-
-def _check_finite(name: str, matrix: Tensor) -> None:
-    """Raise ValueError unless it is a matrix that has singular values."""
-    expect_matrix(name, matrix)
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"{name} holds values that are not finite, expected finite ones")
-
-
-def _check_pair(first: Tensor, second: Tensor) -> None:
-    """Raise ValueError unless both are matrices of one type, on one device, that stack alike."""
-    expect_matrix("first", first)
-    expect_matrix("second", second)
-    kinds = [(value.dtype, value.device) for value in (first, second)]
-    expect("kind of second", kinds[1], kinds[0] == kinds[1], f"that of first, {kinds[0]}")
-    expect_one_batch({"first": tuple(first.shape[:-2]), "second": tuple(second.shape[:-2])})
-
-
-def _check_columns(first: Tensor, second: Tensor) -> None:
-    _check_pair(first, second)
-    told = f"those of first, {tuple(first.shape[-2:])}"
-    expect("sizes of second", tuple(second.shape[-2:]), second.shape[-2:] == first.shape[-2:], told)
