@@ -431,6 +431,7 @@ CORE: dict[str, tuple[Callable[..., Any], dict[str, Callable[[], Any]], dict[str
             "augment": {"none"},
             "evaluate_every": {"none", "huge", *INTEGER},
             "snapshots": {"list", "empty list"},
+            "snapshot_of": {"none", "empty list"},
             "watch": {"none", "function"},
             "stacked": {"true"},
             "device": set(),

@@ -114,7 +114,9 @@ def snapshot_names(
 ) -> list[str]:
     for name, value in (("snapshots", snapshots), ("snapshot_of", () if snapshot_of is None else snapshot_of)):
         listed = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
-        expect(name, value, listed, "a list" + (" of names, or None" if name == "snapshot_of" else " of steps"))
+        named = name == "snapshots" or (listed and all(isinstance(each, str) for each in value))
+        told = "a list of steps" if name == "snapshots" else "a list of names of layers or parameters, or None"
+        expect(name, value, listed and named, told)
     wrong = [step for step in snapshots if not (is_integer(step) and 0 <= step <= steps)]
     expect("snapshots", wrong, not wrong, f"steps from 0 to {steps}")
     if not snapshots:
