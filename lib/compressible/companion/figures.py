@@ -25,27 +25,36 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from compressible.companion import claims, parameters, records, runs
 from compressible.companion.claims import interval
 from compressible.companion.line_labels import label_lines
+from compressible.companion.marks import BARS, interval_mark, interval_text, only_ticks, search_curve, shared_legend
 from compressible.companion.palette import COLORS, PALETTE, colors
 from compressible.companion.style import STYLE, lay_out
 from compressible.runtime import paths
 from compressible.runtime.kernel_bar import kernel
 
 __all__ = [
+    "BARS",
     "COLORS",
     "PALETTE",
     "RANGE",
     "STYLE",
     "colors",
     "interval",
+    "interval_mark",
+    "interval_text",
     "label_lines",
+    "made_by",
+    "only_ticks",
     "over_seeds",
     "panels",
     "plain_log_ticks",
     "save",
+    "search_curve",
+    "shared_legend",
 ]
 
 WIDTH = 6.75  # inches, both columns of the papers
 RANGE: Any = {"estimator": "median", "errorbar": ("pi", 100)}  # for over_seeds: the middle of all seeds and their range
+_TOLD = ("commit", "dirty", "device", "threads", "wall_seconds", "peak_memory_bytes", "run")
 _ID = re.compile(r"[a-z]+\d{0,4}/(\d\d|table\d)_[a-z0-9_]+")
 
 
@@ -132,6 +141,12 @@ def save(
     record = runs.provenance(result, preset, id) | {"metrics": metrics, "not_finite": records.not_finite(metrics)}
     _write(figure, path, record | {"claims": [asdict(verdict) for verdict in judged], "arrays": told}, arrays)
     return path
+
+
+def made_by(record: Path) -> dict[str, Any]:
+    """What a record says of the making of its numbers, in short: of which code, where, how long, and the run's key."""
+    provenance = json.loads(record.read_text(encoding="utf-8"))
+    return {name: provenance[name] for name in _TOLD}
 
 
 def _write(figure: Figure, path: Path, record: dict[str, Any], arrays: bytes | None = None) -> None:
