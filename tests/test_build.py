@@ -166,13 +166,16 @@ def test_a_batch_whose_command_is_killed_ends_with_all_that_it_started(how, batc
     slow, good = batch_of
     add_notebook("00_bad", "import time; time.sleep(300)")
     call = [sys.executable, "-m", "compressible", "build", slow, good, "--jobs", "1"]
+    before_it = None if how == signal.SIGKILL else signal.signal(how, signal.SIG_DFL)  # nohup has set it aside
     batch = subprocess.Popen(call, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if before_it is not None:
+        signal.signal(how, before_it)
     assert until(lambda: any("sleep(300)" in text for text in under_way()), 60)
     reached = Path(f"figures/quick/{good}.json").exists()  # snakemake may have taken it first
     started = psutil.Process(batch.pid).children(recursive=True)
     assert len(started) >= 3  # snakemake, the job, its kernel
     batch.send_signal(how)
-    batch.wait()
+    assert batch.wait(timeout=60) == -how
     assert until(lambda: not any(map(psutil.Process.is_running, started)), 60), [each.cmdline() for each in started]
     assert not list(Path("figures/quick").glob(".staging-*"))
     assert Path(f"figures/quick/{good}.json").exists() == reached
