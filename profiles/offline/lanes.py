@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 KINDS = ("gpu", "core")
 NAME = re.compile(r"[\w.-]+")
@@ -55,16 +55,31 @@ def start(gpus: int, each: int, cores: int) -> None:
 def lane(name: str, shown: str) -> None:
     """Run jobs one after another until `stop`; a lane of this name that is there already is enough."""
     with (_folder("lanes") / name).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _held(lock):
             return
-        while not (root() / "stopped").exists():
+        while not _stopped():
             job = _taken(name, "gpu" if shown else "core")
             if job is None:
                 time.sleep(0.2)
             else:
                 _run(job, name, shown)
+
+
+def _held(lock: IO[str], seconds: float = 5) -> bool:
+    """Whether the lock is ours within some seconds, in which a lane that was stopped has ended."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+
+
+def _stopped() -> bool:
+    return (root() / "stopped").exists()
 
 
 def _taken(name: str, kind: str) -> Path | None:
@@ -90,14 +105,24 @@ def _run(file: Path, name: str, shown: str) -> None:
             # A session of its own, so that `stop` ends a command with all that it started.
             process = subprocess.Popen(job["command"], cwd=job["folder"], env=told, stdin=subprocess.DEVNULL,
                                        stdout=log, stderr=log, start_new_session=True)  # fmt: skip
-            _write(file, job | {"process": process.pid})
-            status = process.wait()
+            status = _ended(process)
         except OSError as error:
             log.write(f"{error}\n".encode())
             status = 127
     kept = {key: value for key, value in job.items() if key != "environment"}  # which archives would carry along
     _write(_folder("ended") / file.name, kept | {"status": status, "seconds": round(time.time() - began, 1)})
     file.unlink()
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process, which is ended with all of its session once the lanes are stopped."""
+    told = False
+    while (status := process.poll()) is None:
+        if _stopped() and not told:
+            told = True
+            os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    return status
 
 
 def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = ()) -> None:
@@ -133,14 +158,11 @@ def wait(seconds: float, lines: int = 1) -> int:
 
 
 def stop() -> None:
-    """End all lanes and what they run; what waits is left in the queue."""
-    (_folder("running").parent / "stopped").touch()
-    for job in _jobs("running"):
-        if "process" in job:
-            try:
-                os.killpg(job["process"], signal.SIGTERM)
-            except ProcessLookupError:
-                continue
+    """End all lanes and what they run, and wait until they have; what waits is left in the queue."""
+    (_folder("lanes").parent / "stopped").touch()
+    for file in _folder("lanes").iterdir():
+        with file.open("w") as lock:
+            _held(lock, 30)
 
 
 def collect(out: Path, folders: Sequence[Path], size: float) -> list[Path]:
