@@ -180,9 +180,10 @@ def test_cells_travel_as_one_file_and_come_out_as_they_were(tmp_path):
     for setting, cell in (({"steps": 3}, one), ({"steps": 3}, other), ({"steps": 4}, one)):
         Cells(setting, tmp_path / "here").put(cell, Scored([0, 1], [0.5, math.nan], [1.0, 2.0], [3.0, 4.0], 1.5))
     file = tmp_path / "cells.jsonl"
+    (Cells({"steps": 3}, tmp_path / "here").folder / ".a.half.json").write_text("{")  # of a process that writes now
     assert pack(tmp_path / "here", file) == 3 and len(file.read_text().splitlines()) == 5
     assert merge(file, tmp_path / "there") == 3 and merge(file, tmp_path / "there") == 0
-    inside = [path.relative_to(tmp_path / "here") for path in sorted((tmp_path / "here").glob("*/*.json"))]
+    inside = [path.relative_to(tmp_path / "here") for path in sorted((tmp_path / "here").glob("*/[!.]*.json"))]
     assert len(inside) == 5
     for path in inside:
         assert (tmp_path / "there" / path).read_bytes() == (tmp_path / "here" / path).read_bytes()

@@ -146,7 +146,7 @@ def pack(source: str | Path, file: str | Path) -> int:
 def _files_of(source: Path) -> list[tuple[str, str]]:
     """Places, below a root, and contents of cells and settings, those of a folder or of a file of `pack`."""
     if source.is_dir():
-        files = sorted(source.glob("*/*.json"))
+        files = sorted(source.glob("*/[!.]*.json"))  # none that is half written
         return [(f"{file.parent.name}/{file.name}", file.read_text("utf-8")) for file in files]
     found = []
     for number, line in enumerate(source.read_text("utf-8").splitlines(), 1):
