@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path("lib").resolve()))
-from compressible.command_line import main
+from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import git_state
 from compressible.companion.reached import reached_digest, reached_sources

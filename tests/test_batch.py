@@ -18,8 +18,8 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.command_line import main
 from compressible.companion import batch, gpu_slots, library, notebooks
+from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
 from compressible.companion.reached import reached_sources
@@ -622,7 +622,15 @@ def interrupted_after(mark, id):
 
 
 @pytest.mark.parametrize(
-    "mark", ["argparse", "compressible.companion.staging", "yaml", "pydantic", "compressible.command_line", "papermill"]
+    "mark",
+    [
+        "argparse",
+        "compressible.companion.staging",
+        "yaml",
+        "pydantic",
+        "compressible.companion.command_line",
+        "papermill",
+    ],
 )
 def test_ctrl_c_while_a_command_is_imported_stops_it_with_a_word(mark, add_notebook):
     assert interrupted_after(mark, add_notebook("00_slow", "import time; time.sleep(300)")) == (130, ["stopped"])

@@ -19,8 +19,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.command_line import main
 from compressible.companion import build, kernels, notebooks
+from compressible.companion.command_line import main
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compressible.command_line import main
 from compressible.companion import notebooks, rules
+from compressible.companion.command_line import main
 
 IDS = notebooks.ids()
 

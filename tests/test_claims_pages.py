@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from test_claims import ENTRY, FIGURE
 
-from compressible.command_line import main
 from compressible.companion import claims, records
 from compressible.companion.claims import Claim, ClaimError, Standing, pages, status, wording, writing
+from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 
 OTHER = "yaras2024/03_svd_evolution"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compressible.command_line import main
+from compressible.companion.command_line import main
 from compressible.companion.index import entries, summary, write_index
 
 

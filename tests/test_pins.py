@@ -11,8 +11,8 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from compressible.command_line import main
 from compressible.companion import pins, provenance
+from compressible.companion.command_line import main
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_example_runs(name):
 
 def test_the_command_line_starts_without_pytorch():
     """The batch asks it for every notebook, and PyTorch takes seconds to import."""
-    code = "import compressible.command_line, sys; sys.exit('torch' in sys.modules)"
+    code = "import compressible.companion.command_line, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from compressible.command_line import main
 from compressible.companion import batch, committed, imports, library, notebooks, reached, runs, verification
 from compressible.companion import git as asked
+from compressible.companion.command_line import main
 from compressible.companion.library import ROOT, computing_sources, library_digest, notebook_digest
 from compressible.companion.reached import reached_digest, reached_sources
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.command_line import main
 from compressible.companion import notebooks, records, runs
+from compressible.companion.command_line import main
 
 ID = "kwon2024/01_drawn"
 RUN = """\

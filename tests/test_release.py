@@ -16,9 +16,9 @@ from conftest import PYPROJECT, REPOSITORY
 from test_claims_pages import BAD, GOOD, claim, stand
 
 from compressible import __version__
-from compressible.command_line import main
 from compressible.companion import release
 from compressible.companion.claims import changes
+from compressible.companion.command_line import main
 
 PARTS = [f"compressible-dynamics-{part}-{__version__}.tar.gz" for part in ("records", "site")]
 

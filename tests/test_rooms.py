@@ -123,7 +123,7 @@ def test_a_core_loop_crosses_at_most_three_rooms(loop: Callable[[], None], monke
 
 
 def test_running_a_notebook_crosses_at_most_three_rooms(add_notebook):
-    from compressible.command_line import main
+    from compressible.companion.command_line import main
 
     id, found = add_notebook("01_good"), set()
     with rooms_entered(found):

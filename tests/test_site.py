@@ -15,8 +15,8 @@ import browser_helpers
 import pytest
 from conftest import REPOSITORY
 
-from compressible.command_line import main
 from compressible.companion import claims, notebooks, site
+from compressible.companion.command_line import main
 from compressible.companion.site import cards, links, mathjax
 
 pytest.importorskip("sphinx", reason="the site's packages are not installed")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.command_line import main
 from compressible.companion import notebooks, pins, records, verification
+from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 
 ID = "kwon2024/01_good"

@@ -16,6 +16,6 @@ def _stop(*_: object) -> None:
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else nobody hears it, as of a script
         signal.signal(signal.SIGINT, _stop)
-    from compressible.command_line import until_stopped
+    from compressible.companion.command_line import until_stopped
 
     sys.exit(until_stopped())

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Whole rooms and single files that draw, judge, check or find; none of them moves a number in a result.
 NOT_COMPUTING = frozenset({
-    "__init__", "__main__", "command_line", "companion", "data/bounds", "data/joined", "data/manifest", "data/sources",
+    "__init__", "__main__", "companion", "data/bounds", "data/joined", "data/manifest", "data/sources",
     "runtime/checks", "runtime/paths", "runtime/process_identity", "runtime/progress",
 })  # fmt: skip
 NOTEBOOK = "COMPRESSIBLE_NOTEBOOK"  # the batch tells by it what it executes, since the file may change meanwhile
