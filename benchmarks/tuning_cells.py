@@ -34,7 +34,8 @@ def main() -> None:
     notebook = notebooks.notebook_path(ID)
     os.environ[REACHED] = reached_digest(notebook) or ""
     values = notebooks.defaults(notebook)
-    values |= notebooks.plan(ID, asked.preset, overrides=dict(asked.set))
+    own = "cells" if asked.set else None  # no figure is drawn here, so that none is replaced under the preset's name
+    values |= notebooks.plan(ID, asked.preset, overrides=dict(asked.set), label=own)
     root = asked.cells or cache_dir() / "cells"
     for folder in asked.merge:
         print(f"{merge(folder, root)} cells from {folder}")
@@ -44,6 +45,7 @@ def main() -> None:
         devices = None if values["devices"] == "one" else values["devices"]
         Worker(sweep, cells, values["device"], devices, asked.seconds, values["max_stack"], asked.beside_others).work()
     if asked.pack:
+        cells.folder.mkdir(parents=True, exist_ok=True)
         print(f"{pack(cells.folder.parent, asked.pack)} cells in {asked.pack}")
     found = outcome(sweep, cells)
     print(f"{found['cells']} cells of finished parts, {found['cell seconds']:.0f} device seconds, in {cells.folder}")

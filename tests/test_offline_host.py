@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from compressible.companion import notebooks
 
 OFFLINE = Path(__file__).parents[1] / "profiles/offline"
 
@@ -159,7 +162,7 @@ def test_a_part_that_was_damaged_is_told_and_nothing_is_put_in_place(tmp_path):
 
 
 def test_jobs_are_those_that_the_code_here_did_not_make():
-    split = "--split", "yaras2024/table1_glue", "tasks"
+    split = "--split", "yaras2024/table1_glue", "tasks", "step_counts"
     told = {"COMPRESSIBLE_FIGURES": "/nowhere/figures"}
     said = call("jobs.py", "--presets", "quick", "--leave", "quick.beyond.*", *split, **told)
     lines = [line for line in said.splitlines() if line.startswith("python3 profiles/offline/lanes.py push --on core")]
@@ -167,3 +170,17 @@ def test_jobs_are_those_that_the_code_here_did_not_make():
     parts = [line for line in lines if "--label part-" in line]
     (whole,) = [line for line in lines if "--after" in line]
     assert len(parts) == whole.count("--after") >= 2 and not any("quick.beyond" in line for line in lines)
+    for part in parts:  # a part is a run of its own, which the notebook's rules must let pass
+        words = shlex.split(part)
+        given = {words[at + 1]: words[at + 2] for at, word in enumerate(words) if word == "-p"}
+        label = words[words.index("--label") + 1]
+        assert len(notebooks.plan("yaras2024/table1_glue", "quick", overrides=given, label=label)["tasks"]) == 1
+
+
+def test_cells_of_the_sweep_are_packed_as_the_text_says_it(tmp_path):
+    program = Path(__file__).parents[1] / "benchmarks/tuning_cells.py"
+    command = [sys.executable, str(program), "--preset", "mpnet", "--set", "devices", "one", "--seconds", "0"]
+    command += ["--cells", str(tmp_path / "cells"), "--pack", str(tmp_path / "cells.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 cells in ") and (tmp_path / "cells.jsonl").exists()

@@ -1,9 +1,10 @@
 """Prints the calls of lanes.py for all records of some presets that the code here did not make, the longest first.
 
-    python profiles/offline/jobs.py --presets paper mpnet --split yaras2024/table1_glue tasks > .gpu/jobs.sh
+    python profiles/offline/jobs.py --presets paper mpnet --split yaras2024/table1_glue tasks step_counts > .gpu/jobs.sh
 
-Made where the records are; they need not travel. A notebook that is split gets a job for each value of a list, under a
-label of its own, and one that runs it whole afterwards and finds the parts in the cache.
+Made where the records are; they need not travel. A notebook that is split gets a job for each value of a list, with the
+values of other lists at the same place, under a label of its own, and one that runs it whole afterwards and finds the
+parts in the cache.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ def wanted(presets: Sequence[str], leave: Sequence[str]) -> list[tuple[float, st
     return sorted(found, reverse=True)
 
 
-def calls(id: str, preset: str, kind: str, split: Mapping[str, str]) -> Iterator[list[str]]:
+def calls(id: str, preset: str, kind: str, split: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
     """The arguments of lanes.py for a record, after its parts."""
     run, name, after = ["python3", "-m", "compressible", "run", id, "--preset", preset], _name(id, preset), list[str]()
     values = notebooks.defaults(notebooks.notebook_path(id)) | notebooks.plan(id, preset)
-    for value in values[split[id]] if id in split else ():
-        given = ["--label", f"part-{value}", "-p", split[id], json.dumps([value])]
-        yield ["push", "--on", kind, f"{name}.{value}", "--", *run, *given]
-        after += ["--after", f"{name}.{value}"]
+    names = split.get(id, ())
+    for place in zip(*(values[each] for each in names), strict=True):
+        given = ["--label", f"part-{preset.replace('_', '-')}-{place[0]}"]
+        given += [word for each, value in zip(names, place, strict=True) for word in ("-p", each, json.dumps([value]))]
+        yield ["push", "--on", kind, f"{name}.{place[0]}", "--", *run, *given]
+        after += ["--after", f"{name}.{place[0]}"]
     yield ["push", "--on", kind, *after, name, "--", *run]
 
 
@@ -49,11 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", required=True)
     parser.add_argument("--leave", nargs="*", default=[], metavar="NAME", help="such as 'paper.yaras2024.*'")
-    parser.add_argument("--split", nargs=2, action="append", default=[], metavar=("ID", "NAME"))
+    parser.add_argument("--split", nargs="+", action="append", default=[], metavar=("ID", "NAME"), help="lists; the "
+                        "first names the parts")  # fmt: skip
     asked = parser.parse_args()
     for minutes, kind, id, preset in wanted(asked.presets, asked.leave):
         print(f"{id} {preset}: {minutes:g} min, {kind}", file=sys.stderr)
-        for call in calls(id, preset, kind, dict(asked.split)):
+        for call in calls(id, preset, kind, {id: names for id, *names in asked.split}):
             print(shlex.join(["python3", "profiles/offline/lanes.py", *call]))
 
 
