@@ -110,6 +110,17 @@ def test_another_file_of_pins_and_another_branch_are_told(record):
     assert [reason.startswith(f"its commit {record['commit'][:12]} does not lie") for reason in told] == [False, True]
 
 
+def test_a_file_of_pins_written_since_names_an_environment_only_to_the_last_version(record):
+    """Hosts change between readings; the digest of all names and versions says what was there."""
+    text = "numpy==2.5.2\npytest==9.1.1\n"
+    there = {"installed": pins.sha256(text.encode()), "pinned": None, "sha256": None, "differs": ["numpy 2, pinned 1"]}
+    keep(record | {"environment": there})
+    Path("constraints-gpu.txt").write_text(f"# read there\n{text.replace('9.1.1', '9.2.0')}")
+    assert verification.reasons(ID, "paper") == ["was made in no pinned environment (numpy 2, pinned 1)"]
+    Path("constraints-gpu.txt").write_text(f"# read there\n{text}")
+    assert verification.reasons(ID, "paper") == []
+
+
 def test_a_library_that_nobody_committed_is_told(record, monkeypatch):
     """Record and checkout agree, and the commit that the record names has other code than both."""
     monkeypatch.setattr(notebooks, "LIBRARY", "e" * 64)

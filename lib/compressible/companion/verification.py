@@ -60,6 +60,8 @@ def _environment(record: Mapping[str, Any]) -> list[str]:
     if not isinstance(held, dict):
         return ["does not name its environment"]
     if not held.get("pinned"):
+        if held.get("installed") in {pins.sha256(pins.written(pins.read(file)).encode()) for file in pins.files()}:
+            return []  # a file that has been written since names all that was there, to the version
         few = "; ".join(held.get("differs", [])[:3]) or "there was no file of pins"
         return [f"was made in no pinned environment ({few})"]
     file = paths.repository() / held["pinned"]
