@@ -76,6 +76,29 @@ def test_a_job_waits_for_those_that_it_comes_after_and_a_failure_is_told(lanes):
     assert "bad: FAILED with status 3" in told and "none: FAILED with status 127" in told
 
 
+def test_what_measures_time_has_its_gpu_alone(lanes, tmp_path):
+    """Its neighbour's command ends before it begins, and the next one begins after it."""
+    lanes("start", "--gpus", "1", "--each", "2")
+    for name in ("before", "timed", "after"):
+        alone = ["--alone"] if name == "timed" else []
+        lanes("push", *alone, name, "--", sys.executable, "-c", "import time; time.sleep(1)")
+    assert lanes("wait", "60").count("done") == 3
+    ended = [json.loads(file.read_text()) for file in (tmp_path / "lanes/ended").iterdir()]
+    spans = {job["name"]: (job["began"], job["began"] + job["seconds"]) for job in ended}
+    assert spans["before"][1] <= spans["timed"][0] + 0.1 and spans["timed"][1] <= spans["after"][0] + 0.1, spans
+
+
+def test_a_command_that_waits_for_its_gpu_when_lanes_stop_is_left_in_the_queue(lanes):
+    lanes("start", "--gpus", "1", "--each", "2")
+    lanes("push", "long", "--", sys.executable, "-c", "import time; time.sleep(600)")
+    lanes("push", "--alone", "timed", "--", *shows("PATH"))
+    until = time.monotonic() + 60
+    while "timed: waits until its GPU is free" not in lanes("wait", "0", status=75):
+        assert time.monotonic() < until
+    lanes("stop")
+    assert "1 wait, 0 under way, 1 ended" in lanes("wait", "0", status=75)
+
+
 def test_start_twice_makes_no_lane_twice_and_stop_ends_what_runs(lanes):
     for _ in range(2):
         lanes("start", "--cores", "1")
@@ -164,9 +187,12 @@ def test_a_part_that_was_damaged_is_told_and_nothing_is_put_in_place(tmp_path):
 def test_jobs_are_those_that_the_code_here_did_not_make():
     split = "--split", "yaras2024/table1_glue", "tasks", "step_counts"
     told = {"COMPRESSIBLE_FIGURES": "/nowhere/figures"}
-    said = call("jobs.py", "--presets", "quick", "--leave", "quick.beyond.*", *split, **told)
+    alone = "--alone", "quick.kwon2024.05_*"
+    said = call("jobs.py", "--presets", "quick", "--leave", "quick.beyond.*", *alone, *split, **told)
     lines = [line for line in said.splitlines() if line.startswith("python3 profiles/offline/lanes.py push --on core")]
-    assert any("quick.kwon2024.05_completion -- python3 -m compressible run kwon2024/05_completion" in s for s in lines)
+    assert any(
+        "--alone quick.kwon2024.05_completion -- python3 -m compressible run kwon2024/05_completion" in s for s in lines
+    )
     parts = [line for line in lines if "--label part-" in line]
     (whole,) = [line for line in lines if "--after" in line]
     assert len(parts) == whole.count("--after") >= 2 and not any("quick.beyond" in line for line in lines)

@@ -30,8 +30,10 @@ def wanted(presets: Sequence[str], leave: Sequence[str]) -> list[tuple[float, st
     return sorted(found, reverse=True)
 
 
-def calls(id: str, preset: str, kind: str, split: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
-    """The arguments of lanes.py for a record, after its parts."""
+def calls(
+    id: str, preset: str, kind: str, split: Mapping[str, Sequence[str]], alone: Sequence[str] = ()
+) -> Iterator[list[str]]:
+    """The arguments of lanes.py for a record, after its parts; alone: patterns of names of what measures time."""
     run, name, after = ["python3", "-m", "compressible", "run", id, "--preset", preset], _name(id, preset), list[str]()
     values = notebooks.defaults(notebooks.notebook_path(id)) | notebooks.plan(id, preset)
     names = split.get(id, ())
@@ -40,6 +42,8 @@ def calls(id: str, preset: str, kind: str, split: Mapping[str, Sequence[str]]) -
         given += [word for each, value in zip(names, place, strict=True) for word in ("-p", each, json.dumps([value]))]
         yield ["push", "--on", kind, f"{name}.{place[0]}", "--", *run, *given]
         after += ["--after", f"{name}.{place[0]}"]
+    if any(fnmatch(name, each) for each in alone):
+        after.append("--alone")
     yield ["push", "--on", kind, *after, name, "--", *run]
 
 
@@ -52,12 +56,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", required=True)
     parser.add_argument("--leave", nargs="*", default=[], metavar="NAME", help="such as 'paper.yaras2024.*'")
+    parser.add_argument(
+        "--alone", nargs="*", default=[], metavar="NAME", help="what has a GPU to itself, as it measures time"
+    )
     parser.add_argument("--split", nargs="+", action="append", default=[], metavar=("ID", "NAME"), help="lists; the "
                         "first names the parts")  # fmt: skip
     asked = parser.parse_args()
     for minutes, kind, id, preset in wanted(asked.presets, asked.leave):
         print(f"{id} {preset}: {minutes:g} min, {kind}", file=sys.stderr)
-        for call in calls(id, preset, kind, {id: names for id, *names in asked.split}):
+        split = {each: names for each, *names in asked.split}
+        for call in calls(id, preset, kind, split, asked.alone):
             print(shlex.join(["python3", "profiles/offline/lanes.py", *call]))
 
 

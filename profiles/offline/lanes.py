@@ -22,17 +22,17 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from archives import collect
 
 KINDS = ("gpu", "core")
 NAME = re.compile(r"[\w.-]+")
 LEFT, FAILED = 75, 1  # exit statuses of `wait`: call again; something failed
-SKIPPED = re.compile(r"(^|/)(executed|failed|\.[^/]*)(/|$)")  # of folders of figures: what is not published
 
 
 def root() -> Path:
@@ -96,11 +96,28 @@ def _taken(name: str, kind: str) -> Path | None:
 
 
 def _run(file: Path, name: str, shown: str) -> None:
-    job, began = json.loads(file.read_text()), time.time()
+    """Run a job once its GPU is free for it: whoever wants one alone keeps the others' next commands at the door."""
+    job = json.loads(file.read_text())
+    with _place(shown or name, "door") as door, _place(shown or name, "room") as room:
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if job["alone"] else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        if _stopped():  # meanwhile
+            file.rename(_folder("queue") / file.name)
+        else:
+            _run_here(file, job, name, shown)
+
+
+def _place(shown: str, name: str) -> IO[str]:
+    return (_folder("gpus") / f"{shown}.{name}").open("w")
+
+
+def _run_here(file: Path, job: dict[str, Any], name: str, shown: str) -> None:
+    began = time.time()
     job |= {"lane": name, "began": began}
-    _write(file, job)
     told = os.environ | job["environment"] | {"CUDA_VISIBLE_DEVICES": shown, "OMP_NUM_THREADS": "1"}
     with _log(job["name"]).open("ab") as log:
+        _write(file, job)
         try:
             # A session of its own, so that `stop` ends a command with all that it started.
             process = subprocess.Popen(job["command"], cwd=job["folder"], env=told, stdin=subprocess.DEVNULL,
@@ -125,15 +142,18 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
     return status
 
 
-def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = ()) -> None:
-    """Queue a command, which runs where this call runs and with its environment, once the jobs `after` are done."""
+def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = (), alone: bool = False) -> None:
+    """Queue a command, which runs where this call runs and with its environment, once the jobs `after` are done.
+
+    alone: no other command has its GPU meanwhile, as one wants that measures time.
+    """
     if not NAME.fullmatch(name) or not command:
         told = f"name is {name!r} and command {list(command)}"
         raise SystemExit(f"{told}, expected a name of letters, digits, '.', '_' and '-', and a command")
     if any(known["name"] == name for folder in ("queue", "running", "ended") for known in _jobs(folder)):
         raise SystemExit(f"name is {name!r}, expected one that no job has had")
     job = {"name": name, "command": list(command), "folder": os.getcwd(), "environment": dict(os.environ)}
-    job["after"] = list(after)
+    job |= {"after": list(after), "alone": alone}
     _write(_folder("queue") / f"{time.time_ns()}.{name}.{kind}.json", job)
 
 
@@ -151,8 +171,11 @@ def wait(seconds: float, lines: int = 1) -> int:
             break
         time.sleep(0.2)
     for job in _jobs("running"):
+        if "lane" not in job:
+            print(f"{job['name']}: waits until its GPU is free", flush=True)
+            continue
         last = _log(job["name"]).read_text(errors="replace").splitlines()[-lines:] if lines else []
-        print(f"{job['name']}: under way on {job.get('lane')}", *last, sep="\n    ", flush=True)
+        print(f"{job['name']}: under way on {job['lane']}", *last, sep="\n    ", flush=True)
     print(f"{len(_jobs('queue'))} wait, {len(_jobs('running'))} under way, {len(told)} ended", flush=True)
     return LEFT if left else FAILED if any(job["status"] for job in _jobs("ended")) else 0
 
@@ -163,35 +186,6 @@ def stop() -> None:
     for file in _folder("lanes").iterdir():
         with file.open("w") as lock:
             _held(lock, 30)
-
-
-def collect(out: Path, folders: Sequence[Path], size: float) -> list[Path]:
-    """Write archives of at most about `size` MB of all published files in the folders, and the logs; return them."""
-    out.mkdir(parents=True, exist_ok=True)
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
-    files = [file for file in files if not SKIPPED.search(file.as_posix())]
-    files += sorted(_folder("ended").glob("*.json")) + sorted(_folder("logs").iterdir())
-    made: list[Path] = []
-    for number, part in enumerate(_parts(files, size * 1e6)):
-        made.append(out / f"collected{number}.tar.gz")
-        with tarfile.open(made[-1], "w:gz") as archive:
-            for file in part:
-                inside = os.path.relpath(file, root()) if root() in file.parents else os.path.relpath(file)
-                archive.add(file, arcname=inside.replace("../", ""))
-    return made
-
-
-def _parts(files: Sequence[Path], size: float) -> Iterator[list[Path]]:
-    part, held = list[Path](), 0.0
-    for file in files:
-        own = file.stat().st_size
-        if part and held + own > size:
-            yield part
-            part, held = [], 0.0
-        part.append(file)
-        held += own
-    if part:
-        yield part
 
 
 def _folder(name: str) -> Path:
@@ -235,6 +229,7 @@ def main() -> int:
     queued = commands.add_parser("push")
     queued.add_argument("--on", choices=KINDS, default="gpu")
     queued.add_argument("--after", action="append", default=[], metavar="NAME", help="wait until that one is done")
+    queued.add_argument("--alone", action="store_true", help="with no other command on its GPU")
     queued.add_argument("name")
     queued.add_argument("command", nargs="+")
     waiting = commands.add_parser("wait")
@@ -249,11 +244,11 @@ def main() -> int:
     if asked.verb == "wait":
         return wait(asked.seconds, asked.lines)
     if asked.verb == "collect":
-        print(*collect(asked.out, asked.folders, asked.mb), sep="\n")
+        print(*collect(asked.out, asked.folders, root(), asked.mb), sep="\n")
     elif asked.verb == "start":
         start(asked.gpus, asked.each, asked.cores)
     elif asked.verb == "push":
-        push(asked.name, asked.on, asked.command, asked.after)
+        push(asked.name, asked.on, asked.command, asked.after, asked.alone)
     elif asked.verb == "lane":
         lane(asked.name, asked.shown)
     else:
