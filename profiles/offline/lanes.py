@@ -161,12 +161,12 @@ def wait(seconds: float, lines: int = 1) -> int:
     """Say what ends, until all has or the time is over, then what is under way; the exit status."""
     until, told = time.monotonic() + seconds, set[str]()
     while True:
+        left = len(_jobs("queue")) + len(_jobs("running"))  # first, lest the last one ends untold
         for job in _jobs("ended"):
             if job["name"] not in told:
                 told.add(job["name"])
                 how = "done" if job["status"] == 0 else f"FAILED with status {job['status']}"
                 print(f"{job['name']}: {how} after {job['seconds']:.0f} s on {job['lane']}", flush=True)
-        left = len(_jobs("queue")) + len(_jobs("running"))
         if not left or time.monotonic() > until:
             break
         time.sleep(0.2)
