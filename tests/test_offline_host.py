@@ -89,6 +89,23 @@ def test_what_measures_time_has_its_gpu_alone(lanes, tmp_path):
     assert all(end <= began + 0.1 or ended_at <= start + 0.1 for start, end in spans.values()), (began, ended_at, spans)
 
 
+def test_what_fails_beside_others_runs_once_more_alone(lanes, tmp_path):
+    """As a second one does that the GPU's memory does not hold; one that fails alone, too, is told once."""
+    lanes("start", "--gpus", "1", "--each", "2")
+    lanes("push", "long", "--", sys.executable, "-c", "import time; time.sleep(2)")
+    mark = f"import pathlib; p = pathlib.Path({str(tmp_path / 'mark')!r}); "
+    crowded = "known = p.exists(); p.touch(); raise SystemExit(0 if known else 1)"
+    lanes("push", "--again", "crowded", "--", sys.executable, "-c", mark + crowded)
+    bad = "print('tried'); raise SystemExit(3)"
+    lanes("push", "--again", "--after", "crowded", "bad", "--", sys.executable, "-c", bad)
+    told = lanes("wait", "60", status=1)
+    assert "crowded: done" in told and told.count("bad: FAILED with status 3") == 1
+    assert (tmp_path / "lanes/logs/bad.log").read_text().count("tried") == 2
+    jobs = [json.loads(file.read_text()) for file in (tmp_path / "lanes/ended").iterdir()]
+    crowded, long = (next(job for job in jobs if job["name"] == name) for name in ("crowded", "long"))
+    assert crowded["alone"] and crowded["began"] >= long["began"] + long["seconds"] - 0.1
+
+
 def test_a_command_that_waits_for_its_gpu_when_lanes_stop_is_left_in_the_queue(lanes):
     lanes("start", "--gpus", "1", "--each", "2")
     lanes("push", "long", "--", sys.executable, "-c", "import time; time.sleep(600)")

@@ -35,16 +35,16 @@ def calls(
 ) -> Iterator[list[str]]:
     """The arguments of lanes.py for a record, after its parts; alone: patterns of names of what measures time."""
     run, name, after = ["python3", "-m", "compressible", "run", id, "--preset", preset], _name(id, preset), list[str]()
+    again = ["--again"] if kind == "gpu" else []  # two passes may not fit one GPU
     values = notebooks.defaults(notebooks.notebook_path(id)) | notebooks.plan(id, preset)
     names = split.get(id, ())
     for place in zip(*(values[each] for each in names), strict=True):
         given = ["--label", f"part-{preset.replace('_', '-')}-{place[0]}"]
         given += [word for each, value in zip(names, place, strict=True) for word in ("-p", each, json.dumps([value]))]
-        yield ["push", "--on", kind, f"{name}.{place[0]}", "--", *run, *given]
+        yield ["push", "--on", kind, *again, f"{name}.{place[0]}", "--", *run, *given]
         after += ["--after", f"{name}.{place[0]}"]
-    if any(fnmatch(name, each) for each in alone):
-        after.append("--alone")
-    yield ["push", "--on", kind, *after, name, "--", *run]
+    again = ["--alone"] if any(fnmatch(name, each) for each in alone) else again
+    yield ["push", "--on", kind, *again, *after, name, "--", *run]
 
 
 def _name(id: str, preset: str) -> str:

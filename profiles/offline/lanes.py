@@ -126,6 +126,10 @@ def _run_here(file: Path, job: dict[str, Any], name: str, shown: str) -> None:
         except OSError as error:
             log.write(f"{error}\n".encode())
             status = 127
+    if status and job["again"] and not job["alone"] and not _stopped():
+        _write(_folder("queue") / file.name, job | {"alone": True})
+        file.unlink()
+        return
     kept = {key: value for key, value in job.items() if key != "environment"}  # which archives would carry along
     _write(_folder("ended") / file.name, kept | {"status": status, "seconds": round(time.time() - began, 1)})
     file.unlink()
@@ -142,10 +146,13 @@ def _ended(process: subprocess.Popen[bytes]) -> int:
     return status
 
 
-def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = (), alone: bool = False) -> None:
+def push(
+    name: str, kind: str, command: Sequence[str], after: Sequence[str] = (), alone: bool = False, again: bool = False
+) -> None:
     """Queue a command, which runs where this call runs and with its environment, once the jobs `after` are done.
 
-    alone: no other command has its GPU meanwhile, as one wants that measures time.
+    alone: no other command has its GPU meanwhile, as one wants that measures time. again: if it fails beside others,
+    whose memory it may have lacked, it runs once more alone.
     """
     if not NAME.fullmatch(name) or not command:
         told = f"name is {name!r} and command {list(command)}"
@@ -153,7 +160,7 @@ def push(name: str, kind: str, command: Sequence[str], after: Sequence[str] = ()
     if any(known["name"] == name for folder in ("queue", "running", "ended") for known in _jobs(folder)):
         raise SystemExit(f"name is {name!r}, expected one that no job has had")
     job = {"name": name, "command": list(command), "folder": os.getcwd(), "environment": dict(os.environ)}
-    job |= {"after": list(after), "alone": alone}
+    job |= {"after": list(after), "alone": alone, "again": again}
     _write(_folder("queue") / f"{time.time_ns()}.{name}.{kind}.json", job)
 
 
@@ -230,6 +237,7 @@ def main() -> int:
     queued.add_argument("--on", choices=KINDS, default="gpu")
     queued.add_argument("--after", action="append", default=[], metavar="NAME", help="wait until that one is done")
     queued.add_argument("--alone", action="store_true", help="with no other command on its GPU")
+    queued.add_argument("--again", action="store_true", help="once more and alone, if it fails beside others")
     queued.add_argument("name")
     queued.add_argument("command", nargs="+")
     waiting = commands.add_parser("wait")
@@ -248,7 +256,7 @@ def main() -> int:
     elif asked.verb == "start":
         start(asked.gpus, asked.each, asked.cores)
     elif asked.verb == "push":
-        push(asked.name, asked.on, asked.command, asked.after, asked.alone)
+        push(asked.name, asked.on, asked.command, asked.after, asked.alone, asked.again)
     elif asked.verb == "lane":
         lane(asked.name, asked.shown)
     else:
