@@ -14,6 +14,7 @@ import pytest
 
 from compressible.companion import notebooks, records, runs
 from compressible.companion.command_line import main
+from compressible.companion.drawing_cells import ASIDE
 
 ID = "kwon2024/01_drawn"
 RUN = """\
@@ -72,6 +73,21 @@ def test_a_figure_is_redrawn_from_its_record_alone(write: Callable[..., None], c
     assert {name for name in old | new if old.get(name) != new.get(name)} == {"pictures", "notebook"}
     assert new["pictures"] == {kind: hashlib.sha256(again[f".{kind}"]).hexdigest() for kind in ("pdf", "png")}
     assert not (checkout / "computed").exists() and not list(Path("figures/quick").glob(".staging-*"))
+
+
+def test_cells_that_only_show_something_are_left_out_but_for_their_imports(
+    add_notebook: Callable[..., Any], write: Callable[..., None], checkout: Path
+) -> None:
+    shown = "import math\nfrom pathlib import Path\nPath('../../shown').touch()"
+    add_notebook("01_drawn", RUN, shown, "assert math.pi > 3", DRAW.format(color="black"))
+    path = Path(f"notebooks/{ID}.ipynb")
+    content = json.loads(path.read_text())
+    (cell,) = [cell for cell in content["cells"] if "".join(cell["source"]) == shown]
+    cell["metadata"]["tags"] = [ASIDE]
+    path.write_text(json.dumps(content))
+    assert main(["run", ID]) == 0
+    (checkout / "shown").unlink()
+    assert redraw() == 0 and not (checkout / "shown").exists()
 
 
 def test_what_a_record_does_not_tell_is_an_error_and_changes_nothing(

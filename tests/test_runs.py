@@ -321,6 +321,15 @@ def test_the_key_follows_the_code_that_runs_and_what_it_reads(
     assert (source_digest(before.run) == source_digest(after.run)) is same
 
 
+def test_the_digest_of_a_record_knows_configurations_of_other_versions_of_peft(tmp_path: Path) -> None:
+    """Peft's configurations hold the version that made them; records come from machines with others."""
+    there = load(tmp_path, OUTSIDE.replace("DeepLoraConfig(r=8)", "DeepLoraConfig(r=8, peft_version='0.21.0')")).run
+    here = load(tmp_path, OUTSIDE).run
+    versions = {"peft": "0.21.0", "torch": "2.11.0"}
+    assert source_digest(here) != source_digest(there)
+    assert source_digest(here, None, versions) == source_digest(there) == source_digest(there, None, versions)
+
+
 def test_a_digest_is_the_same_in_every_version_of_python() -> None:
     digest = hashlib.sha256(library.normal_form(SOURCE + OUTSIDE).encode()).hexdigest()
     assert digest[:16] == "74b1849c508f2fd2"  # of Python 3.10 to 3.13; ast.dump's differ from 3.11 to 3.12

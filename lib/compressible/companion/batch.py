@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compressible.companion import records, staging
+from compressible.companion.drawing_cells import as_far_as_it_saves
 from compressible.companion.library import NOTEBOOK, REACHED, ROOT, notebook_digest
 from compressible.companion.notebooks import BatchError, executed_path, failed_path, notebook_path, record_path
 from compressible.companion.provenance import LIBRARY
@@ -107,7 +108,7 @@ def _redraw_in(folder: Path, notebook: Path, place: Path, values: Mapping[str, A
     for file in (place, place.with_suffix(".npz")):
         if file.is_file():
             shutil.copy(file, kept.with_suffix(file.suffix))
-    begun = _as_far_as_it_saves(notebook, folder / "begun.ipynb")
+    begun = as_far_as_it_saves(notebook, folder / "begun.ipynb")
     told = _told(folder, notebook) | {records.VARIABLE: str(kept)}
     try:
         _execute(begun, folder / "notebook.ipynb", values, kernel, told, notebook.parent)
@@ -123,17 +124,6 @@ def _reason(error: Exception, limit: int = 300) -> str:
     name, told = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
     text = " ".join((told if name == records.RecordError.__name__ else f"{name}: {told}").split())
     return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def _as_far_as_it_saves(notebook: Path, begun: Path) -> Path:
-    """A copy of the notebook that ends with the last cell that saves a figure: what comes after draws nothing."""
-    import nbformat
-
-    content = nbformat.read(notebook, as_version=4)
-    saving = [k for k, cell in enumerate(content.cells) if cell.cell_type == "code" and "figures.save(" in cell.source]
-    content.cells = content.cells[: max(saving, default=len(content.cells)) + 1]
-    nbformat.write(content, begun)
-    return begun
 
 
 def _told(folder: Path, notebook: Path) -> dict[str, str]:

@@ -29,21 +29,37 @@ _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _KNOWN = {"compressible", *sys.stdlib_module_names} - {"__main__"}
 
 
-def source_digest(function: Callable[..., Any], reads: Mapping[str, str] | None = None) -> str:
+def source_digest(
+    function: Callable[..., Any], reads: Mapping[str, str] | None = None, versions: Mapping[str, str] | None = None
+) -> str:
     """sha256 of a function's source and of what it and the functions it reaches read from outside themselves.
 
-    Comments, blank lines and docstrings do not count. Raises TypeError when nothing tells a value that is read.
+    Comments, blank lines and docstrings do not count. `versions` gives the digest as it was with other packages: a
+    configuration of peft's holds the version that made it. Raises TypeError when nothing tells a value that is read.
     """
-    parts = sorted(_parts(function.__qualname__, function, "", dict(reads or {}), set()))
+    told = _Told(dict(reads or {}), dict(versions or {}))
+    parts = sorted(_parts(function.__qualname__, function, "", told, set()))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _parts(name: str, value: Any, reader: str, told: Mapping[str, str], seen: set[int]) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What the caller tells of values that are read, and of packages."""
+
+    reads: dict[str, str]
+    versions: dict[str, str]
+
+    def field(self, key: str, value: Any) -> Any:
+        """The value of a configuration's field, or the version of the package that the field is named after."""
+        return self.versions.get(key.removesuffix("_version"), value) if key.endswith("_version") else value
+
+
+def _parts(name: str, value: Any, reader: str, told: _Told, seen: set[int]) -> Iterator[str]:
     """What tells a value from any other that `reader` might find under that name."""
     kind, inside = type(value).__qualname__, list[tuple[str, Any]]()
     code = value if _by_name(value) else inspect.unwrap(value, stop=_is_users)
-    if name in told:
-        kind = f"told {told[name]!r}"
+    if name in told.reads:
+        kind = f"told {told.reads[name]!r}"
     elif _by_name(value):
         kind = f"is {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
     elif isinstance(code, FunctionType):
@@ -55,7 +71,7 @@ def _parts(name: str, value: Any, reader: str, told: Mapping[str, str], seen: se
         items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
         inside = [(f"{name}[{k}]", item) for k, item in enumerate(value.items() if isinstance(value, dict) else items)]
     elif dataclasses.is_dataclass(value) and _by_name(type(value)) and not isinstance(value, type):
-        inside = [(f"{name}.{key}", item) for key, item in vars(value).items()]
+        inside = [(f"{name}.{key}", told.field(key, item)) for key, item in vars(value).items()]
     elif isinstance(value, _PLAIN):
         kind = f"= {value!r}"
     else:

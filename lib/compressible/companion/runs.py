@@ -167,7 +167,7 @@ def _recorded(
     if other := [name for name in kept | asked if kept.get(name) != asked.get(name)]:
         differ = ", ".join(f"{name} {kept.get(name)!r}, expected {asked.get(name)!r}" for name in other)
         raise records.RecordError(f"the record was made with other parameters: {differ}")
-    if record.get("function") and record["function"] != source_digest(function, reads):
+    if record.get("function") and record["function"] != source_digest(function, reads, record.get("versions")):
         raise records.RecordError(f"{function.__name__}, or what it reads, has changed since the record was made")
     return Result(
         values, arrays, metrics, record["run"], True, record["wall_seconds"], record["peak_memory_bytes"],
