@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from compressible.companion import claims, parameters, records, runs
+from compressible.companion import claims, label_guard, parameters, records, runs
 from compressible.companion.claims import interval
 from compressible.companion.line_labels import label_lines
 from compressible.companion.marks import BARS, interval_mark, interval_text, only_ticks, search_curve, shared_legend
@@ -125,7 +125,7 @@ def save(
     pictures, and the result's arrays, from which the figure can be redrawn (records.py says which are rounded). It is
     renamed last, so where it stands, the others are whole. In `python -m compressible redraw` the record stays as it
     is but for the pictures and the notebook that drew them. Raises ValueError for a malformed id, ParameterError for a
-    malformed preset.
+    malformed preset, and for the name of one whose values are others than the result's.
     """
     if not _ID.fullmatch(id):
         raise ValueError(f"id: got {id!r}, expected paper/NN_name such as 'kwon2024/05_completion'")
@@ -135,6 +135,7 @@ def save(
         record = records.read(place, id, preset)
         _write(figure, path, record | {"notebook": runs.drawn_in(id)})
         return path
+    label_guard.expect_own_label(id, preset, result.parameters)
     judged = claims.judge(id, result) if verdicts is None else verdicts
     metrics = result.metrics | _per_seed(result.arrays)
     arrays, told = records.pack(result.arrays)

@@ -246,7 +246,8 @@ def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
     """
     notebook = notebook_path(id)
     code = ["notebook has changed since"] if record.get("notebook") not in (None, notebook_digest(notebook)) else []
-    values = _other_values(id, label, record)
+    others = other_values(id, label, record["parameters"]) if "parameters" in record else []
+    values = [f"{name} was {was}, now {now}" for name, was, now in others]
     if record.get("library") not in (None, LIBRARY) and (
         code or values or not committed.reaches_the_same(record, notebook)
     ):
@@ -254,15 +255,16 @@ def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
     return code + values
 
 
-def _other_values(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
-    if label not in presets(id) or "parameters" not in record:  # one's own values, which nothing sets
+def other_values(id: str, label: str, given: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Parameters that are other than a preset sets them: name, as given, as set. None where a label is no preset's."""
+    if label not in presets(id):  # one's own values, which nothing sets
         return []
     values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
-    given, told = record["parameters"], []
-    for name in _unlike(values, given):
-        was, now = (checks.shown(of[name]) if name in of else "no parameter" for of in (given, values))
-        told.append(f"{name} was {was}, now {now}")
-    return told
+
+    def shown(name: str, of: Mapping[str, Any]) -> str:
+        return checks.shown(of[name]) if name in of else "no parameter"
+
+    return [(name, shown(name, given), shown(name, values)) for name in _unlike(values, given)]
 
 
 def _unlike(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
