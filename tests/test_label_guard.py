@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 
-from compressible.companion import figures, runs
+from compressible.companion import figures, notebooks, runs
+from compressible.companion.command_line import main
 from compressible.companion.parameters import ParameterError
 
 QUICK = {"rank": 2, "step_size": 0.1, "ranks": [1, 2]}
@@ -63,3 +66,73 @@ def test_other_values_are_refused_and_leave_the_preset_s_figure(id: str, values:
 
 def test_figures_of_notebooks_that_are_not_here_are_nobody_else_s(id: str) -> None:
     assert save("kwon2024/02_elsewhere", "paper", **QUICK) == QUICK
+
+
+def edit(id: str, before: str, after: str) -> None:
+    """Change the cell of parameters as JupyterLab saves it."""
+    path = notebooks.notebook_path(id)
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
+@pytest.fixture
+def committed(id: str) -> str:
+    for words in (("init", "-q"), ("add", "notebooks"), ("commit", "-q", "-m", "all")):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *words], check=True)
+    return id
+
+
+def test_an_edited_cell_of_parameters_does_not_make_its_values_a_preset_s(
+    committed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(committed, "[1, 2]", "[1]")  # of the values that the preset leaves to the notebook
+    told = r"ranks \[1\] for \[1, 2\]\); expected a name .*; the cell of parameters in notebooks/.* is edited: `git "
+    with pytest.raises(ParameterError, match=told):
+        save(committed, "paper", **PAPER | {"ranks": [1]})
+    assert main(["run", committed, "--preset", "paper", "--check"]) == 2
+    assert "(ranks [1] for [1, 2])" in capsys.readouterr().err and not Path("figures").exists()
+    assert save(committed, "paper", **PAPER) == PAPER
+
+
+def test_a_batch_says_which_edited_values_it_takes_from_the_notebook(
+    committed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", committed, "--check"]) == 0 and capsys.readouterr().err == ""
+    edit(committed, "rank: int = 2", "rank: int = 3")
+    assert main(["run", committed, "--check"]) == 0
+    assert capsys.readouterr().err.startswith(f"note: {committed} takes rank 3 for 2 from its cell of parameters")
+    assert main(["run", committed, "--check", "--preset", "paper"]) == 0 and capsys.readouterr().err == ""
+
+
+def never(**values: Any) -> dict[str, Any]:
+    raise AssertionError("the work began")
+
+
+def test_an_open_notebook_is_refused_before_its_work_as_the_batch_refuses_it(
+    id: str, add_notebook: Callable[..., str]
+) -> None:
+    id = add_notebook("02_never", inspect.getsource(never))
+    Path("notebooks/kwon2024/rules.yaml").write_text("02_never: [max(ranks) <= rank]\n")
+    with pytest.raises(ParameterError, match=rf"^{id}: got ranks = \[1, 2\], rank = 1, expected max"):
+        runs.run(never, preset="mine", **QUICK | {"rank": 1})
+    with pytest.raises(ParameterError, match=r"^preset: got 'paper'"):
+        runs.run(never, preset="paper", **QUICK)
+
+
+def test_a_copy_with_another_function_or_other_names_is_nobody_else_s(
+    id: str, add_notebook: Callable[..., str]
+) -> None:
+    add_notebook("02_never", inspect.getsource(never))
+    Path("notebooks/kwon2024/rules.yaml").write_text("02_never: [max(ranks) <= rank]\n")
+    assert runs.run(work, preset="paper", **QUICK | {"rank": 1})["twice"] == 2
+    with pytest.raises(AssertionError, match="began"):
+        runs.run(never, preset="paper", rank=1)
+
+
+def test_outside_of_a_checkout_no_notebook_is_asked(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> list[str]:
+        raise FileNotFoundError("no pyproject.toml")
+
+    monkeypatch.setattr(notebooks, "ids", nowhere)
+    assert save(id, "paper", **QUICK) == QUICK

@@ -140,3 +140,20 @@ def test_a_mistake_can_be_made_and_mended_in_a_used_kernel(shell: InteractiveShe
     assert isinstance(wrong.error_in_exec, ParameterError)
     run_cells(shell, "rank = 5\nstep_size = 0.1", again).raise_error()
     assert shell.user_ns["found"] == {"rank": 5, "step_size": 0.1}
+
+
+CELL = 'preset: str = "quick"\nrank: int = 5'
+
+
+def test_a_parameter_of_other_notebooks_is_refused_where_it_was_injected(shell: InteractiveShell) -> None:
+    wrong = run_cells(shell, CELL, "# Parameters\nrank = 6\ntrials = 5", "found = collect(globals())")
+    assert "trials: got 5, expected a known name" in str(wrong.error_in_exec)
+    run_cells(shell, CELL, "# Parameters\nrank = 6", "found = collect(globals())").raise_error()
+    assert shell.user_ns["found"] == {"preset": "quick", "rank": 6}
+
+
+def test_a_line_that_leaves_the_cell_of_parameters_leaves_the_parameters(shell: InteractiveShell) -> None:
+    again = "found = collect(globals())"
+    run_cells(shell, f"{CELL}\ntrials: int = 5", again).raise_error()
+    run_cells(shell, CELL, again).raise_error()
+    assert shell.user_ns["found"] == {"preset": "quick", "rank": 5}

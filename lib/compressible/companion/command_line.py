@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, build, gpu_slots, index, kernels, notebooks, publishing
+from compressible.companion import batch, build, gpu_slots, index, kernels, label_guard, notebooks, publishing
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -104,6 +104,8 @@ def _add_index(page: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     given = _each_once(arguments.values)
     values = notebooks.plan(arguments.id, arguments.preset, arguments.files, given, arguments.label)
+    if note := label_guard.expect_of_commit(arguments.id, values):
+        print(note, file=sys.stderr)
     kernels.check_kernel(arguments.kernel)
     if arguments.gpus is not None:
         checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)

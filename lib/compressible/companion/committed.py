@@ -17,6 +17,7 @@ from typing import Any
 
 from compressible.companion import git
 from compressible.companion.library import ROOT, computing_sources, digest_of, notebook_digest
+from compressible.companion.parameter_cells import written
 from compressible.companion.reached import reached_digest, reached_sources, syntax
 
 PACKAGE = Path("lib", "compressible")  # where a tree has it
@@ -45,6 +46,14 @@ def library_of(commit: str) -> str | None:
 def notebook_of(commit: str, id: str) -> str | None:
     """The digest of a notebook's code at a commit; None where there is none."""
     return notebook_digest(_tree(commit) / "notebooks" / f"{id}.ipynb")
+
+
+def values_of(id: str) -> dict[str, Any]:
+    """What a notebook's cell of parameters says in HEAD; {} where git does not give it."""
+    try:
+        return written(git.output("show", f"HEAD:./notebooks/{id}.ipynb", seconds=20))
+    except git.GitError:
+        return {}
 
 
 def reached_at(commit: str, id: str) -> str | None:

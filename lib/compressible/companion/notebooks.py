@@ -255,11 +255,18 @@ def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
     return code + values
 
 
-def other_values(id: str, label: str, given: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Parameters that are other than a preset sets them: name, as given, as set. None where a label is no preset's."""
+def other_values(
+    id: str, label: str, given: Mapping[str, Any], own: Mapping[str, Any] | None = None
+) -> list[tuple[str, str, str]]:
+    """Parameters that are other than a preset sets them: name, as given, as set. None where a label is no preset's.
+
+    What the preset does not set is the notebook's own: as its file says it, or `own` where that has the name.
+    """
     if label not in presets(id):  # one's own values, which nothing sets
         return []
-    values = vocabulary.validate(defaults(notebook_path(id)) | chosen(id, label).parameters)
+    here = defaults(notebook_path(id))
+    here |= {name: value for name, value in (own or {}).items() if name in here}
+    values = vocabulary.validate(here | chosen(id, label).parameters)
 
     def shown(name: str, of: Mapping[str, Any]) -> str:
         return checks.shown(of[name]) if name in of else "no parameter"

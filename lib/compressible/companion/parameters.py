@@ -7,7 +7,6 @@ a line to `AT_MOST`. What a single notebook expects of its values together stand
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from compressible.companion import parameter_cells
 from compressible.runtime.checks import closest, shown
 
 
@@ -154,18 +154,22 @@ def collect(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The validated parameters among a notebook's globals: every public name that holds a plain value.
 
     A plain value is an int, float, str, bool, list or tuple, so a name that was injected by mistake is
-    refused too. Raises ParameterError. When the cell is run again in the same kernel, plain values that
-    later cells left behind do not count: only the names of the first time and of the cell run just before.
+    refused too, as is one that other notebooks have and this one's cell does not declare. Raises ParameterError.
+    When the cell is run again in the same kernel, plain values that later cells left behind do not count: only the
+    names of the first time, if the cell of parameters still has them, and of the cell run just before.
     """
+    cells = namespace.get("In", [])
+    declared = parameter_cells.declared(cells[:-1])
     names = {
         name
         for name, value in namespace.items()
         if not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN)
     }
     if "_parameter_names" in namespace:
-        names &= namespace["_parameter_names"] | _assigned(namespace.get("In", []))
+        before = namespace["_parameter_names"]
+        names &= (before & declared if declared else before) | parameter_cells.assigned("".join(cells[-2:-1]))
     namespace["_parameter_names"] = names & VOCABULARY.keys()
-    return validate({name: value for name, value in namespace.items() if name in names})
+    return validate({name: value for name, value in namespace.items() if name in names}, declared or None)
 
 
 def validate(values: Mapping[str, Any], allowed: Iterable[str] | None = None) -> dict[str, Any]:
@@ -190,16 +194,6 @@ def validate(values: Mapping[str, Any], allowed: Iterable[str] | None = None) ->
 
 _PLAIN = (int, float, str, bool, list, tuple, np.generic)
 _IPYTHON = {"In", "Out"}
-
-
-def _assigned(cells: list[str]) -> set[str]:
-    """Names assigned at the top level of the cell that ran just before the present one."""
-    try:
-        body = ast.parse(cells[-2]).body
-    except (IndexError, SyntaxError, ValueError):
-        return set()
-    stores = (node for statement in body for node in ast.walk(statement))
-    return {node.id for node in stores if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
 def _checked(name: str, value: Any, known: Iterable[str]) -> Any:

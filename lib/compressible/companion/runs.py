@@ -49,18 +49,24 @@ def run(
 
     `function` returns a flat dict: arrays and tensors of one or more dimensions become arrays; numbers,
     text, truth values and lists of these become metrics. `data` names what the run reads: entries of the
-    data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Raises
-    ParameterError before the work starts, TypeError for an output that cannot be stored, or for a function that reads
-    from outside itself what cannot be told from another of its kind, a model, say. `reads` tells it, {name: digest or
-    version}; else such a function runs with cache=False only. `key` is "" then. A cache that cannot be written is
-    said by a RuntimeWarning, before the work where that can be known, and the result is returned all the same.
+    data manifest, sha256 digests, or a mapping from name to digest. `preset` is dropped. Before the work starts it
+    raises ParameterError, outside of a batch, which has checked it, also for what the rules of the notebook with these
+    parameters do not allow; and TypeError for a function that reads from outside itself what cannot be told from
+    another of its kind, a model, say. `reads` tells it, {name: digest or version}; else such a function runs with
+    cache=False only. `key` is "" then. TypeError is raised for an output that cannot be stored, too. A cache that
+    cannot be written is said by a RuntimeWarning, before the work where that can be known, and the result is returned.
 
     In `python -m compressible redraw` the result is the record's and nothing is computed; RecordError where the
     record was made with other parameters or by another function.
     """
+    preset = values.get("preset")
     values, digests = _arguments(function, values), _digests(data)
     if place := records.redrawn_from():
         return _recorded(place, function, values, reads)
+    if preset and not os.environ.get(NOTEBOOK):
+        from compressible.companion import label_guard
+
+        label_guard.expect_to_run(preset, values, function)
     key = _key(function, values, digests, reads) if cache else ""
     result = run_cache.load(run_cache.entry(key), key) if cache else None
     if result is not None:
