@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,15 @@ def test_a_record_is_found_by_its_id_and_by_its_path(id: str, layers: int, netwo
         found = explore(source)
         assert (found.layers, found.networks) == (layers, networks)
         assert found.seeds in (5, 10) and len(found.iterations) > 5
+
+
+def test_a_record_is_read_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in (".json", ".npz"):
+        shutil.copy(REPOSITORY / "figures" / "paper" / f"{LAYERS}{suffix}", tmp_path)
+    name = Path(LAYERS).name + ".json"
+    assert explore(str(tmp_path / name)).layers == 3  # as text, and as a copy
+    monkeypatch.chdir(tmp_path)
+    assert explore(Path(name)).layers == explore(name).layers == 3
 
 
 def test_the_slider_moves_what_is_drawn_to_the_recorded_values() -> None:
@@ -106,6 +116,9 @@ def test_runs_that_diverged_and_runs_of_other_lengths_are_shown() -> None:
         (LAYERS, {"seed": 10}, "seed is 10, expected an integer from 0 to 9"),
         ("yaras2024/03_svd", {}, "there is no record"),
         (LAYERS, {"preset": "none"}, "there is no record"),
+        ("03_svd_evolution", {}, f"under 'paper'; the closest is '{LAYERS}'"),
+        ("nowhere/record.json", {}, "there is no record nowhere/record.json"),
+        (None, {}, "source is None, expected a record's path, a figure's id"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(source: object, options: dict, told: str) -> None:

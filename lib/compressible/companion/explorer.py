@@ -30,8 +30,8 @@ def explore(source: str | Path | Arrays, preset: str = "paper", seed: int = 0) -
     """An explorer of a recorded run, which JupyterLab shows as a widget and a page without a kernel as a picture.
 
     Args:
-        source: the record's path as `figures.save` returns it, a figure's id such as "yaras2024/03_svd_evolution", or
-            the arrays themselves.
+        source: a record's path, also as text, a figure's id such as "yaras2024/03_svd_evolution", or the arrays
+            themselves.
         preset: whose record, where `source` is an id.
         seed: which of the recorded seeds is shown first, from 0.
 
@@ -142,20 +142,22 @@ class Explorer:
 
 
 def _arrays(source: str | Path, preset: str) -> Arrays:
-    path = source if isinstance(source, Path) else _place(source, preset)
-    found = records.read(path, *_named(path, source, preset))
+    checks.expect("source", source, isinstance(source, str | Path), "a record's path, a figure's id, or arrays by name")
+    if isinstance(source, Path) or source.endswith(".json"):
+        path = Path(source).expanduser()
+        found = records.read(path)
+    else:
+        path = _place(source, preset)
+        found = records.read(path, source, preset)
     kept = records.read_arrays(path, found)[0]
     return dict(dict.items(kept))  # not .items(), which asks for those, too, that were too large to keep
 
 
-def _named(path: Path, source: str | Path, preset: str) -> tuple[str, str]:
-    """Id and preset that the record must have: those asked for, or, for a path, those that it lies under."""
-    if isinstance(source, Path):
-        return f"{path.parent.name}/{path.stem}", path.parent.parent.name
-    return source, preset
-
-
 def _place(id: str, preset: str) -> Path:
-    """The record of one's own figures, or else the committed one."""
-    own, committed = (root / preset / f"{id}.json" for root in (paths.figures_dir(), paths.repository() / "figures"))
-    return own if own.is_file() else committed
+    """The record of one's own figures, or else the committed one. Raises RecordError, with a close id, without it."""
+    roots = [root / preset for root in (paths.figures_dir(), paths.repository() / "figures")]
+    for root in roots:
+        if (root / f"{id}.json").is_file():
+            return root / f"{id}.json"
+    known = {f"{file.parent.name}/{file.stem}" for root in roots for file in records.files_below(root, ".json")}
+    raise records.RecordError(f"there is no record of {id} under {preset!r}{checks.closest(id, known)}")

@@ -145,16 +145,20 @@ def _numbers(value: Any) -> Any:
     return [_numbers(part) for part in value] if isinstance(value, list) else float("nan") if value is None else value
 
 
-def read(path: Path, id: str, preset: str) -> dict[str, Any]:
-    """The record of a figure. Raises RecordError where it is absent, no record of a run, or another's."""
+def read(path: Path, id: str | None = None, preset: str | None = None) -> dict[str, Any]:
+    """The record of a figure, or without a name the one at `path`, wherever that lies.
+
+    Raises RecordError where it is absent, no record of a run, or another's.
+    """
     if not path.is_file():
-        raise RecordError(f"there is no record {path.name} of {id} under {preset!r}")
+        told = f"there is no record {path}" if id is None else f"there is no record {path.name} of {id} under"
+        raise RecordError(told if id is None else f"{told} {preset!r}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = (record.get("id"), record.get("preset"))
     except (OSError, ValueError, AttributeError) as error:  # half a file, or something else
         raise RecordError(f"{path} is no record: {one_line(error)}") from error
-    if found != (id, preset):
+    if id is not None and found != (id, preset):
         raise RecordError(f"{path.name} is the record of {found}, expected {(id, preset)}")
     held = {name: record.get(name) for name in ("parameters", "metrics")}
     held |= {"not_finite": record.get("not_finite", {}), "arrays": record.get("arrays") or {}}  # not in older ones
