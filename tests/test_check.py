@@ -62,6 +62,27 @@ def test_rules_are_of_notebooks_that_there_are():
     assert len(files) == 4 and named <= set(IDS)
 
 
+@pytest.mark.parametrize("content", ["", "<<<<<<< HEAD", "[]", '{"cells": [{}]}'])
+def test_a_file_that_is_no_notebook_is_named(content: str, add_notebook, capsys):
+    id = add_notebook("01_good")
+    path = notebooks.notebook_path(id)
+    path.write_text(content)
+    Path("figures/paper/kwon2024").mkdir(parents=True)
+    Path(f"figures/paper/{id}.json").write_text('{"notebook": "a", "library": "b"}')
+    for command in (["list"], ["run", id, "--check"]):
+        assert main(command) == 2
+        assert f"{path} is no notebook as Jupyter saves it" in capsys.readouterr().err
+
+
+def test_what_jupyter_keeps_in_hidden_folders_is_no_notebook(add_notebook):
+    id = add_notebook("01_good")
+    for folder in (Path("notebooks/.ipynb_checkpoints"), Path("notebooks/kwon2024")):
+        folder.mkdir(exist_ok=True)
+        (folder / ".01_good-checkpoint.ipynb").write_text("{}")
+    Path("notebooks/.ipynb_checkpoints/Untitled-checkpoint.ipynb").write_text("{}")
+    assert notebooks.ids() == [id]
+
+
 def test_anything_is_refused_in_a_line_or_accepted(tmp_path: Path, monkeypatch, capsys):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies

@@ -199,6 +199,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "notebooks" / f"{FIGURE}.ipynb"
     path.parent.mkdir(parents=True)
     write_notebook(path, "# Never behind\n\n**Claim.** It is $<$ the other.")
+    path.with_name("presets.yaml").write_text(f"{path.stem}: {{quick: {{minutes: 1}}}}\n")
     monkeypatch.delenv("COMPRESSIBLE_FIGURES", raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -224,6 +225,17 @@ def test_everything_is_written_and_only_once(project: Path, capsys: pytest.Captu
     assert f"| P2 deep completion | [kwon2024/05](notebooks/{FIGURE}.ipynb) | reproduced, 1 of 1 |" in readme
     assert "0.5 [0.475, 0.525] | 3 seeds | H100, paper, abcdef1 | **PASS**" in (project / "CLAIMS.md").read_text()
     assert main(["claims", "--write"]) == 0 and capsys.readouterr().out == ""
+
+
+def test_a_notebook_in_which_somebody_tries_something_out_is_left_alone(project: Path) -> None:
+    claims.write()
+    before, own = (project / "GALLERY.md").read_text(), project / "notebooks" / "kwon2024" / "Untitled.ipynb"
+    for text in ('{"cells": []}', '{"cells": [{"cell_type": "markdown", "metadata": {}, "source": "mine"}]}'):
+        own.write_text(text)
+        assert claims.write() == [] and own.read_text() == text
+    assert (project / "GALLERY.md").read_text() == before and writing.title(own) == "mine"
+    own.write_text('{"cells": []}')
+    assert writing.title(own) == "Untitled"
 
 
 def test_the_gallery_has_question_answer_picture_and_links(project: Path) -> None:

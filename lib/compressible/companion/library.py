@@ -53,9 +53,20 @@ def notebook_digest(path: Path) -> str | None:
     """sha256 of a notebook's code without comments and outputs; None where there is no such notebook."""
     if not path.is_file():
         return None
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    parts = [normal_form("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    parts = [normal_form(source) for source in notebook_sources(path, "code")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def notebook_sources(path: Path, kind: str) -> list[str]:
+    """The sources of a notebook's cells of a kind. Raises ValueError, with its path, for a file that is no notebook.
+
+    It may be empty, as one that a full disk left, or hold the marks of a merge.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no notebook as Jupyter saves it ({type(error).__name__}: {error})") from error
 
 
 def normal_form(source: str) -> str:

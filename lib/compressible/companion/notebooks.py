@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from compressible.companion import committed, rules
 from compressible.companion import parameters as vocabulary
-from compressible.companion.library import notebook_digest
+from compressible.companion.library import notebook_digest, notebook_sources
 from compressible.companion.provenance import LIBRARY
 from compressible.companion.yaml_files import BatchError, read_yaml
 from compressible.runtime import checks, paths
@@ -40,9 +40,9 @@ class Preset:
 
 
 def ids() -> list[str]:
-    """Ids of all notebooks of the repository, sorted."""
+    """Ids of all notebooks of the repository, sorted; what Jupyter keeps in hidden folders is none."""
     root = paths.repository() / "notebooks"
-    found = (file.relative_to(root) for file in root.glob("*/*.ipynb"))
+    found = (file.relative_to(root) for file in root.glob("[!.]*/[!.]*.ipynb"))
     return sorted(file.with_suffix("").as_posix() for file in found)
 
 
@@ -74,8 +74,9 @@ def _preset(where: str, entry: Any) -> Preset:
 def defaults(notebook: Path) -> dict[str, Any]:
     """Parameters of a notebook and their defaults, as papermill reads its parameters cell.
 
-    Raises BatchError when a default is not a plain literal.
+    Raises BatchError when a default is not a plain literal, ValueError for a file that is no notebook.
     """
+    notebook_sources(notebook, "code")  # papermill's error would not say in which file
     with _without_grammar_of_addresses():
         import papermill
     found = papermill.inspect_notebook(str(notebook))

@@ -7,14 +7,13 @@ are gone through, since they import some that compute, and are not counted, as n
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from compressible.companion.imports import CELLS, MODULE, PACKAGE, TOP, Asked, asked
-from compressible.companion.library import ROOT, computing_sources, digest_of, normal_form, parsed
+from compressible.companion.library import ROOT, computing_sources, digest_of, normal_form, notebook_sources, parsed
 
 _TABLES = ("_HOME", "_MODULES")  # by which the package's own __init__ finds what is asked of it
 _OWN = frozenset({"__version__", "__name__", "__doc__", "__file__", "__path__", "__all__"})  # imports nothing
@@ -37,15 +36,14 @@ def reached_sources(notebook: Path, root: Path = ROOT) -> list[Path]:
 
     Example:
         >>> cell = {"cell_type": "code", "source": "from compressible.runtime import checks, devices"}
-        >>> import tempfile
+        >>> import json, tempfile
         >>> with tempfile.NamedTemporaryFile("w", suffix=".ipynb") as file:
         ...     print(json.dump({"cells": [cell]}, file), file.flush())
         ...     [source for source in reached_sources(Path(file.name)) if source.match("runtime/devices.py")] != []
         None None
         True
     """
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join(notebook_sources(notebook, "code"))
     modules, every = _reached(_tree(root), asked(code, CELLS)), computing_sources(root)
     return [file for file in every if file in modules] or every
 

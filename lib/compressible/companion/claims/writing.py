@@ -13,6 +13,7 @@ from pathlib import Path
 from compressible.companion import notebooks
 from compressible.companion.claims import pages, status, wording
 from compressible.companion.claims.standing import OWN, Record, Standing, read_records, standings
+from compressible.companion.library import notebook_sources
 from compressible.runtime import paths
 
 START, END = "<!-- record:start -->", "<!-- record:end -->"
@@ -28,7 +29,8 @@ def written(root: Path | None = None) -> dict[Path, str]:
     """
     root = paths.repository() if root is None else root
     records, standing, items = read_records(root / "figures"), standings(root / "figures", OWN), status.load_items()
-    titles = {id: title(root / "notebooks" / f"{id}.ipynb") for id in notebooks.ids()}
+    mine = [id for id in notebooks.ids() if notebooks.presets(id)]  # not one that somebody tries something out in
+    titles = {id: title(root / "notebooks" / f"{id}.ipynb") for id in mine}
     texts = {root / "CLAIMS.md": pages.claims_page(standing, items)}
     texts[root / "GALLERY.md"] = pages.gallery_page(standing, records, titles, status.questions())
     counts = pages.counts_table(standing, linked=False)
@@ -102,10 +104,9 @@ def _linked(each: Standing) -> str:
 
 
 def title(path: Path) -> str:
-    """The title of a notebook, which is what its figure shows, without a full stop."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    first = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "markdown"))
-    return first.partition("\n")[0].lstrip("# ").rstrip(" .")
+    """The title of a notebook, which is what its figure shows, without a full stop; its name where it has no text."""
+    texts = notebook_sources(path, "markdown")
+    return texts[0].partition("\n")[0].lstrip("# ").rstrip(" .") if texts else path.stem
 
 
 def _dumped(notebook: object) -> str:
