@@ -104,6 +104,17 @@ def test_malformed_presets_are_refused(result: runs.Result) -> None:
         figures.save(draw(), ID, "../paper", result)
 
 
+def test_a_place_that_takes_no_figure_is_said_with_what_to_do(
+    result: runs.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(tmp_path / "file"))
+    with pytest.raises(
+        OSError, match=r"figures cannot be written in .*file/quick/.*COMPRESSIBLE_FIGURES names another"
+    ):
+        figures.save(draw(), ID, "quick", result, [])
+
+
 def test_a_failing_save_leaves_the_former_files(result: runs.Result, monkeypatch: pytest.MonkeyPatch) -> None:
     path = figures.save(draw(), ID, "quick", result, verdicts=[])
     before = {file.name: digest(file) for file in path.parent.iterdir()}

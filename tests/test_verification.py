@@ -134,3 +134,11 @@ def test_quick_figures_are_not_checked(record):
     quick.parent.mkdir(parents=True)
     quick.write_text("{}")
     assert verification.labels(ID) == ["paper"]
+
+
+def test_no_record_at_all_is_no_proof(
+    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(Path("elsewhere").absolute()))
+    assert main(["list", "--check"]) == 1
+    assert "there is no record under" in capsys.readouterr().out

@@ -125,7 +125,8 @@ def save(
     pictures, and the result's arrays, from which the figure can be redrawn (records.py says which are rounded). It is
     renamed last, so where it stands, the others are whole. In `python -m compressible redraw` the record stays as it
     is but for the pictures and the notebook that drew them. Raises ValueError for a malformed id, ParameterError for a
-    malformed preset, and for the name of one whose values are others than the result's.
+    malformed preset, and for the name of one whose values are others than the result's; OSError where nothing can be
+    written.
     """
     if not _ID.fullmatch(id):
         raise ValueError(f"id: got {id!r}, expected paper/NN_name such as 'kwon2024/05_completion'")
@@ -136,12 +137,20 @@ def save(
         _write(figure, path, record | {"notebook": runs.drawn_in(id)})
         return path
     label_guard.expect_own_label(id, preset, result.parameters)
+    _expect_room(path.parent)
     judged = claims.judge(id, result) if verdicts is None else verdicts
     metrics = result.metrics | _per_seed(result.arrays)
     arrays, told = records.pack(result.arrays)
     record = runs.provenance(result, preset, id) | {"metrics": metrics, "not_finite": records.not_finite(metrics)}
     _write(figure, path, record | {"claims": [asdict(verdict) for verdict in judged], "arrays": told}, arrays)
     return path
+
+
+def _expect_room(folder: Path) -> None:
+    """Raise OSError, with what to do, where no figure can be written: the notebook runs anew in seconds."""
+    if reason := paths.unwritable(folder):
+        told = f"figures cannot be written in {folder} ({reason}); COMPRESSIBLE_FIGURES names another place"
+        raise OSError(f"{told}, and what was computed is in the cache, if that can be written")
 
 
 def made_by(record: Path) -> dict[str, Any]:

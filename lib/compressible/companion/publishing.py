@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compressible.companion import notebooks, pins, provenance
+from compressible.runtime import paths
 
 
 def add(commands: Any) -> None:
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:
 
 
 def check_records() -> int:
-    """Print why records cannot be trusted as ones of this checkout; 0 where all can, else 1."""
+    """Print why records cannot be trusted as ones of this checkout; 0 where all can, else 1, as where there is none."""
     from compressible.companion import verification
 
     found = {
@@ -34,7 +35,9 @@ def check_records() -> int:
         print("".join(f"{id}, {label}: {reason}\n" for reason in reasons), end="")
     good = sum(not reasons for reasons in found.values())
     print(f"{good} of {len(found)} records are of this code, data and environment, whole, and of a commit behind HEAD")
-    return 0 if good == len(found) else 1
+    if not found:  # which all of none would pass
+        print(f"there is no record under {paths.figures_dir()}; COMPRESSIBLE_FIGURES names another place")
+    return 0 if found and good == len(found) else 1
 
 
 def _times(arguments: argparse.Namespace) -> int:
