@@ -159,6 +159,20 @@ def test_offline_error_says_file_size_reasons_and_what_to_do(tmp_path, server, m
     assert data.fetch(NAME).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize(
+    ("said", "forbids"), [("true", True), ("YES", True), ("on", True), ("0", False), ("false", False), ("", False)]
+)
+def test_the_network_is_forbidden_in_other_words_too(said, forbids, tmp_path, server, monkeypatch):
+    manifest_of(tmp_path, f"{server.url}/file.bin")
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", said)
+    if forbids:
+        with pytest.raises(data.DataError, match=f"COMPRESSIBLE_OFFLINE is {said}"):
+            data.fetch(NAME)
+    else:
+        assert data.fetch(NAME).read_bytes() == CONTENT
+    assert bool(server.requests) is not forbids
+
+
 def test_unreachable_host_fails_soon_and_names_every_source(tmp_path):
     sources = ["http://127.0.0.1:9/file.bin", "http://host.invalid/file.bin"]
     began = time.monotonic()

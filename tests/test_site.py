@@ -207,6 +207,13 @@ def test_a_cache_that_cannot_be_written_costs_no_formulas(tmp_path, monkeypatch)
     assert mathjax.fetch(tmp_path / "tex-svg.js") == "" and (tmp_path / "tex-svg.js").read_bytes() == b"formulas"
 
 
+def test_mathjax_is_not_asked_for_where_the_network_is_forbidden(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    monkeypatch.setenv("PATH", "")  # npm would not be found
+    assert mathjax.fetch(tmp_path / "tex-svg.js") == "SourceError: not tried, COMPRESSIBLE_OFFLINE is 1"
+
+
 def test_another_file_in_the_place_of_mathjax_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("COMPRESSIBLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mathjax, "_packed", lambda: (_ for _ in ()).throw(ValueError("has the sha256 0")))

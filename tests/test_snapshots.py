@@ -89,7 +89,8 @@ def hub_of(files: dict[str, bytes]):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The hub, on-line, and an empty cache."""
-    for name in ("COMPRESSIBLE_MODELS", "COMPRESSIBLE_DATA", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    places = ("COMPRESSIBLE_MODELS", "COMPRESSIBLE_DATA", "COMPRESSIBLE_OFFLINE")
+    for name in (*places, "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with hub_of(FILES) as running:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -109,6 +110,16 @@ def refused() -> str:
     said = str(caught.value)
     assert "cannot get the model 'owner/name'" in said and "what to do: set COMPRESSIBLE_MODELS" in said
     return said
+
+
+def test_what_forbids_the_network_forbids_the_hub_and_not_its_cache(server, monkeypatch):
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    assert "not tried, COMPRESSIBLE_OFFLINE is 1" in refused() and not server.asked
+    monkeypatch.delenv("COMPRESSIBLE_OFFLINE")
+    folder = hub.model_folder("owner/name")
+    asked = len(server.asked)
+    monkeypatch.setenv("COMPRESSIBLE_OFFLINE", "1")
+    assert hub.model_folder("owner/name") == folder and len(server.asked) == asked
 
 
 def test_a_snapshot_comes_once_without_the_other_formats_and_serves_off_line_then(server, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import time
@@ -67,10 +68,22 @@ def copy(stream: Readable, path: Path, limit: Bound, tell: Callable[[int], Any] 
             tell(len(chunk))
 
 
+def is_offline() -> bool:
+    """Whether COMPRESSIBLE_OFFLINE forbids the network: by 1, and by whatever else is no "no"."""
+    return os.environ.get("COMPRESSIBLE_OFFLINE", "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def expect_online() -> None:
+    """Raise SourceError where the network is forbidden: all of it, the hub as well, comes through here."""
+    if is_offline():
+        raise SourceError(f"not tried, COMPRESSIBLE_OFFLINE is {os.environ['COMPRESSIBLE_OFFLINE']}")
+
+
 def download(url: str, path: Path, limit: Bound, headers: Mapping[str, str] | None = None) -> None:
     """Write the file at an address to `path`; SourceError, or an error of requests', if it does not come in bounds."""
     import requests
 
+    expect_online()
     waits = (CONNECT_SECONDS, READ_SECONDS)
     with closing(requests.get(url, stream=True, timeout=waits, headers=dict(headers or {}))) as answer:
         answer.raise_for_status()
@@ -92,6 +105,7 @@ def command(
     Returns its exit status and what it wrote to stderr. Raises SourceError where it takes longer than `seconds`.
     `beside` says how many bytes there may be beside the member, BESIDE if it is not given.
     """
+    expect_online()
     with subprocess.Popen(
         call, cwd=cwd, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:

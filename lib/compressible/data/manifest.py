@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import filelock
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
+from compressible.data.bounds import is_offline
 from compressible.data.joined import PREFIX, Digest, Joined, Source, joined_name, read_joined
 from compressible.data.sources import read, shared_archives
 from compressible.runtime.checks import mistake, one_line, unknown
@@ -225,8 +226,8 @@ def _from_cache(entry: Entry, tried: list[str]) -> Path | None:
 def _from_sources(entry: Entry, tried: list[str]) -> Path | None:
     if not entry.sources:
         tried.append("sources: none, this file is only read from a local folder")
-    elif os.environ.get("COMPRESSIBLE_OFFLINE") == "1":
-        tried.append("sources: not tried, COMPRESSIBLE_OFFLINE is 1")
+    elif is_offline():
+        tried.append(f"sources: not tried, COMPRESSIBLE_OFFLINE is {os.environ['COMPRESSIBLE_OFFLINE']}")
     elif entry.accept and entry.accept not in _accepted():
         tried.append(
             f"sources: not tried, since nobody has agreed to its terms ({entry.licence}): read {entry.address}, and "

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from compressible.data import bounds
 from compressible.runtime import checks, paths
 
 VERSION = "3.2.2"  # Apache-2.0
@@ -22,7 +23,7 @@ def fetch(target: Path) -> str:
     kept = paths.cache_dir() / "site" / f"mathjax-{VERSION}-tex-svg.js"
     try:
         content = kept.read_bytes() if kept.is_file() and _digest(kept.read_bytes()) == SHA256 else _packed()
-    except (OSError, ValueError, KeyError, tarfile.TarError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, KeyError, tarfile.TarError, subprocess.SubprocessError, bounds.SourceError) as error:
         return checks.one_line(error)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next build a download
         paths.write_atomic(kept, content)
@@ -32,6 +33,7 @@ def fetch(target: Path) -> str:
 
 def _packed() -> bytes:
     """The file out of the package as npm gives it. Raises ValueError where it is another than the one we know."""
+    bounds.expect_online()
     with tempfile.TemporaryDirectory() as folder:
         command = ["npm", "pack", f"mathjax@{VERSION}", "--silent", "--pack-destination", folder]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS, cwd=folder)
