@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
-from compressible.companion import figures, notebooks, runs
+from compressible.companion import figures, label_guard, notebooks, runs
 from compressible.companion.command_line import main
 from compressible.companion.parameters import ParameterError
 
@@ -136,3 +139,18 @@ def test_outside_of_a_checkout_no_notebook_is_asked(id: str, monkeypatch: pytest
 
     monkeypatch.setattr(notebooks, "ids", nowhere)
     assert save(id, "paper", **QUICK) == QUICK
+
+
+@pytest.mark.parametrize(
+    ("now", "told"), [({"rank": 3}, "rank 2, now 3"), ({"ranks": "x"}, r"ranks \[1, 2\], now 'x'")]
+)
+def test_a_figure_of_other_values_than_the_cell_of_parameters_has_by_now_is_told(
+    now: dict[str, Any], told: str, id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = {"_parameter_names": {*QUICK, "preset"}, "preset": "mine", **QUICK, "step_size": np.float64(0.1)}
+    monkeypatch.setattr(label_guard, "kernel", lambda: SimpleNamespace(user_ns=namespace))
+    with warnings.catch_warnings(action="error"):
+        assert save(id, "mine", **QUICK) == QUICK
+    namespace |= now
+    with pytest.warns(RuntimeWarning, match=f"the result was computed with {told}: run all cells"):
+        assert save(id, "mine", **QUICK) == QUICK

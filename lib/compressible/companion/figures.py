@@ -137,6 +137,7 @@ def save(
         _write(figure, path, record | {"notebook": runs.drawn_in(id)})
         return path
     label_guard.expect_own_label(id, preset, result.parameters)
+    label_guard.warn_of_changed(result.parameters)
     _expect_room(path.parent)
     judged = claims.judge(id, result) if verdicts is None else verdicts
     metrics = result.metrics | _per_seed(result.arrays)

@@ -8,12 +8,14 @@ preset does not set is what the notebook's cell says in the last commit: Jupyter
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
 from compressible.companion import committed, notebooks, parameter_cells, parameters, rules
 from compressible.runtime import checks
+from compressible.runtime.kernel_bar import kernel
 
 
 def expect_own_label(id: str, label: str, values: Mapping[str, Any]) -> None:
@@ -39,6 +41,28 @@ def expect_to_run(label: str, values: Mapping[str, Any], function: Callable[...,
     if lines := rules.broken(notebooks.conditions(id), values):
         raise parameters.ParameterError(f"{id}: {'; '.join(lines)}")
     expect_own_label(id, label, values)
+
+
+def warn_of_changed(values: Mapping[str, Any]) -> None:
+    """Warn where a notebook's parameters are others by now than those of a result, whose figure is to be saved.
+
+    The cells that draw read titles and axes from them: after a change of the cell of parameters alone they would tell
+    of values that the numbers do not have.
+    """
+    namespace = getattr(kernel(), "user_ns", {})
+    names = sorted(namespace.get("_parameter_names", set()) & values.keys() & namespace.keys())
+    changed = [name for name in names if not _same(name, namespace, values)]
+    told = [f"{name} {checks.shown(values[name])}, now {checks.shown(namespace[name])}" for name in changed]
+    if told:
+        advice = "run all cells from the cell of parameters on, as what is drawn may tell of values that it has not"
+        warnings.warn(f"the result was computed with {'; '.join(told)}: {advice}", RuntimeWarning, stacklevel=3)
+
+
+def _same(name: str, namespace: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    try:
+        return bool(parameters.validate({name: namespace[name]})[name] == values[name])
+    except parameters.ParameterError:
+        return False
 
 
 def _having(names: Collection[str], function: Callable[..., Any]) -> str | None:
