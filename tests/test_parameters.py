@@ -157,3 +157,13 @@ def test_a_line_that_leaves_the_cell_of_parameters_leaves_the_parameters(shell: 
     run_cells(shell, f"{CELL}\ntrials: int = 5", again).raise_error()
     run_cells(shell, CELL, again).raise_error()
     assert shell.user_ns["found"] == {"preset": "quick", "rank": 5}
+
+
+def test_a_cell_that_works_sets_no_parameters(shell: InteractiveShell) -> None:
+    again = "found = collect(globals())"
+    run_cells(shell, CELL, again, "names = list('ab')\nfor name in names: rank = 7", again).raise_error()
+    assert shell.user_ns["found"] == {"preset": "quick", "rank": 7}  # as the notebook has it by now
+    wrong = run_cells(shell, f"{CELL}\nrnak: int = 4", again)
+    assert "rnak: got 4, expected a known name; the closest is 'rank'" in str(wrong.error_in_exec)
+    run_cells(shell, CELL, "rank = 8", again).raise_error()
+    assert shell.user_ns["found"] == {"preset": "quick", "rank": 8}

@@ -17,6 +17,11 @@ def assigned(source: str) -> set[str]:
     return {node.id for node in stores if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
 
 
+def set_plainly(source: str) -> set[str]:
+    """Names that a cell sets, if plain values for names are all that it has: one that draws sets no parameters."""
+    return assigned(source) if all(map(_is_plain, _body(source))) else set()
+
+
 def declared(cells: Sequence[str]) -> set[str]:
     """Names of the cell of parameters that was executed last: the one with `preset: str = ...`. None without it.
 
@@ -57,6 +62,15 @@ def _cells(notebook: str | bytes) -> list[tuple[str, list[str]]]:
         return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _is_plain(line: ast.stmt) -> bool:
+    if not isinstance(line, ast.Assign | ast.AnnAssign) or line.value is None:
+        return False
+    with suppress(ValueError, TypeError):
+        ast.literal_eval(line.value)
+        return True
+    return False
 
 
 def _body(source: str) -> list[ast.stmt]:

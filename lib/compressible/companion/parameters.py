@@ -156,7 +156,7 @@ def collect(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     A plain value is an int, float, str, bool, list or tuple, so a name that was injected by mistake is
     refused too, as is one that other notebooks have and this one's cell does not declare. Raises ParameterError.
     When the cell is run again in the same kernel, plain values that later cells left behind do not count: only the
-    names of the first time, if the cell of parameters still has them, and of the cell run just before.
+    names that the cell of parameters has by then, and those of a cell run just before that does nothing but set some.
     """
     cells = namespace.get("In", [])
     declared = parameter_cells.declared(cells[:-1])
@@ -166,10 +166,10 @@ def collect(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
         if not name.startswith("_") and name not in _IPYTHON and isinstance(value, _PLAIN)
     }
     if "_parameter_names" in namespace:
-        before = namespace["_parameter_names"]
-        names &= (before & declared if declared else before) | parameter_cells.assigned("".join(cells[-2:-1]))
+        names &= (declared or namespace["_parameter_names"]) | parameter_cells.set_plainly("".join(cells[-2:-1]))
     namespace["_parameter_names"] = names & VOCABULARY.keys()
-    return validate({name: value for name, value in namespace.items() if name in names}, declared or None)
+    values = validate({name: value for name, value in namespace.items() if name in names})
+    return validate(values, declared) if declared else values
 
 
 def validate(values: Mapping[str, Any], allowed: Iterable[str] | None = None) -> dict[str, Any]:
