@@ -113,6 +113,7 @@ def test_runs_that_diverged_and_runs_of_other_lengths_are_shown() -> None:
     ("source", "options", "told"),
     [
         ({"values": np.ones(3)}, {}, r"got \['values'\], expected values_1"),
+        ("yaras2024/02_depth_and_width", {}, r"expected values_1, .*<name>/error"),  # a value for each width and trial
         (LAYERS, {"seed": 10}, "seed is 10, expected an integer from 0 to 9"),
         ("yaras2024/03_svd", {}, "there is no record"),
         (LAYERS, {"preset": "none"}, "there is no record"),

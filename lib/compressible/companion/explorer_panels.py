@@ -20,7 +20,17 @@ def networks(arrays: Arrays) -> list[str]:
     """Names of the networks whose curves are there: error, loss and the iterations of both; the original first."""
     names = [key.removesuffix("/error") for key in arrays if key.endswith("/error")]
     whole = [name for name in names if {f"{name}/loss", f"{name}/iterations"} <= arrays.keys()]
-    return sorted((name for name in whole if "/" not in name), key=lambda name: name != "original")
+    curves = [name for name in whole if "/" not in name and _are_curves(arrays, name)]
+    return sorted(curves, key=lambda name: name != "original")
+
+
+def _are_curves(arrays: Arrays, name: str) -> bool:
+    """Whether they are curves (S, T) over iterations (T,), and not a value for each width, say."""
+    times, shapes = (
+        np.shape(arrays[f"{name}/iterations"]),
+        [np.shape(arrays[f"{name}/{of}"]) for of in ("error", "loss")],
+    )
+    return len(times) == 1 and all(len(shape) == 2 and shape[1:] == times for shape in shapes)
 
 
 def iterations(arrays: Arrays, names: Sequence[str]) -> np.ndarray:
