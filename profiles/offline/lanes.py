@@ -165,10 +165,13 @@ def push(
 
 
 def wait(seconds: float, lines: int = 1) -> int:
-    """Say what ends, until all has or the time is over, then what is under way; the exit status."""
+    """Say what ends, until all has or the time is over, then what is under way; the exit status.
+
+    The queue is looked at twice, since a job that runs once more goes back there from what runs.
+    """
     until, told = time.monotonic() + seconds, set[str]()
     while True:
-        left = len(_jobs("queue")) + len(_jobs("running"))  # first, lest the last one ends untold
+        left = any(_jobs(folder) for folder in ("queue", "running", "queue"))  # first, lest the last one ends untold
         for job in _jobs("ended"):
             if job["name"] not in told:
                 told.add(job["name"])

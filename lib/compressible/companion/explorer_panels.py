@@ -26,10 +26,8 @@ def networks(arrays: Arrays) -> list[str]:
 
 def _are_curves(arrays: Arrays, name: str) -> bool:
     """Whether they are curves (S, T) over iterations (T,), and not a value for each width, say."""
-    times, shapes = (
-        np.shape(arrays[f"{name}/iterations"]),
-        [np.shape(arrays[f"{name}/{of}"]) for of in ("error", "loss")],
-    )
+    times = np.shape(arrays[f"{name}/iterations"])
+    shapes = [np.shape(arrays[f"{name}/{of}"]) for of in ("error", "loss")]
     return len(times) == 1 and all(len(shape) == 2 and shape[1:] == times for shape in shapes)
 
 

@@ -151,8 +151,8 @@ def read(path: Path, id: str | None = None, preset: str | None = None) -> dict[s
     Raises RecordError where it is absent, no record of a run, or another's.
     """
     if not path.is_file():
-        told = f"there is no record {path}" if id is None else f"there is no record {path.name} of {id} under"
-        raise RecordError(told if id is None else f"{told} {preset!r}")
+        named = path if id is None else f"{path.name} of {id} under {preset!r}"
+        raise RecordError(f"there is no record {named}")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         found = (record.get("id"), record.get("preset"))
