@@ -12,6 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 GPU_PYTHON ?= python3
 GPU_JOBS ?= 8
 SLOW ?=
+LEAVE ?=
 
 PRESET ?= quick
 LABEL ?= $(PRESET)
@@ -97,11 +98,12 @@ lint: $(STAMP)  ## ruff, format, imports between the rooms, types
 # The figures of a test go to a folder of their own, so that the checkout stays as it was.
 test: lint tests  ## lint, unit tests, every notebook against its stored outputs
 
+# LEAVE='batch build': without these files of tests.
 tests: $(STAMP)
 	@figures=$$(mktemp -d); trap 'rm -rf "$$figures"' EXIT; \
 	$(RUN) COMPRESSIBLE_FIGURES="$$figures/figures" HF_HUB_OFFLINE=1 python -m pytest tests notebooks -q \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile
+		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile $(LEAVE:%=--ignore=tests/test_%.py)
 
 # On a GPU host as it is: PyTorch, Triton and pytest are all that these need, and nothing is set up.
 test-gpu:  ## the tests of a GPU, a minute or two: GPU_PYTHON, SLOW=1 (all of them), GPU_JOBS (with pytest-xdist)

@@ -172,8 +172,8 @@ def test_a_batch_whose_command_is_killed_ends_with_all_that_it_started(how, batc
         signal.signal(how, before_it)
     assert until(lambda: any("sleep(300)" in text for text in under_way()), 60)
     reached = Path(f"figures/quick/{good}.json").exists()  # snakemake may have taken it first
+    assert until(lambda: len(psutil.Process(batch.pid).children(recursive=True)) >= 3, 60)  # snakemake, job and kernel
     started = psutil.Process(batch.pid).children(recursive=True)
-    assert len(started) >= 3  # snakemake, the job, its kernel
     batch.send_signal(how)
     assert batch.wait(timeout=60) == -how
     assert until(lambda: not any(map(psutil.Process.is_running, started)), 60), [each.cmdline() for each in started]

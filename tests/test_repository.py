@@ -189,6 +189,13 @@ def installed_extras() -> list[str]:
     return re.search(r"^EXTRAS \?= (.+)$", (REPOSITORY / "Makefile").read_text(), re.M).group(1).split(",")
 
 
+def test_what_the_second_round_of_ci_leaves_out_is_there():
+    (left,) = re.findall(r'make tests LEAVE="([^"]+)"', (REPOSITORY / ".ci/run").read_text())
+    assert [name for name in left.split() if not (REPOSITORY / f"tests/test_{name}.py").is_file()] == []
+    asked = subprocess.check_output(["make", "-n", "tests", f"LEAVE={left}"], cwd=REPOSITORY, text=True)
+    assert re.findall(r"--ignore=tests/test_(\w+)\.py", asked) == left.split()
+
+
 def test_conda_environment_installs_what_make_installs():
     packages, by_pip = conda()
     assert by_pip == ["-c constraints.txt", f"-e .[{','.join(installed_extras())}]"]
