@@ -459,3 +459,20 @@ def test_an_installed_package_knows_its_data_outside_of_a_checkout(tmp_path):
     place, entries, rows = first.split()
     assert Path(place).is_relative_to(tmp_path) and (int(entries), rows) == (len(data.load_manifest()), "100000")
     assert second.startswith("cannot get minilm/config.json (0.00 MB), tried")
+
+
+@pytest.mark.parametrize("get", [data.fetch, lambda name: data.fetch_all([name])], ids=["fetch", "fetch_all"])
+def test_a_file_that_the_installed_package_reads_wrong_is_refused(get, server, tmp_path):
+    file = manifest_of(tmp_path, f"{server.url}/file.bin")
+    told = file.read_text()
+    for reader in ("torch>=1", "a-package-that-nobody-has>=3"):  # met; what is not installed reads nothing at all
+        file.write_text(f'{told}reader = "{reader}"\n')
+        get(NAME)
+    file.write_text(f'{told}reader = "torch>=99"\n')
+    with pytest.raises(
+        data.DataError, match=r"set/file\.bin needs torch>=99, since other versions.*torch 2\..* is inst"
+    ):
+        get(NAME)
+    file.write_text(f'{told}reader = "torch more than 3"\n')
+    with pytest.raises(data.DataError, match=r"'torch more than 3', expected a requirement"):
+        get(NAME)

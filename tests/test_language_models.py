@@ -180,6 +180,25 @@ def test_long_rows_are_cut_or_dropped_by_the_protocol():
         prompts.continued(ROWS, tokenizer, "authors", 3)
 
 
+def letters(pieces):
+    """A tokenizer of single characters with a vocabulary of so many pieces, as one that has lost its merges."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    known = [*map(chr, range(32, 127)), "<eos>", *(f"piece{at}" for at in range(pieces - 96))]
+    backend = Tokenizer(models.BPE({piece: at for at, piece in enumerate(known)}, []))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+
+
+def test_a_tokenizer_that_lost_its_merges_is_refused(own_cache):
+    told = (
+        r"of 5000 entries, cuts texts of \d+ characters into \d+ pieces.*merges are lost.*transformers>=5\.18.*widened"
+    )
+    with pytest.raises(DataError, match=told):
+        prompts.continued(ROWS, letters(5000), "clean", 64)
+    assert len(prompts.continued(ROWS, letters(96), "clean", 64)) == len(ROWS.labels)  # characters by design
+
+
 @pytest.fixture
 def small_wordnet(tmp_path, own_cache, monkeypatch):
     monkeypatch.setenv("COMPRESSIBLE_DATA", str(tmp_path))

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import filelock
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from compressible.data.bounds import is_offline
 from compressible.data.joined import PREFIX, Digest, Joined, Source, joined_name, read_joined
 from compressible.data.sources import read, shared_archives
-from compressible.runtime.checks import mistake, one_line, unknown
+from compressible.runtime.checks import mistake, one_line, requirement, unknown, unmet
 from compressible.runtime.paths import atomic_path, cache_dir
 
 LOCK_SECONDS = 900
@@ -48,12 +48,16 @@ class Terms(BaseModel, strict=True, extra="forbid", frozen=True):
 
 
 class Entry(Terms, frozen=True):
-    """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none)."""
+    """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none).
+
+    reader: what reads it right, as pip has it, where other versions of that package read something else.
+    """
 
     name: Name
     sha256: Digest
     size: PositiveInt
     description: str
+    reader: Annotated[str, AfterValidator(requirement)] = ""
     sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
 
 
@@ -131,6 +135,7 @@ def fetch_first(names: Iterable[str]) -> Path:
     entries = _select(names)
     if not entries:
         raise DataError("no data file was asked for, or the manifest has none for this data set")
+    _expect_readers(entries)
     tried: dict[str, list[str]] = {entry.name: [] for entry in entries}
     for step in (_from_local, _from_cache, _from_sources):
         for entry in entries:
@@ -146,6 +151,7 @@ def fetch_all(names: Iterable[str]) -> list[Path]:
     Raises DataError for the first that cannot be had.
     """
     entries = _select(names)
+    _expect_readers(entries)
     here = [path for entry in entries if (path := _here(entry))]
     if len(here) == len(entries):
         return here
@@ -186,6 +192,14 @@ def _select(names: Iterable[str]) -> list[Entry]:
         if name not in known:
             raise DataError(unknown("data file", name, known))
     return [known[name] for name in names]
+
+
+def _expect_readers(entries: list[Entry]) -> None:
+    """Raise DataError where what would read a file here is known to read it wrong."""
+    for entry in entries:
+        if entry.reader and (found := unmet(entry.reader)):
+            told = f"{entry.name} needs {entry.reader}, since other versions read it wrong, and {found} is installed"
+            raise DataError(f"{told}; what to do: pip install '{entry.reader}'")
 
 
 def _here(entry: Entry) -> Path | None:

@@ -1,4 +1,4 @@
-"""A language model of a quarter of a million parameters, trained in seconds on the task's own texts, where none is at hand.
+"""A language model of .26 million parameters, trained in seconds on the task's own texts, where none is at hand.
 
 It stands in for a pretrained model where that would be a download on terms of its own, or minutes on a CPU: what it
 shows is that the protocol runs, not what a language model learns of few examples.

@@ -6,6 +6,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterable, Mapping, Set
+from importlib import metadata
 from numbers import Integral, Real
 from typing import Any
 
@@ -170,6 +171,29 @@ def _array(value: Any) -> str:
     if not isinstance(sizes, tuple) or dtype is None or (len(sizes) < 2 and math.prod(sizes) <= 8):
         return ""
     return f"{type(value).__name__} of shape {tuple(sizes)} and {dtype}"
+
+
+def requirement(text: str) -> str:
+    """Return a requirement such as "transformers>=5.18"; ValueError unless it is one as pip has it."""
+    from packaging.requirements import InvalidRequirement, Requirement  # which a host of the core alone may lack
+
+    try:
+        Requirement(text)
+    except InvalidRequirement:
+        raise ValueError(f"{text!r}, expected a requirement as pip has it, such as 'numpy>=2'") from None
+    return text
+
+
+def unmet(text: str) -> str:
+    """The package and version that is installed and that a requirement excludes; "" where it is met, or none is."""
+    from packaging.requirements import Requirement
+
+    asked = Requirement(text)
+    try:
+        found = metadata.version(asked.name)
+    except metadata.PackageNotFoundError:
+        return ""
+    return "" if asked.specifier.contains(found, prereleases=True) else f"{asked.name} {found}"
 
 
 def shown(value: object) -> str:
