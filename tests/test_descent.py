@@ -26,7 +26,7 @@ def _problem(kind="completion", shape=(9, 7), batch=(), dtype=torch.float64, see
 def _runs_here(name):
     try:
         return choose(name, _problem()[0], cd.orthogonal_factors((9, 7), 3)).name == name
-    except ValueError:
+    except (ValueError, ImportError):  # a host that lacks numba, say
         return False
 
 
@@ -35,6 +35,7 @@ FAST = [name for name in NAMES if name not in ("auto", "reference", "persistent"
 
 
 def test_engines_that_need_no_gpu_are_tested():
+    pytest.importorskip("numba")  # a GPU host may have PyTorch, Triton and pytest alone
     assert {"fused", "compiled"} <= set(FAST)
 
 

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
-import peft
 import pytest
 import torch
+
+pytest.importorskip("pandas")  # a GPU host may have PyTorch, Triton and pytest alone
+pytest.importorskip("peft")
+import pandas as pd
+import peft
 from conftest import REPOSITORY
 from text_helpers import PAIRS, save_bert
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("peft")  # a GPU host may have PyTorch, Triton and pytest alone
 from reference_finetune import reference_fine_tune
 from test_finetune import assert_equal, bert, config, lora, mixed, task
 from test_mpnet_attention import mpnet

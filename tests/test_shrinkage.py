@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("scipy")  # a GPU host may have PyTorch, Triton and pytest alone
 from scipy.optimize import minimize
 
 import compressible as cd

@@ -1,4 +1,4 @@
-"""Command line: python -m compressible list | run | build | redraw | claims | index | site | data | notebooks."""
+"""Figures from notebooks, and what is known of them: records, claims, pages, data, releases."""
 
 from __future__ import annotations
 

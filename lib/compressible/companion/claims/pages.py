@@ -20,14 +20,14 @@ LEGEND = """\
 **PASS**: the whole interval lies inside the bound. **FAIL**: it lies outside, one value refutes what is said of all,
 or a run diverged. **INCONCLUSIVE**: these values show neither. **WEAK**: the interval lies inside a looser bound that
 was set beforehand, or the bound holds and our interval does not meet the published one. **NOT TESTED**: no run of
-that size was made. Brackets are two-sided 95 % intervals: Student's t for means (on logarithms for errors over
-decades, by Fisher's z for correlations), Clopper and Pearson's for shares, Nadeau and Bengio's wider one where folds
-or splits share rows, by ranks where runs were stopped before they arrived. n says how many values there are and of
-what: starts on one target and timings of one machine are not seeds. Claims that answer one question together stand
-after Holm's correction. Bounds come from the published value, the theory or a margin fixed before looking, as told
-behind them; **†** marks a claim or bound that was written after a result had been seen. Rules:
-[rules.py](lib/compressible/companion/claims/rules.py); statements: [claims.toml](data/claims.toml); evidence: the
-record of each figure, linked in [GALLERY.md](GALLERY.md)."""
+that size was made, or too few of its runs have a value. Brackets are two-sided 95 % intervals: Student's t for means
+(on logarithms for errors over decades, by Fisher's z for correlations), Clopper and Pearson's for shares, Nadeau and
+Bengio's wider one where folds or splits share rows, by ranks where runs were stopped before they arrived. n says how
+many values there are and of what: starts on one target and timings of one machine are not seeds. Claims that answer
+one question together stand after Holm's correction. Bounds come from the published value, the theory or a margin
+fixed before looking, as told behind them; **†** marks a claim or bound that was written after a result had been seen.
+Rules: [rules.py](lib/compressible/companion/claims/rules.py); statements: [claims.toml](data/claims.toml); evidence:
+the record of each figure, linked in [GALLERY.md](GALLERY.md)."""
 HEADS = ["claim", "figure or theorem; source", "published", "bound", "ours", "n", "device, commit", "verdict"]
 COUNTS = ["", "claims", *VERDICTS]
 GENERATED = "<!-- Written by `python -m compressible claims --write`; edit data/claims.toml, or run a figure. -->"
@@ -122,7 +122,7 @@ def _counted(standing: Sequence[Standing]) -> list[str]:
 def _entry(id: str, title: str, standing: Sequence[Standing], records: Sequence[Record], question: str) -> str:
     mine = [each for each in standing if each.claim.figure == id]
     lines = [f'<a id="{id}"></a>', f"## {question or title}"]
-    lines += [f"{title}."] if question else []
+    lines += [title if title.endswith("?") else f"{title}."] if question else []
     for record in own_records(id, standing, records):
         stem = f"figures/{record['preset']}/{id}"
         links = f"[notebook](notebooks/{id}.ipynb), [record]({stem}.json), [PDF]({stem}.pdf)"
