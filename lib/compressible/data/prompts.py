@@ -74,9 +74,10 @@ def continued(rows: Rows, tokenizer: Any, protocol: str, max_length: int) -> Exa
     """Rows as prompt and answer, by the protocol cut or dropped above `max_length`; ValueError if none is left."""
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     checks.expect("the tokenizer's mark of the end", end, end is not None, "one: set tokenizer.eos_token")
-    _expect_words(tokenizer, rows.labels[:100])
-    plain = {"verbose": False, "add_special_tokens": False}
-    answers = [[*ids, end] for ids in tokenizer([f" {label}" for label in rows.labels], **plain)["input_ids"]]
+    written = [f" {label}" for label in rows.labels]
+    pieces = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
+    _expect_words(len(tokenizer), sum(map(len, written)), sum(map(len, pieces)))
+    answers = [[*ids, end] for ids in pieces]
     keep = list(range(len(answers)))
     if protocol == "authors":
         texts = tokenizer([text for (text,) in rows.texts], verbose=False)["input_ids"]
@@ -89,15 +90,13 @@ def continued(rows: Rows, tokenizer: Any, protocol: str, max_length: int) -> Exa
     return Examples(tokens, labels, kept, references_of(rows, keep), {"input_ids": padding})
 
 
-def _expect_words(tokenizer: Any, texts: Sequence[str]) -> None:
+def _expect_words(entries: int, characters: int, pieces: int) -> None:
     """Raise DataError for a tokenizer that has parts of words and cuts texts into single characters all the same.
 
     A model that was trained on parts of words understands nothing then, and no error tells of it.
     """
-    pieces = sum(map(len, tokenizer([*texts], verbose=False, add_special_tokens=False)["input_ids"]))
-    characters = sum(map(len, texts))
-    if len(tokenizer) > WORDS and pieces > LOST * characters:
-        told = f"the tokenizer, of {len(tokenizer)} entries, cuts texts of {characters} characters into {pieces} pieces"
+    if entries > WORDS and pieces > LOST * characters:
+        told = f"the tokenizer, of {entries} entries, cuts texts of {characters} characters into {pieces} pieces"
         why = "expected parts of words: its merges are lost, as transformers before 5.18 loses those of a GGUF file"
         what = f"pip install 'transformers>=5.18', and remove {cache_dir() / 'widened'}, which keeps what was read"
         raise DataError(f"{told}, {why}; what to do: {what}")
