@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from compressible.companion import notebooks
 from compressible.companion.library import REACHED
@@ -31,11 +33,7 @@ ID = "beyond/07_method_or_tuning"
 def main() -> None:
     """Merge, compute, and say what is missing."""
     asked = _asked()
-    notebook = notebooks.notebook_path(ID)
-    os.environ[REACHED] = reached_digest(notebook) or ""
-    values = notebooks.defaults(notebook)
-    own = "cells" if asked.set else None  # no figure is drawn here, so that none is replaced under the preset's name
-    values |= notebooks.plan(ID, asked.preset, overrides=dict(asked.set), label=own)
+    values = values_of(asked.preset, dict(asked.set))
     root = asked.cells or cache_dir() / "cells"
     for folder in asked.merge:
         print(f"{merge(folder, root)} cells from {folder}")
@@ -53,6 +51,14 @@ def main() -> None:
     for place, name in planned(sweep):
         told = f"{name} on {label(sweep, place)}"
         print(f"  {'missing' if told in missing else 'done   '} {told}")
+
+
+def values_of(preset: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """The notebook's parameters under a preset, but those `given`; cells from now on tell what of lib it reaches."""
+    notebook = notebooks.notebook_path(ID)
+    os.environ[REACHED] = reached_digest(notebook) or ""
+    own = "cells" if given else None  # no figure is drawn here, so that none is replaced under the preset's name
+    return notebooks.defaults(notebook) | notebooks.plan(ID, preset, overrides=dict(given), label=own)
 
 
 def _asked() -> argparse.Namespace:
