@@ -13,6 +13,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from compressible.companion import notebooks
@@ -130,6 +131,51 @@ def test_start_twice_makes_no_lane_twice_and_stop_ends_what_runs(lanes):
     assert f"long: FAILED with status {-signal.SIGTERM}" in told and "1 wait, 0 under way" in told
     lanes("start", "--cores", "1")
     assert "next: done" in lanes("wait", "60", status=1)
+
+
+def test_what_a_killed_lane_ran_waits_again_once_it_is_over(lanes, tmp_path):
+    """As after the host has died; a command that outlives its lane alone does not run beside itself."""
+    lanes("start", "--cores", "1")
+    note = f"import os, pathlib; p = pathlib.Path({str(tmp_path)!r}) / str(os.getpid()); p.touch(); "
+    wait = "import time; time.sleep(0 if len(list(p.parent.glob('[0-9]*'))) > 1 else 600)"
+    lanes("push", "--on", "core", "long", "--", sys.executable, "-c", note + wait)
+    until = time.monotonic() + 60
+    while not (began := list(tmp_path.glob("[0-9]*"))):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    command = psutil.Process(int(began[0].name))
+    lane = command.parent()
+    lane.kill()
+    lane.wait(10)
+    lanes("start", "--cores", "1")
+    assert "long: under way on core0" in lanes("wait", "1", status=75) and len(list(tmp_path.glob("[0-9]*"))) == 1
+    command.kill()
+    lanes("start", "--cores", "1")
+    assert "long: done" in lanes("wait", "60") and len(list(tmp_path.glob("[0-9]*"))) == 2
+
+
+def test_what_comes_after_a_failure_is_told_and_not_waited_for(lanes):
+    lanes("start", "--cores", "1")
+    lanes("push", "--on", "core", "--after", "second", "third", "--", *shows("PATH"))
+    assert "third: waits for second, which nobody has pushed" in lanes("wait", "0", status=75)
+    lanes("push", "--on", "core", "--after", "first", "second", "--", *shows("PATH"))
+    lanes("push", "--on", "core", "first", "--", "false")
+    told = lanes("wait", "60", status=1)
+    assert "second: cannot begin, since first failed or cannot" in told
+    assert "third: cannot begin, since second failed or cannot" in told and "2 wait, 0 under way, 1 ended" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["start"], "--gpus is 0, --each 1 and --cores 0, expected a GPU or a core at least"),
+        (["start", "--gpus", "-1"], "--gpus is -1"),
+        (["start", "--gpus", "1", "--each", "0"], "--each 0"),
+        (["wait", "nan"], "seconds is nan, expected a number"),
+    ],
+)
+def test_numbers_that_mean_no_lane_and_no_time_are_refused(arguments, told, lanes):
+    assert told in lanes(*arguments, status=1)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../a", "a/b"])

@@ -9,14 +9,17 @@
 
 Some hosts run a command for minutes and then end what it started; a lane is a session of its own and goes on. Whatever
 is there lies in $COMPRESSIBLE_LANES (by default a folder of /tmp): jobs move from `queue` to `running` to `ended`, each
-a small JSON file, with its output in `logs`. A lane shows its commands one GPU, or none. Only Python itself is needed.
+a small JSON file, with its output in `logs`. A lane shows its commands one GPU, or none. Where a host died or a lane was
+killed, `start` puts what it ran back at the head of the queue. Only Python itself is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -42,8 +45,12 @@ def root() -> Path:
 
 
 def start(gpus: int, each: int, cores: int) -> None:
-    """Start the lanes that are not there."""
+    """Start the lanes that are not there, after what lanes that are no more have left is in the queue again."""
+    if min(gpus, cores) < 0 or not 1 <= each <= 26 or not gpus + cores:
+        told = f"--gpus is {gpus}, --each {each} and --cores {cores}"
+        raise SystemExit(f"{told}, expected a GPU or a core at least, and from 1 to 26 lanes a GPU")
     (root() / "stopped").unlink(missing_ok=True)
+    _requeue_lost()
     lanes = [(f"gpu{gpu}{chr(97 + turn)}", str(gpu)) for turn in range(each) for gpu in range(gpus)]
     lanes += [(f"core{core}", "") for core in range(cores)]
     for name, shown in lanes:
@@ -52,17 +59,37 @@ def start(gpus: int, each: int, cores: int) -> None:
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
+def _requeue_lost() -> None:
+    """Put back what lanes ran that were killed, or died with their host, also where they are not started again."""
+    for name in {file.stem.rpartition(".")[2] for file in _folder("running").glob("*.json")}:
+        with (_folder("lanes") / name).open("w") as lock:
+            if _held(lock, 0):
+                _requeue(name)
+
+
+def _requeue(name: str) -> None:
+    """Put back what runs under the name of a lane whose lock is ours: nobody else would ever end it."""
+    for file in _folder("running").glob(f"*.{name}.json"):
+        print(f"{json.loads(file.read_text())['name']}: waits once more, as its lane {name} was killed", flush=True)
+        file.rename(_waiting(file))
+
+
 def lane(name: str, shown: str) -> None:
-    """Run jobs one after another until `stop`; a lane of this name that is there already is enough."""
+    """Run jobs one after another until `stop`; a lane of this name that is there already is enough.
+
+    What it runs holds its lock as well: while a command goes on whose lane was killed, there is no other lane of the
+    name, and the command does not run twice.
+    """
     with (_folder("lanes") / name).open("w") as lock:
         if not _held(lock):
             return
+        _requeue(name)
         while not _stopped():
             job = _taken(name, "gpu" if shown else "core")
             if job is None:
                 time.sleep(0.2)
             else:
-                _run(job, name, shown)
+                _run(job, name, shown, lock.fileno())
 
 
 def _held(lock: IO[str], seconds: float = 5) -> bool:
@@ -89,13 +116,18 @@ def _taken(name: str, kind: str) -> Path | None:
         try:
             if not done.issuperset(json.loads(file.read_text())["after"]):
                 continue
-            return file.rename(_folder("running") / file.name)
+            return file.rename(_folder("running") / f"{file.stem}.{name}.json")  # whose it is, also after a kill
         except FileNotFoundError:
             continue
     return None
 
 
-def _run(file: Path, name: str, shown: str) -> None:
+def _waiting(file: Path) -> Path:
+    """The place in the queue of a job that runs."""
+    return _folder("queue") / f"{file.stem.rpartition('.')[0]}.json"
+
+
+def _run(file: Path, name: str, shown: str, lock: int) -> None:
     """Run a job once its GPU is free for it: whoever wants one alone keeps the others' next commands at the door."""
     job = json.loads(file.read_text())
     with _place(shown or name, "door") as door, _place(shown or name, "room") as room:
@@ -103,16 +135,16 @@ def _run(file: Path, name: str, shown: str) -> None:
         fcntl.flock(room, fcntl.LOCK_EX if job["alone"] else fcntl.LOCK_SH)
         fcntl.flock(door, fcntl.LOCK_UN)
         if _stopped():  # meanwhile
-            file.rename(_folder("queue") / file.name)
+            file.rename(_waiting(file))
         else:
-            _run_here(file, job, name, shown)
+            _run_here(file, job, name, shown, lock)
 
 
 def _place(shown: str, name: str) -> IO[str]:
     return (_folder("gpus") / f"{shown}.{name}").open("w")
 
 
-def _run_here(file: Path, job: dict[str, Any], name: str, shown: str) -> None:
+def _run_here(file: Path, job: dict[str, Any], name: str, shown: str, lock: int) -> None:
     began = time.time()
     job |= {"lane": name, "began": began}
     told = os.environ | job["environment"] | {"CUDA_VISIBLE_DEVICES": shown, "OMP_NUM_THREADS": "1"}
@@ -121,17 +153,17 @@ def _run_here(file: Path, job: dict[str, Any], name: str, shown: str) -> None:
         try:
             # A session of its own, so that `stop` ends a command with all that it started.
             process = subprocess.Popen(job["command"], cwd=job["folder"], env=told, stdin=subprocess.DEVNULL,
-                                       stdout=log, stderr=log, start_new_session=True)  # fmt: skip
+                                       stdout=log, stderr=log, start_new_session=True, pass_fds=[lock])  # fmt: skip
             status = _ended(process)
         except OSError as error:
             log.write(f"{error}\n".encode())
             status = 127
     if status and job["again"] and not job["alone"] and not _stopped():
-        _write(_folder("queue") / file.name, job | {"alone": True})
+        _write(_waiting(file), job | {"alone": True})
         file.unlink()
         return
     kept = {key: value for key, value in job.items() if key != "environment"}  # which archives would carry along
-    _write(_folder("ended") / file.name, kept | {"status": status, "seconds": round(time.time() - began, 1)})
+    _write(_folder("ended") / _waiting(file).name, kept | {"status": status, "seconds": round(time.time() - began, 1)})
     file.unlink()
 
 
@@ -167,11 +199,15 @@ def push(
 def wait(seconds: float, lines: int = 1) -> int:
     """Say what ends, until all has or the time is over, then what is under way; the exit status.
 
-    The queue is looked at twice, since a job that runs once more goes back there from what runs.
+    The queue is looked at twice, since a job that runs once more goes back there from what runs. What waits for a job
+    that failed is not waited for.
     """
+    if math.isnan(seconds):
+        raise SystemExit("seconds is nan, expected a number")
     until, told = time.monotonic() + seconds, set[str]()
     while True:
-        left = any(_jobs(folder) for folder in ("queue", "running", "queue"))  # first, lest the last one ends untold
+        lost = _lost()
+        left = any(job["name"] not in lost for folder in ("queue", "running", "queue") for job in _jobs(folder))
         for job in _jobs("ended"):
             if job["name"] not in told:
                 told.add(job["name"])
@@ -186,8 +222,30 @@ def wait(seconds: float, lines: int = 1) -> int:
             continue
         last = _log(job["name"]).read_text(errors="replace").splitlines()[-lines:] if lines else []
         print(f"{job['name']}: under way on {job['lane']}", *last, sep="\n    ", flush=True)
+    for name, reason in lost.items():
+        print(f"{name}: cannot begin, {reason}", flush=True)
+    for name, others in _unknown().items():
+        print(f"{name}: waits for {others}, which nobody has pushed", flush=True)
     print(f"{len(_jobs('queue'))} wait, {len(_jobs('running'))} under way, {len(told)} ended", flush=True)
-    return LEFT if left else FAILED if any(job["status"] for job in _jobs("ended")) else 0
+    return LEFT if left else FAILED if lost or any(job["status"] for job in _jobs("ended")) else 0
+
+
+def _lost() -> dict[str, str]:
+    """Jobs that never begin, by name, and why: what they come after has failed, or never begins either."""
+    bad = {job["name"] for job in _jobs("ended") if job["status"]}
+    lost = dict[str, str]()
+    for job in _jobs("queue") * 2:  # twice, as one may have been pushed before what it comes after
+        if stopped := bad.intersection(job["after"]):
+            lost[job["name"]] = f"since {', '.join(sorted(stopped))} failed or cannot"
+            bad.add(job["name"])
+    return lost
+
+
+def _unknown() -> dict[str, str]:
+    """What waiting jobs come after and nobody has pushed, by the name of the job."""
+    known = {job["name"] for folder in ("queue", "running", "ended") for job in _jobs(folder)}
+    lacking = {job["name"]: [name for name in job["after"] if name not in known] for job in _jobs("queue")}
+    return {name: ", ".join(names) for name, names in lacking.items() if names}
 
 
 def stop() -> None:
