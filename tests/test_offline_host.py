@@ -274,3 +274,72 @@ def test_cells_of_the_sweep_are_packed_as_the_text_says_it(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 cells in ") and (tmp_path / "cells.jsonl").exists()
+
+
+def chunk_of(tmp_path: Path, content: bytes) -> tuple[Path, dict[str, str]]:
+    """A chunk that is all of a file of the manifest, and what unpack.py is told."""
+    told = {"COMPRESSIBLE_MANIFEST": manifest(tmp_path, {"a/b.bin": content}), "COMPRESSIBLE_CACHE": str(tmp_path / "c")}
+    (tmp_path / "part00").mkdir()
+    chunk = tmp_path / "part00/a%2Fb.bin.0.1"
+    chunk.write_bytes(content)
+    return chunk, told
+
+
+def test_what_is_no_part_is_told_in_a_line(tmp_path):
+    chunk, told = chunk_of(tmp_path, b"content")
+    assert "no folder, expected a part" in call("unpack.py", str(tmp_path / "part01"), status=1, **told)
+    for name in ("README", "a%2Fb.bin.x.1", "other.bin.0.1"):
+        (chunk.parent / name).touch()
+        said = call("unpack.py", str(chunk.parent), status=1, **told)
+        assert "is no chunk of a file of the manifest" in said and "Traceback" not in said
+        (chunk.parent / name).unlink()
+    (chunk.parent / ".DS_Store").touch()
+    assert "whole: a/b.bin" in call("unpack.py", str(chunk.parent), **told)
+
+
+def test_a_damaged_chunk_stops_no_later_call(tmp_path):
+    chunk, told = chunk_of(tmp_path, b"content")
+    chunk.write_bytes(b"connect")
+    assert "bring its parts once more" in call("unpack.py", str(chunk.parent), status=1, **told)
+    (tmp_path / "part01").mkdir()
+    assert call("unpack.py", str(tmp_path / "part01"), **told) == ""
+    chunk.write_bytes(b"content")
+    assert "whole: a/b.bin" in call("unpack.py", str(chunk.parent), **told)
+
+
+def test_archives_of_an_earlier_call_do_not_come_after_newer_ones(lanes, tmp_path):
+    (tmp_path / "figures/kwon2024").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / f"figures/kwon2024/{name}.json").write_bytes(os.urandom(60_000))
+    out = tmp_path / "out"
+    assert len(lanes("collect", str(out), str(tmp_path / "figures"), "--mb", "0.05").split()) == 2
+    lanes("collect", str(out), str(tmp_path / "figures"))
+    assert [file.name for file in out.iterdir()] == ["collected0.tar.gz"]
+    assert "is no folder" in lanes("collect", str(out), str(tmp_path / "figurse"), status=1)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [
+        ("pack.py", ["{out}", "--files", "nonsense"], "--files is nonsense, expected how names in the manifest begin"),
+        ("pack.py", ["{out}", "--files", "glue-", "--mb", "0"], "--mb is 0, expected a size"),
+        ("jobs.py", ["--presets", "papr"], "--presets is papr, expected of "),
+        ("jobs.py", ["--presets", "quick", "--split", "kwon2024/05_completion", "tasks"], "expected names of lists"),
+        ("jobs.py", ["--presets", "quick", "--split", "kwon2024/5", "tasks"], "expected the id of a notebook"),
+    ],
+)
+def test_what_names_nothing_is_refused_in_a_line(script, arguments, told, tmp_path):
+    said = call(script, *(each.format(out=tmp_path / "out") for each in arguments), status=1)
+    assert told in said and "Traceback" not in said
+
+
+def test_a_host_that_holds_other_sources_is_not_taken_for_this_commit(tmp_path):
+    """Records would name a commit whose sources are not what ran."""
+    (tmp_path / "ready").write_text("aaa\n")
+    (tmp_path / "tree").mkdir()
+    place = {"OFFLINE": str(tmp_path)}
+    for given, told in (("bbb", "holds the sources of commit aaa, expected bbb"), ("", "expected the commit of these")):
+        command = ["bash", "-c", f". profiles/offline/host.sh {given}; echo status $? commit $COMPRESSIBLE_COMMIT"]
+        done = subprocess.run(command, cwd=OFFLINE.parents[1], env=os.environ | place, capture_output=True, text=True,
+                              check=True)  # fmt: skip
+        assert told in done.stderr and done.stdout.strip() == "status 2 commit"

@@ -38,6 +38,8 @@ def calls(
     again = ["--again"] if kind == "gpu" else []  # two passes may not fit one GPU
     values = notebooks.defaults(notebooks.notebook_path(id)) | notebooks.plan(id, preset)
     names = split.get(id, ())
+    if other := [name for name in names if not isinstance(values.get(name), list)]:
+        raise SystemExit(f"--split {id} {' '.join(other)}: expected names of lists among its parameters")
     for place in zip(*(values[each] for each in names), strict=True):
         given = ["--label", f"part-{preset.replace('_', '-')}-{place[0]}"]
         given += [word for each, value in zip(names, place, strict=True) for word in ("-p", each, json.dumps([value]))]
@@ -62,6 +64,11 @@ def main() -> None:
     parser.add_argument("--split", nargs="+", action="append", default=[], metavar=("ID", "NAME"), help="lists; the "
                         "first names the parts")  # fmt: skip
     asked = parser.parse_args()
+    known = {label for id in notebooks.ids() for label in notebooks.presets(id)}
+    if unknown := [each for each in asked.presets if each not in known]:
+        raise SystemExit(f"--presets is {' '.join(unknown)}, expected of {', '.join(sorted(known))}")
+    for id in (id for id, *_ in asked.split if id not in notebooks.ids()):
+        raise SystemExit(f"--split {id}: expected the id of a notebook")
     for minutes, kind, id, preset in wanted(asked.presets, asked.leave):
         print(f"{id} {preset}: {minutes:g} min, {kind}", file=sys.stderr)
         split = {each: names for each, *names in asked.split}

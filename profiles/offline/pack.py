@@ -52,10 +52,12 @@ def parts(folder: Path, wanted: Sequence[str], size: int) -> list[Path]:
 
     Chunks say which of how many they are.
     """
-    for old in folder.glob("part[0-9][0-9]"):
-        shutil.rmtree(old)
     made, room = list[Path](), 0
     known = manifest.load_manifest()
+    if unknown := [begin for begin in wanted if not any(name.startswith(begin) for name in known)]:
+        raise SystemExit(f"--files is {' '.join(unknown)}, expected how names in the manifest begin: none begins so")
+    for old in folder.glob("part[0-9][0-9]"):
+        shutil.rmtree(old)
     for name in dict.fromkeys(name for begin in wanted for name in known if name.startswith(begin)):
         try:
             content = manifest.fetch(name).read_bytes()
@@ -91,6 +93,8 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=[], help="how names in the manifest begin")
     parser.add_argument("--mb", type=float, default=50, help="of a part")
     asked = parser.parse_args()
+    if not asked.mb * 2**20 >= 1:
+        raise SystemExit(f"--mb is {asked.mb:g}, expected a size of at least a byte")
     if asked.wheels:
         wheels(asked.folder / "wheels", asked.wheels, asked.have)
     if asked.files:
