@@ -14,14 +14,13 @@
 # happens. Where the files of a job are on another machine (a storage provider), they are outputs, to come back.
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 
 import yaml
 
 sys.path.insert(0, str(Path("lib").resolve()))
-from compressible.companion.command_line import main
+from compressible.companion.command_line import handed_on, main
 from compressible.companion.library import notebook_digest
 from compressible.companion.provenance import git_state
 from compressible.companion.reached import reached_digest, reached_sources
@@ -73,9 +72,10 @@ def here(path):
 
 
 def code(wildcards):
-    """What stands for the sources where they are no inputs: a job is made again when they have changed."""
+    """What stands for the sources: a job is made again when they have changed. Where they are inputs, too, snakemake goes
+    by their times, which a clock that goes back, or a copy that keeps them, leaves behind the figure's."""
     notebook = Path("notebooks", f"{wildcards.id}.ipynb")
-    return f"{reached_digest(notebook)} {notebook_digest(notebook)}" if AWAY else ""
+    return f"{reached_digest(notebook)} {notebook_digest(notebook)}"
 
 
 def reached(wildcards):
@@ -91,8 +91,9 @@ def commit():
 
 def check(ids):
     """Refuse values that a notebook would refuse, before any job starts."""
+    words = handed_on(ARGS)
     for id in ids:
-        if main(["run", id, "--preset", PRESET, "--label", LABEL, "--check", *shlex.split(ARGS)]):
+        if main(["run", id, "--preset", PRESET, "--label", LABEL, "--check", *words]):
             raise WorkflowError(f"{id} refuses these values, and nothing was started")
 
 

@@ -552,6 +552,19 @@ def test_snakemake_leaves_a_published_figure_where_a_run_fails_or_is_refused(add
     assert "as intended" in Path(f"figures/quick/failed/{id}.txt").read_text()
 
 
+def test_snakemake_makes_a_figure_again_whose_code_came_with_an_older_time(add_notebook, checkout):
+    """As by a copy that keeps times, or where a clock goes back."""
+    shutil.copy(REPOSITORY / "Snakefile", checkout)
+    id = add_notebook("01_good")
+    assert snakemake().returncode == 0
+    notebook = checkout / "notebooks" / f"{id}.ipynb"
+    before = notebook.stat().st_mtime - 1000
+    write_notebook(notebook, SAVE.format(id=id).replace("rank=rank", "rank=7"))
+    os.utime(notebook, (before, before))
+    assert snakemake().returncode == 0
+    assert json.loads(Path(f"figures/quick/{id}.json").read_text())["rank"] == 7
+
+
 def test_snakemake_makes_a_figure_again_that_is_gone(add_notebook, checkout):
     shutil.copy(REPOSITORY / "Snakefile", checkout)
     id = add_notebook("01_good")

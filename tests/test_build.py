@@ -57,7 +57,7 @@ def test_a_batch_says_in_few_lines_what_was_built_where_and_what_failed(batch_of
         (["kwon2024/01_good", "--preset", "papr"], "", "no preset 'papr'; the closest is 'paper'"),
         (["--label", "a b"], "", "label: got 'a b'"),
         ([], "-p rank many", "rank: got 'many'"),
-        ([], "-p rank '", "No closing quotation"),
+        ([], "-p rank '", """ARGS is "-p rank '" (No closing quotation), expected such as -p rank 10"""),
         (["--jobs", "0"], "", "--jobs is 0, expected an integer from 1"),
         (["--gpus", "-1"], "", "--gpus is -1, expected an integer from 0"),
         (["--within", "0"], "", "--within is 0.0, expected minutes above 0"),
@@ -309,11 +309,42 @@ def test_a_batch_ends_in_time_and_the_same_call_goes_on(batch_of, add_notebook, 
     assert main(["build", slow, "--within", "9"]) == 0 and Path(f"figures/quick/{slow}.json").is_file()
 
 
+@pytest.mark.parametrize("given", ["--label other", "--check", "--preset paper", "-h", "kwon2024/00_bad", "--gpus 1"])
+def test_what_the_batch_says_itself_is_not_handed_on(given, batch_of, capfd, monkeypatch):
+    """A run with another label leaves its figure where the batch does not look; one with --check makes none."""
+    monkeypatch.setenv("COMPRESSIBLE_ARGS", given)
+    with pytest.raises(SystemExit) as refused:
+        main(["build", "kwon2024/01_good"])
+    assert refused.value.code == 2 and "ARGS: error: unrecognized arguments: " + given in capfd.readouterr().err
+    assert not Path("figures").exists()
+
+
+def test_resuming_makes_figures_of_other_values_anew(batch_of, monkeypatch, capfd):
+    """Under a label of one's own, where nothing but the call says which values are meant."""
+    _, good = batch_of
+    asked = []
+    monkeypatch.setattr(build, "build", lambda ids, *_: asked.append(list(ids)) or 0)
+    record = Path(f"figures/mine/{good}.json")
+    record.parent.mkdir(parents=True)
+    values = {"rank": 3, "step_size": 0.1, "ranks": [1, 2]}
+    code = {"notebook": notebooks.notebook_digest(Path(f"notebooks/{good}.ipynb")), "library": notebooks.LIBRARY}
+    record.write_text(json.dumps(code | {"parameters": values}))
+    stamp = Path("figures/mine/.batch", good)
+    stamp.parent.mkdir(parents=True)
+    for given, anew in (("-p rank 3", []), ("-p rank 4", [[good]]), ("", [[good]])):
+        stamp.touch()
+        asked.clear()
+        monkeypatch.setenv("COMPRESSIBLE_ARGS", given)
+        assert main(["build", good, "--label", "mine", "--resume"]) == 0
+        assert asked == anew and stamp.exists() == (not anew), given
+
+
 def test_resuming_leaves_figures_whose_records_are_of_this_code(batch_of, monkeypatch, capfd):
     bad, good = batch_of
     asked = []
     monkeypatch.setattr(build, "build", lambda ids, *_: asked.append(list(ids)) or 0)
     monkeypatch.setattr(notebooks, "state", lambda id, label: "done" if id == good else "missing")
+    monkeypatch.setattr(notebooks, "has_values", lambda *_: True)
     assert main(["build", "--resume"]) == 0 and asked == [[bad]]
     assert main(["build", good, "--resume"]) == 0 and asked == [[bad]]
     assert capfd.readouterr().out == "all figures of quick are of the code that is here\n"

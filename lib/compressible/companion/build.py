@@ -106,9 +106,25 @@ def chosen(ids: Sequence[str], preset: str) -> dict[str, float]:
     return having
 
 
-def not_done(ids: Sequence[str], preset: str, label: str) -> list[str]:
-    """Of the notebooks that have a preset, or of those named, the ones whose record another code or no one made."""
-    return [id for id in chosen(ids, preset) if notebooks.state(id, label) != "done"]
+def not_done(
+    ids: Sequence[str],
+    preset: str,
+    label: str,
+    files: Sequence[Path] = (),
+    overrides: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Of the notebooks that have a preset, or of those named, the ones whose record another code or no one made.
+
+    So are those whose record has other values than are asked for: under a label of one's own nothing else sets them.
+    What snakemake was told of them is forgotten, since it goes by times, which a clock and a copy may turn back.
+    """
+    found = []
+    for id in chosen(ids, preset):
+        values = notebooks.plan(id, preset, files, overrides, label)
+        if notebooks.state(id, label) != "done" or not notebooks.has_values(id, label, values):
+            found.append(id)
+            (paths.figures_dir() / label / ".batch" / id).unlink(missing_ok=True)
+    return found
 
 
 def build(

@@ -64,13 +64,38 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("id", metavar="ID", help="such as kwon2024/05_completion")
     run.add_argument("--preset", default="quick", help="set of parameters to start from (default: quick)")
     run.add_argument("--label", help="folder below figures/ to save under (default: the preset's name)")
+    _add_values(run)
+    run.add_argument("--gpus", type=int, help="GPUs that the batch shares: wait for a free one; 0 hides them")
+    run.add_argument("--check", action="store_true", help="check the values and start nothing")
+    run.set_defaults(command=_run)
+
+
+def _add_values(run: argparse.ArgumentParser) -> None:
+    """What a batch hands on to each of its runs: all else is the batch's own."""
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="values")
     run.add_argument("-f", action="append", default=[], metavar="FILE", type=Path, dest="files",
                      help="YAML file of parameters")  # fmt: skip
     run.add_argument("--kernel", default="python3", help="Jupyter kernel (default: python3)")
-    run.add_argument("--gpus", type=int, help="GPUs that the batch shares: wait for a free one; 0 hides them")
-    run.add_argument("--check", action="store_true", help="check the values and start nothing")
-    run.set_defaults(command=_run)
+
+
+def handed_on(given: str) -> list[str]:
+    """The arguments that a batch hands on to each run, of a text as a shell would take it.
+
+    With another label, say, a run would leave its figure where the batch does not look. Raises BatchError for a text
+    that no shell takes, and SystemExit, with the usage on standard error, for what is no value, file or kernel.
+    """
+    try:
+        words = shlex.split(given)
+    except ValueError as error:
+        raise notebooks.BatchError(f"ARGS is {given!r} ({error}), expected such as -p rank 10") from None
+    _values(words)
+    return words
+
+
+def _values(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("ARGS", add_help=False)
+    _add_values(parser)
+    return parser.parse_args(words)
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
@@ -128,12 +153,16 @@ def _build(arguments: argparse.Namespace) -> int:
     checks.expect_integer("--jobs", arguments.jobs, 1, 10_000)
     checks.expect_integer("--gpus", arguments.gpus, 0, 10_000)
     checks.expect("--within", arguments.within, arguments.within > 0, "minutes above 0")
+    words = handed_on(given)
     for id in build.chosen(arguments.ids, arguments.preset):
         named = ["--preset", arguments.preset, "--label", label]
-        if status := main(["run", id, *named, "--check", *shlex.split(given)]):
+        if status := main(["run", id, *named, "--check", *words]):
             print(f"{id} refuses these values, and nothing was started", file=sys.stderr)
             return status
-    ids = build.not_done(arguments.ids, arguments.preset, label) if arguments.resume else arguments.ids
+    ids = arguments.ids
+    if arguments.resume:
+        asked = _values(words)
+        ids = build.not_done(ids, arguments.preset, label, asked.files, _each_once(asked.values))
     if arguments.resume and not ids:
         print(f"all figures of {label} are of the code that is here")
         return 0

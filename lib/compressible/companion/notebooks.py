@@ -275,6 +275,13 @@ def other_values(
     return [(name, shown(name, given), shown(name, values)) for name in _unlike(values, given)]
 
 
+def has_values(id: str, label: str, values: Mapping[str, Any]) -> bool:
+    """Whether a figure's record has these values, those of `plan`, and the notebook's own beside them."""
+    record = json.loads(record_path(id, label).read_text(encoding="utf-8"))
+    wanted = vocabulary.validate(defaults(notebook_path(id)) | dict(values))
+    return not _unlike(wanted, record.get("parameters", {}))
+
+
 def _unlike(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Names that are in one alone, or differ; what a figure is kept under is no value of its run."""
     names = sorted((values.keys() | given.keys()) - {"preset"})
