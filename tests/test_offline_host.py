@@ -278,7 +278,10 @@ def test_cells_of_the_sweep_are_packed_as_the_text_says_it(tmp_path):
 
 def chunk_of(tmp_path: Path, content: bytes) -> tuple[Path, dict[str, str]]:
     """A chunk that is all of a file of the manifest, and what unpack.py is told."""
-    told = {"COMPRESSIBLE_MANIFEST": manifest(tmp_path, {"a/b.bin": content}), "COMPRESSIBLE_CACHE": str(tmp_path / "c")}
+    told = {
+        "COMPRESSIBLE_MANIFEST": manifest(tmp_path, {"a/b.bin": content}),
+        "COMPRESSIBLE_CACHE": str(tmp_path / "c"),
+    }
     (tmp_path / "part00").mkdir()
     chunk = tmp_path / "part00/a%2Fb.bin.0.1"
     chunk.write_bytes(content)

@@ -9,14 +9,13 @@
 
 Some hosts run a command for minutes and then end what it started; a lane is a session of its own and goes on. Whatever
 is there lies in $COMPRESSIBLE_LANES (by default a folder of /tmp): jobs move from `queue` to `running` to `ended`, each
-a small JSON file, with its output in `logs`. A lane shows its commands one GPU, or none. Where a host died or a lane was
-killed, `start` puts what it ran back at the head of the queue. Only Python itself is needed.
+a small JSON file, with its output in `logs`. A lane shows its commands one GPU, or none. Where a host died, or a
+lane was killed, `start` puts what it ran back at the head of the queue. Only Python itself is needed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import json
 import math
