@@ -53,6 +53,14 @@ def test_what_git_refuses_is_told_in_a_line(commit: str, monkeypatch: pytest.Mon
         git.output("log")
 
 
+def test_an_option_is_no_commit(commit: str, tmp_path: Path) -> None:
+    """Git would write its archive into the file."""
+    for name in (f"--output={tmp_path / 'file'}", ""):
+        with pytest.raises(git.GitError, match="expected one as git names it"):
+            git.export(tmp_path / "folder", name, "figures")
+    assert not (tmp_path / "file").exists()
+
+
 def test_a_folder_without_git_has_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "compressible-dynamics"\n')
     monkeypatch.chdir(tmp_path)

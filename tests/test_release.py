@@ -19,6 +19,7 @@ from compressible import __version__
 from compressible.companion import release
 from compressible.companion.claims import changes
 from compressible.companion.command_line import main
+from compressible.runtime import paths
 
 PARTS = [f"compressible-dynamics-{part}-{__version__}.tar.gz" for part in ("records", "site")]
 
@@ -93,6 +94,15 @@ def test_records_that_do_not_fit_are_no_release(tree, monkeypatch, capsys):
     assert main(["release"]) == 2 and "--draft makes one all the same" in capsys.readouterr().err
 
 
+def test_a_release_is_judged_by_the_records_that_it_is_made_of(tree, monkeypatch, capsys):
+    from compressible.companion import publishing
+
+    asked = []
+    monkeypatch.setattr(publishing, "check_records", lambda: asked.append(paths.figures_dir()) or 1)
+    monkeypatch.setenv("COMPRESSIBLE_FIGURES", str(tree / "elsewhere"))
+    assert main(["release"]) == 2 and asked == [paths.repository() / "figures"]
+
+
 # citation
 
 
@@ -154,6 +164,14 @@ def test_a_claim_s_own_change_new_claims_and_lost_ones_are_told():
     assert changes.changes([stand(claim("z"), GOOD)], []) == f"- Claims that are no more: `{figure}.z`.\n"
     assert "NOT TESTED to PASS" in changes.changes([record_of(None)], [record_of(GOOD)])
     assert changes.changes([record_of(GOOD)], [record_of(GOOD, run="2")]) == "no verdict changed\n"
+
+
+def test_what_is_given_beside_or_of_a_variable_that_is_not_set_is_not_passed_over(monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["claims", "--since", ""]) == main(["claims", "--preset", ""]) == 2
+    for other in (["--preset", "paper"], ["--since", "HEAD"]):
+        with pytest.raises(SystemExit):
+            main(["claims", "--write", *other])
 
 
 def test_changes_since_a_commit_that_git_does_not_know_are_refused(monkeypatch, capsys):

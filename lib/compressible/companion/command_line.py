@@ -112,10 +112,11 @@ def _add_build(build: argparse.ArgumentParser) -> None:
 
 def _add_claims(claims: argparse.ArgumentParser) -> None:
     claims.add_argument("--format", choices=("text", "markdown"), default="text")
-    claims.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
-    claims.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
+    either = claims.add_mutually_exclusive_group()
+    either.add_argument("--preset", help="only the records of this preset; 'own': of the preset that a claim names")
+    either.add_argument("--write", action="store_true", help="write CLAIMS.md, GALLERY.md, the README's table and "
                         "what notebooks show of their records")  # fmt: skip
-    claims.add_argument("--since", metavar="COMMIT", help="verdicts that changed since then, as lines of CHANGELOG.md")
+    either.add_argument("--since", metavar="COMMIT", help="verdicts that changed since then, as lines of CHANGELOG.md")
     claims.set_defaults(command=_claims)
 
 
@@ -201,9 +202,9 @@ def _list(arguments: argparse.Namespace) -> int:
 def _claims(arguments: argparse.Namespace) -> int:
     from compressible.companion import claims
 
-    if arguments.preset:
+    if arguments.preset is not None:
         claims.check_preset(arguments.preset)
-    if arguments.since:
+    if arguments.since is not None:
         from compressible.companion.claims import changes
 
         print(changes.since(arguments.since), end="")

@@ -34,6 +34,8 @@ def text(*arguments: str, seconds: float | None = 60) -> str:
 
 def export(folder: str | os.PathLike[str], commit: str, *parts: str) -> None:
     """Put the files of a commit into a folder: all, or those of its `parts`. Raises GitError where it has none."""
+    if not commit or commit.startswith("-"):  # an option, by which git would write into a file, say
+        raise GitError(f"commit is {commit!r}, expected one as git names it")
     content = output("archive", "--format=zip", commit, *parts, seconds=None)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         archive.extractall(folder)
