@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def record(checkout: Path, add_notebook: Callable[..., str]) -> dict[str, Any]:
     git("add", ".")
     git("commit", "-q", "-m", "all")
     notebook = notebook_digest(Path("notebooks", f"{ID}.ipynb"))
-    content, arrays = records.pack({"x": np.arange(3.0)})
+    content, arrays = records.pack({"x": np.array([0.0, np.nan, 2.0])})
     PATH.parent.mkdir(parents=True)
     PATH.with_suffix(".npz").write_bytes(content)
     PATH.with_suffix(".png").write_bytes(b"picture")
@@ -50,7 +51,8 @@ def record(checkout: Path, add_notebook: Callable[..., str]) -> dict[str, Any]:
         "id": ID, "preset": "paper", "parameters": {n: v for n, v in known.items() if n != "preset"},
         "commit": git("rev-parse", "HEAD"), "dirty": False, "library": notebooks.LIBRARY, "notebook": notebook,
         "computed_in": notebook, "function": "a" * 64, "run": "b" * 64,
-        "data": {"mnist-5k/mnist_5k.csv.gz": _known_digest()}, "environment": pinned, "metrics": {}, "arrays": arrays,
+        "data": {"mnist-5k/mnist_5k.csv.gz": _known_digest()}, "environment": pinned,
+        "metrics": {"x": [0.0, None, 2.0]}, "not_finite": {"x": "[0.0, NaN, 2.0]"}, "arrays": arrays,
         "pictures": {"png": hashlib.sha256(b"picture").hexdigest()},
     }  # fmt: skip
     keep(made)
@@ -80,6 +82,8 @@ ALTERED = {
     "commit": ("f" * 40, "its commit ffffffffffff does not lie behind HEAD"),
     "dirty": (True, "with changes that were not committed"),
     "pictures": ({"png": "f" * 64}, "01_good.png is missing, or is not the picture"),
+    "not_finite": ({"x": "[0.0, NaN, 2.5]"}, "its metric 'x' is not the array of that name"),
+    "metrics": ({"x": [[0.0], 1.0, 2.0]}, "its metric 'x' is not the array of that name"),
     "arrays": ({"sha256": "f" * 64, "float32": [], "left_out": []}, "01_good.npz is not the file"),
 }
 
@@ -87,7 +91,7 @@ ALTERED = {
 @pytest.mark.parametrize("name", ALTERED)
 def test_what_is_altered_in_a_record_is_told(name, record, capsys):
     value, told = ALTERED[name]
-    keep(record | {name: value})
+    keep(record | ({"not_finite": {}} if name == "metrics" else {}) | {name: value})
     assert main(["list", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f"{ID}, paper: ") and told in lines[0], lines
@@ -108,6 +112,19 @@ def test_another_file_of_pins_and_another_branch_are_told(record):
     git("commit", "-q", "-m", "without history")
     told = verification.reasons(ID, "paper")
     assert [reason.startswith(f"its commit {record['commit'][:12]} does not lie") for reason in told] == [False, True]
+
+
+def test_a_commit_that_a_clone_cannot_know_is_no_other_branch_s(record, tmp_path, monkeypatch):
+    git("commit", "-q", "--allow-empty", "-m", "one more")
+    git("clone", "-q", "--depth", "1", f"file://{Path.cwd()}", str(tmp_path / "clone"))
+    shutil.copytree("figures", tmp_path / "clone/figures", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path / "clone")
+    (told,) = verification.reasons(ID, "paper")
+    assert "is not in this shallow clone" in told and "git fetch --unshallow" in told
+    shutil.rmtree(".git")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))  # the checkout around it answers else
+    (told,) = verification.reasons(ID, "paper")
+    assert "is not to be looked up: git rev-parse: fatal: not a git repository" in told
 
 
 def test_a_file_of_pins_written_since_names_an_environment_only_to_the_last_version(record):

@@ -35,6 +35,15 @@ def lies_behind(commit: str) -> bool:
     return True
 
 
+def history() -> str:
+    """Why a commit may lie behind HEAD unseen: the clone is shallow, or git does not answer; "" where it cannot."""
+    try:
+        shallow = git.text("rev-parse", "--is-shallow-repository") == "true"
+    except git.GitError as error:
+        return f"is not to be looked up: {error}"
+    return "is not in this shallow clone, of which `git fetch --unshallow` brings the rest" if shallow else ""
+
+
 @lru_cache
 def library_of(commit: str) -> str | None:
     """`library_digest` of a commit; None where it has no library, or git does not give it."""

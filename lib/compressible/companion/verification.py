@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compressible.companion import committed, notebooks, pins, records
 from compressible.data import manifest
 from compressible.runtime import checks, paths
@@ -76,10 +78,19 @@ def _files(path: Path, record: Mapping[str, Any]) -> list[str]:
         if not picture.is_file() or pins.sha256(picture.read_bytes()) != digest:
             told.append(f"{picture.name} is missing, or is not the picture that was drawn")
     try:
-        records.read_arrays(path, record)
+        arrays, exact = records.read_arrays(path, record)[0], records.metrics(record)
     except records.RecordError as error:
-        told.append(str(error))
-    return told
+        return [*told, str(error)]
+    # Short arrays stand among the metrics as well, by which claims are judged.
+    return told + [f"its metric {name!r} is not the array of that name" for name, array in dict.items(arrays)
+                   if name in exact and record.get("arrays") and not _equal(array, exact[name])]  # fmt: skip
+
+
+def _equal(array: np.ndarray, metric: Any) -> bool:
+    try:
+        return np.array_equal(array, np.asarray(metric), equal_nan=array.dtype.kind in "fc")
+    except (TypeError, ValueError, OverflowError):  # a list of lists, or text
+        return False
 
 
 def _commit(record: Mapping[str, Any], compare: bool) -> list[str]:
@@ -91,7 +102,7 @@ def _commit(record: Mapping[str, Any], compare: bool) -> list[str]:
     if not commit:
         return ["does not name its commit"]
     if not committed.lies_behind(commit):
-        return [*told, f"its commit {commit[:12]} does not lie behind HEAD"]
+        return [*told, f"its commit {commit[:12]} {committed.history() or 'does not lie behind HEAD'}"]
     if compare and not told:
         names = {"library": committed.library_of(commit), "computed_in": committed.notebook_of(commit, record["id"])}
         names |= {"reached": committed.reached_at(commit, record["id"])} if record.get("reached") else {}
