@@ -249,6 +249,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": 3, "metrics": null}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "arrays": 3}}',
         f'{{"id": "{ID}", "preset": "mine", "claims": [], "parameters": {{}}, "metrics": {{}}, "not_finite": null}}',
+        f'{{"id": "{ID}", "preset": "mine", "claims": [{{"id": "a.b", "verdict": "FAIL", "reason": ["x"]}}]}}',
     ],
 )
 def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys):
@@ -267,7 +268,7 @@ def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys
     assert notebooks.state(ID, "mine") in ("unknown", "done")
 
 
-@pytest.mark.parametrize("field", ['"wall_seconds": "1"', '"commit": 3'])
+@pytest.mark.parametrize("field", ['"wall_seconds": "1"', '"commit": 3', '"device": {}', '"arrays": [{}]'])
 def test_a_record_of_odd_seconds_or_commit_is_in_no_table(field, add_notebook, capsys):
     add_notebook("01_good")
     (file := Path("figures", "mine", f"{ID}.json")).parent.mkdir(parents=True)
@@ -377,6 +378,21 @@ def test_a_place_that_takes_no_figures_is_said_before_the_work(command, add_note
     assert main([command, ID]) == 2
     said = capsys.readouterr().err
     assert "figures cannot be written in" in said and "COMPRESSIBLE_FIGURES" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "taken", ["kwon2024", "executed", "kwon2024/01_good.png/x", "executed/kwon2024/01_good.ipynb/x"]
+)
+def test_a_figure_that_cannot_take_all_its_places_is_refused_before_the_work(taken, add_notebook, capsys, monkeypatch):
+    """Else the picture would be of this run and the record of an earlier one."""
+    add_notebook("01_good")
+    file = Path("figures/quick", taken)
+    file.parent.mkdir(parents=True)
+    file.write_text("in the way")
+    monkeypatch.setattr(batch, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    assert main(["run", ID]) == 2
+    said = capsys.readouterr().err
+    assert "nothing was started" in said and str(Path("figures/quick", taken.removesuffix("/x"))) in said
 
 
 @pytest.mark.parametrize(

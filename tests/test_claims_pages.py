@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,6 +48,18 @@ def write_record(root: Path, tested: Claim, values: np.ndarray, preset: str = "p
 
 
 # the page of claims
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("metrics", {"m": [[1], 1.0]}), ("metrics", {"m": [10**400]}), ("parameters", {"rank": {}})]
+)
+def test_a_record_that_cannot_be_judged_is_named(field: str, value: Any, tmp_path: Path) -> None:
+    tested = claim(requires={"rank": 1})
+    write_record(tmp_path, tested, GOOD)
+    path = tmp_path / "figures" / "paper" / f"{FIGURE}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": {"rank": 2}} | {field: value}))
+    with pytest.raises(ClaimError, match=f"{re.escape(str(path))}.*expected numbers"):
+        claims.standings(tmp_path / "figures", claims=[tested])
 
 
 def test_groups_are_counted_apart() -> None:

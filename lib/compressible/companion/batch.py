@@ -37,6 +37,7 @@ def run(id: str, values: Mapping[str, Any], kernel: str = "python3") -> bool:
     Pictures and record are published only then. A failure leaves the notebook as far as it came, and its
     traceback, under figures/<label>/failed, and whatever an earlier run had published untouched.
     """
+    _expect_places(id, values["preset"])
     with _staging(values["preset"]) as folder:
         return _run_in(folder, id, values, kernel)
 
@@ -48,6 +49,16 @@ def _staging(label: str) -> Iterator[Path]:
     expect_room(root)
     with staging.folder_in(root) as folder:
         yield folder
+
+
+def _expect_places(id: str, label: str) -> None:
+    """Raise BatchError where not all files of a figure can take their places: half of them would be another run's."""
+    record, executed = record_path(id, label), executed_path(id, label)
+    expect_room(record.parent)
+    expect_room(executed.parent)
+    places = [*(record.with_suffix(suffix) for suffix in SUFFIXES), executed]
+    if taken := [str(place) for place in places if place.is_dir()]:
+        raise BatchError(f"{taken[0]} is a folder, expected a file or none, so nothing was started")
 
 
 def expect_room(folder: Path) -> None:

@@ -188,7 +188,7 @@ def _links(folder: Path, files: Mapping[str, str], id: str) -> str:
 
 def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
     rows = [f"<li><strong>{escape(each['verdict'])}</strong> {escape(str(each['id']).split('.', 1)[-1])}"
-            f"{escape(': ' + each['reason'] if each.get('reason') else '')}</li>" for each in claims]  # fmt: skip
+            f"{escape(': ' + str(each['reason']) if each.get('reason') else '')}</li>" for each in claims]  # fmt: skip
     verdicts = Counter(each["verdict"] for each in claims)
     told = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
     return f"<details><summary>{escape(told)}</summary><ul>{''.join(rows)}</ul></details>" if rows else ""

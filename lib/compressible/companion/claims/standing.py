@@ -15,7 +15,7 @@ import numpy as np
 from compressible.companion import notebooks
 from compressible.companion import records as kept
 from compressible.companion.claims.rules import FAIL, INCONCLUSIVE, PASS, WEAK, judge
-from compressible.companion.claims.statement import NOT_TESTED, Claim, load_claims
+from compressible.companion.claims.statement import NOT_TESTED, Claim, ClaimError, load_claims
 from compressible.runtime import checks, paths
 
 OWN = "own"
@@ -70,7 +70,7 @@ def read_records(root: Path, preset: str | None = None) -> list[Record]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             named = {"id": record["id"], "preset": record["preset"], "claims": record["claims"], "file": file}
-            kinds = {"id": str, "preset": str, "metrics": dict, "not_finite": dict}
+            kinds = {"id": str, "preset": str, "device": str, "metrics": dict, "not_finite": dict, "arrays": dict}
             fits = all(isinstance(record.get(name, kind()), kind) for name, kind in kinds.items())
             fits &= isinstance(record.get("commit"), str | None) and isinstance(record.get("wall_seconds"), Real | None)
             if fits and all(verdict["id"] and verdict["verdict"] for verdict in record["claims"]):
@@ -127,7 +127,13 @@ def _judged_again(claims: list[Claim], record: Record) -> list[Mapping[str, Any]
     metrics = kept.metrics(record)
     arrays = _arrays({claim.metric for claim in claims} - metrics.keys(), record)
     evidence = SimpleNamespace(parameters=record["parameters"], arrays=arrays, metrics=metrics)
-    return [vars(found) for found in judge(record["id"], evidence, claims) if found.verdict != NOT_TESTED]
+    try:
+        judged = judge(record["id"], evidence, claims)
+    except ClaimError as error:
+        raise ClaimError(f"{record['file']}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:  # lists of lists, or a parameter of another kind
+        raise ClaimError(f"{record['file']} cannot be judged, expected numbers: {checks.one_line(error)}") from error
+    return [vars(found) for found in judged if found.verdict != NOT_TESTED]
 
 
 def _arrays(names: set[str], record: Record) -> dict[str, np.ndarray]:

@@ -43,7 +43,9 @@ def written(root: Path | None = None) -> dict[Path, str]:
 
 def write(root: Path | None = None) -> list[Path]:
     """Write each of these files that is not as it should be, atomically; returns which."""
-    changed = [(path, text) for path, text in written(root).items() if not path.exists() or path.read_text() != text]
+    changed = [
+        (path, text) for path, text in written(root).items() if not path.exists() or path.read_text("utf-8") != text
+    ]
     return [paths.write_atomic(path, text) for path, text in changed]
 
 
