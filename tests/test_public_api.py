@@ -11,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 
 import pytest
+from conftest import REPOSITORY
 
 import compressible as cd
 
@@ -103,3 +104,57 @@ def test_the_command_line_starts_without_pytorch():
 def test_an_unknown_name_is_told_with_the_known_ones():
     with pytest.raises(AttributeError, match=r"no attribute 'decend'.*descend"):
         _ = cd.decend
+
+
+# As in a set-up of the core: what the extras bring is not found.
+CORE_ALONE = """
+import sys
+from importlib import metadata
+from packaging.requirements import Requirement
+
+needs = [Requirement(text) for text in metadata.requires("compressible-dynamics")]
+core = {need.name for need in needs if need.marker is None}
+hidden = {need.name.replace("-", "_").lower() for need in needs if need.name not in core}
+
+class Hidden:
+    def find_spec(name, *_):
+        if name.lower() in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden)
+"""
+
+
+def with_the_core_alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", CORE_ALONE + code, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+
+
+def test_a_name_that_an_extra_brings_says_which():
+    done = with_the_core_alone("""
+import compressible as cd
+lacking = set()
+for name in cd.__all__:
+    try:
+        getattr(cd, name)
+    except ModuleNotFoundError as error:
+        assert error.name == "peft"
+        assert str(error) == f"{name} needs more: peft is not installed: pip install 'compressible-dynamics[adapters]'"
+        lacking.add(name)
+print(*sorted(lacking))
+""")
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {*PUBLIC["adapters"], *PUBLIC["finetuning"]}
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [("data", ""), ("claims", ""), ("list", "papermill batch"), ("redraw a/01_b", "jupyter_client batch")],
+)
+def test_the_command_line_of_the_core_alone_names_the_extra_that_it_lacks(command, extra):
+    code = "from compressible.companion.command_line import main\nsys.exit(main(sys.argv[1:]))"
+    done = with_the_core_alone(code, *command.split())
+    package, _, extra = extra.partition(" ")
+    told = f"error: {package} is not installed: pip install 'compressible-dynamics[{extra}]'\n" if extra else ""
+    assert (done.returncode, done.stderr) == (2 if extra else 0, told)
+    assert bool(done.stdout) == (not extra)

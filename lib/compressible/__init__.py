@@ -73,11 +73,14 @@ __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{_MODULES[name]}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    if name not in _HOME and name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    try:
+        module = import_module(f".{_HOME.get(name) or _MODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        checks = import_module(".runtime.checks", __name__)
+        raise ModuleNotFoundError(f"{name} needs more: {checks.lacking(error)}", name=error.name) from error
+    return getattr(module, name) if name in _HOME else module
 
 
 def __dir__() -> list[str]:

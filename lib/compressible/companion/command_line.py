@@ -28,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (notebooks.BatchError, ParameterError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # of an extra, which nobody needs for the library alone
+        if error.name is None or error.name.partition(".")[0] == "compressible":
+            raise
+        print(f"error: {checks.lacking(error)}", file=sys.stderr)
+        return 2
     except (OSError, ValueError, RuntimeError) as error:  # outside of a checkout, say, or a data manifest that is none
         print(f"error: {checks.one_line(error)}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Mapping, Set
 from importlib import metadata
@@ -194,6 +195,21 @@ def unmet(text: str) -> str:
     except metadata.PackageNotFoundError:
         return ""
     return "" if asked.specifier.contains(found, prereleases=True) else f"{asked.name} {found}"
+
+
+def lacking(error: ModuleNotFoundError) -> str:
+    """Which package is not installed, and how to get it where an extra of this one brings it."""
+    missing = error.name or ""
+    named = re.escape(missing).replace("_", "[_-]")
+    try:
+        needs = metadata.requires("compressible-dynamics") or []
+    except metadata.PackageNotFoundError:  # a copy of the sources that nobody installed
+        needs = []
+    found = (re.match(rf"{named}\b(?!-).*extra == ['\"](\w+)", need, re.IGNORECASE) for need in needs)
+    extra = next((each[1] for each in found if each), "")
+    if not missing or not extra:
+        return str(error)
+    return f"{missing} is not installed: pip install 'compressible-dynamics[{extra}]'"
 
 
 def shown(value: object) -> str:
