@@ -323,9 +323,9 @@ def test_the_key_follows_the_code_that_runs_and_what_it_reads(
 
 def test_the_digest_of_a_record_knows_configurations_of_other_versions_of_peft(tmp_path: Path) -> None:
     """Peft's configurations hold the version that made them; records come from machines with others."""
-    there = load(tmp_path, OUTSIDE.replace("DeepLoraConfig(r=8)", "DeepLoraConfig(r=8, peft_version='0.21.0')")).run
+    there = load(tmp_path, OUTSIDE.replace("DeepLoraConfig(r=8)", "DeepLoraConfig(r=8, peft_version='0.1.0')")).run
     here = load(tmp_path, OUTSIDE).run
-    versions = {"peft": "0.21.0", "torch": "2.11.0"}
+    versions = {"peft": "0.1.0", "torch": "2.11.0"}
     assert source_digest(here) != source_digest(there)
     assert source_digest(here, None, versions) == source_digest(there) == source_digest(there, None, versions)
 
