@@ -26,6 +26,9 @@ WITHIN ?= 600
 ROUNDS ?= 20
 BUSY ?=
 
+# pip without what leads it out of .venv: with PYTHONPATH it takes packages of other places for installed, and installs none.
+PIP := PIP_USER=0 $(BIN)/python -I -m pip
+
 # One thread a process and parallel over processes: two-thread torch beside another process is 2x to 27x slower.
 export OMP_NUM_THREADS = 1
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
@@ -54,27 +57,32 @@ $(STAMP): pyproject.toml constraints.txt
 		f"Python >= 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}: try make PYTHON=python3.11")'
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 		echo "$(PYTHON) has no venv module: on Debian or Ubuntu, apt-get install python3-venv" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# An interrupt may leave one without pip, a removed Python one that does not run.
+	@if ! $(BIN)/python -c '' 2>/dev/null; then \
+		$(PYTHON) -m venv $$(test -f $(VENV)/pyvenv.cfg && echo --clear) $(VENV); \
+	elif ! $(PIP) --version >/dev/null 2>&1; then $(BIN)/python -I -m venv $(VENV); fi
+	@$(BIN)/python -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(\
+		f"$(VENV) has Python {v[0]}.{v[1]}, expected 3.11 or later: make distclean removes it")'
 	@$(MAKE) --no-print-directory torch-$(if $(filter 0,$(GPU)),cpu,gpu)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	$(PIP) install -q -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 # The CPU build is ten times smaller. It is taken from PyTorch's index when that answers within 5 s and pip is
 # not already set up to look elsewhere (TORCH_INDEX=... on the command line overrules that).
 .PHONY: torch-cpu torch-gpu
 torch-cpu:
-	@if $(BIN)/python -c 'import torch' 2>/dev/null; then exit 0; fi; \
-	if [ "$(origin TORCH_INDEX)" = file ] && $(BIN)/python -m pip config list | grep -E 'index-url|find-links' >/dev/null; \
+	@if $(BIN)/python -I -c 'import torch' 2>/dev/null; then exit 0; fi; \
+	if [ "$(origin TORCH_INDEX)" = file ] && $(PIP) config list | grep -E 'index-url|find-links' >/dev/null; \
 	then echo "PyTorch: from where pip is set up to look"; exit 0; fi; \
 	if $(BIN)/python -c 'import signal, urllib.request as u; signal.alarm(5); u.urlopen("$(TORCH_INDEX)/torch/")' \
 		>/dev/null 2>&1; \
-	then $(BIN)/python -m pip install -q --no-deps --index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)" \
+	then $(PIP) install -q --no-deps --index-url $(TORCH_INDEX) "$$(grep ^torch== constraints.txt)" \
 		|| echo "PyTorch: no CPU build there, taking pip's default"; \
 	else echo "PyTorch: its CPU index does not answer, taking pip's default"; fi
 
 torch-gpu:
-	@if $(BIN)/python -m pip freeze | grep -q '^torch==.*+cpu'; \
-	then $(BIN)/python -m pip uninstall -q -y torch; fi
+	@if $(PIP) freeze | grep -q '^torch==.*+cpu'; \
+	then $(PIP) uninstall -q -y torch; fi
 
 figures: $(STAMP)  ## all figures of a preset: PRESET, JOBS, GPUS, ARGS
 	@seen=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU); if [ "$$GIVEN_GPUS" = 0 ] && [ "$${seen:-0}" -gt 0 ]; then \
@@ -86,8 +94,8 @@ figure: $(STAMP)  ## one figure: ID=kwon2024/05_completion, ARGS='-p seed 1'
 	@test -n "$$GIVEN_ID" || { echo "make figure needs ID=paper/name; make list shows them" >&2; exit 2; }
 	@$(MAKE) --no-print-directory figures
 
-paper: PRESET = paper
-paper: figures  ## all figures with the papers' own parameters
+paper:  ## all figures with the papers' own parameters
+	@$(MAKE) --no-print-directory figures PRESET=paper
 
 lint: $(STAMP)  ## ruff, format, imports between the rooms, types
 	$(BIN)/ruff check .
@@ -130,7 +138,7 @@ verify: $(STAMP)  ## records against code, data, environment, commit and files, 
 
 # The wheel is tried in an empty environment before the files are left: it takes minutes.
 release: $(STAMP)  ## source, wheel, site and records with checksums in dist/: ARGS=--draft where records are stale
-	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[release]"
+	@$(PIP) install -q -c constraints.txt -e ".[release]"
 	@$(RUN) python -m compressible release $(ARGS)
 	@$(BIN)/python tests/installed_wheel.py "$$(ls -t dist/*/*.whl | head -1)"
 
