@@ -154,9 +154,10 @@ notebooks: $(STAMP)  ## re-execute the committed notebooks in place, with their 
 nbval: $(STAMP)  ## nbval of all notebooks ROUNDS times in a row: ROUNDS, JOBS, BUSY=1 (beside other work)
 	@$(RUN) bash benchmarks/nbval_repeatedly.sh -j $(JOBS) $(if $(BUSY),-b) $(ROUNDS) $(if $(ID),notebooks/$(ID).ipynb)
 
-clean:  ## remove quick figures, leftovers of failed runs and tool caches
+# In build/lib, which `pip install .` leaves, a module that goes stays, and the next such call installs it again.
+clean:  ## remove quick figures, leftovers of failed runs and installations, and tool caches
 	rm -rf figures/quick figures/*/failed figures/*/executed figures/*/.staging-* figures/*/.batch .snakemake .pytest_cache \
-		.ruff_cache
+		.ruff_cache build/lib build/bdist.*
 	find lib tests notebooks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove .venv

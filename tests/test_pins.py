@@ -54,9 +54,10 @@ def test_a_pin_with_a_local_part_is_that_build_alone(found: dict[str, str]) -> N
     assert pins.differences({"torch": "2.13.0+cpu"}, found) == []
 
 
-def test_without_a_file_nothing_is_pinned(found: dict[str, str]) -> None:
+def test_without_a_file_nothing_is_pinned(found: dict[str, str], capsys) -> None:
     state = pins.state(["torch"])
     assert state["pinned"] is None and re.fullmatch("[0-9a-f]{64}", state["installed"])
+    assert main(["environment"]) == 1 and "there is no file of pins here" in capsys.readouterr().out
 
 
 def test_what_is_printed_as_pins_is_read_as_what_is_installed(capsys) -> None:

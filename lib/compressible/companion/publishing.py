@@ -69,5 +69,6 @@ def _environment(arguments: argparse.Namespace) -> int:
         return 0
     state = pins.state(provenance.PACKAGES)
     told = f"{len(found)} packages of Python {python} are those of {state['pinned']}"
-    print(told if state["pinned"] else "\n".join(["installed is no pinned environment:", *state["differs"]]))
+    differs = state["differs"] or ["there is no file of pins here, constraints*.txt of a checkout"]
+    print(told if state["pinned"] else "\n".join(["installed is no pinned environment:", *differs]))
     return 0 if state["pinned"] else 1
