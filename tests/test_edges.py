@@ -103,6 +103,26 @@ def test_middle_bases_chain_and_see_no_gradient(shape):
     assert (bases[-1].abs().max() < 1e-12) == wide
 
 
+def test_up_to_three_times_the_rank_moves_where_the_product_is_wide():
+    """r < m < n: the middle bases hold r directions that move, and without the pull-back of Phi's own none is left."""
+    g = _generator(7)
+    rows = 2 * RANK + 2
+    target = cd.low_rank_target((rows, SIZE), RANK, generator=g)
+    start = cd.orthogonal_factors((rows, SIZE), 3, scale=0.8, generator=g)
+    gradient = cd.MatrixFactorization(target).factor_gradients(start)[0]
+    middle = theory.middle_bases(target, start, RANK)
+    seen = gradient @ middle[0]
+    left = seen - middle[1] @ (middle[1].mT @ seen)
+    assert torch.linalg.matrix_rank(left, atol=1e-12) == RANK
+    unit = cd.product(start) / 0.8**3
+    own, onto = torch.linalg.svd(target).Vh[:RANK].mT, torch.linalg.svd(target).U[:, :RANK]
+    moving = torch.cat([own, unit.mT @ onto, unit.mT @ (unit @ own)], 1)
+    rest = torch.linalg.qr(moving, mode="complete").Q[:, 3 * RANK :]
+    turned = start[0] @ rest / 0.8
+    seen = gradient @ rest
+    assert (seen - turned @ (turned.mT @ seen)).abs().max() < 1e-14
+
+
 def test_middle_bases_refuse_what_moves_all():
     target = cd.low_rank_target((6, 6), 3)
     with pytest.raises(ValueError, match="rank is 3"):

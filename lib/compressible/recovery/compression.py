@@ -1,8 +1,8 @@
 """The two compressed starts: P1 from the first gradient, P2 from the spectrum of a surrogate.
 
 Both return factors for `descend`. P1's are [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)], outer factors of unit
-scale, so `outer_ratio` is gamma <= 1. P2's are [eps V^T (k, n), eps I (k, k), ..., eps U (m, k)], so `outer_ratio`
-is alpha >= 1. Same inner width 2r, different symbols: P1 guesses the `rank` r, half of it; P2 the `width` k.
+scale (for m = n orthonormal), so `outer_ratio` is gamma <= 1. P2's are [eps V^T (k, n), eps I (k, k), ..., eps U
+(m, k)], so `outer_ratio` is alpha >= 1. Same inner width 2r, different symbols: P1 guesses the `rank` r, half of it; P2 the `width` k.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ from compressible.runtime.devices import without_autocast
 
 @without_autocast
 def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: int) -> Factors:
-    """Return P1's compressed factors: `factors` restricted to the 2r directions in which they move.
+    """Return P1's compressed factors: `factors` restricted to 2r directions, for m = n those in which they move.
 
-    The columns of V span the directions in which W_1 moves under gradient descent: the top r right singular vectors of
-    g = dLoss/dW_1 and of g^T W_1, orthonormalised; U = W_L...W_1 V / eps^L. Only one thin SVD of g is taken: where
-    W_1 / eps is orthogonal, the right singular vectors of g^T W_1 are W_1^T P / eps with P the left ones of g. For
-    m > n the same is done to the transposed product, whose first factor is square.
+    The columns of V span the top r right singular vectors of g = dLoss/dW_1 and of g^T W_1, orthonormalised; U =
+    W_L...W_1 V / eps^L. Only one thin SVD of g is taken: where W_1 / eps is orthogonal, the right singular vectors of
+    g^T W_1 are W_1^T P / eps with P the left ones of g. For m > n the same is done to the transposed product, whose
+    first factor is square.
+
+    For m = n and a target of rank r that is seen whole, W_1 turns in these directions alone, and with outer_ratio 0
+    the corollary is exact. For m != n it is a start of the same form: up to 3r directions turn, and of the two outer
+    factors that of the longer side alone is orthonormal.
 
     Args:
         problem: what is recovered, dense or sparse.

@@ -20,11 +20,13 @@ from compressible.recovery.factors import product
 def middle_bases(target: Tensor, factors: Sequence[Tensor], rank: int) -> list[Tensor]:
     """Return orthonormal bases of the directions in which no layer ever moves, those of the theorem.
 
-    V^(1) spans null(Phi) and null(Phi^T W_L...W_1) together, and V^(l+1) = W_l V^(l) / eps_l. Then, at every iteration,
-    W_l V^(l) = rho_l V^(l+1) and W_l^T V^(l+1) = rho_l V^(l). Where m < n and r = m, V^(L+1) is zero and so is rho_L.
+    V^(1) spans what null(Phi) and null(Phi^T W_L...W_1) share, and V^(l+1) = W_l V^(l) / eps_l. For m = n, then, at
+    every iteration W_l V^(l) = rho_l V^(l+1) and W_l^T V^(l+1) = rho_l V^(l). So it is for r = m < n, where V^(L+1) is
+    zero and so is rho_L. For r < m < n it is not: W_L^T W_L / eps_L^2 is a projection, up to 3r directions move, and
+    these bases hold r of them.
 
     Args:
-        target: Phi (..., m, n) of rank r, m <= n.
+        target: Phi (..., m, n) of rank r; m = n, or r = m < n.
         factors: [W_1 (..., n, n), ..., W_L (..., m, n)] at the start, each eps_l times a (semi-)orthogonal matrix.
         rank: r, 2 rank < n.
 
