@@ -39,7 +39,9 @@ class DenseProblem(Problem):
     """A `Problem` whose loss is a function of X = W_L ... W_1 (m, n); problems stack along leading dimensions.
 
     A subclass needs what it is asked for: `gradient` for the steps, `evaluate` for the records, `surrogate` for P2's
-    start, `select` and `stacked` to be part of a stack.
+    start, `select` and `stacked` to be part of a stack. Name an engine for one of your own, "reference" or "fused":
+    "compiled", "tiled" and "persistent" know the entrywise losses of this package alone and take the `target` of any
+    other problem as a `MatrixFactorization`'s, and "auto" may pick them.
     """
 
     def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:

@@ -167,8 +167,10 @@ def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torc
 def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return the top `rank` singular triplets U (m, k), S (k,), V (n, k) of a sparse CSR tensor, descending.
 
-    Lanczos bidiagonalisation by scipy on the CPU (`svds`, seeded start), accurate to round-off; on CUDA a randomised
-    range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as the spectrum's gap.
+    Lanczos bidiagonalisation by scipy on the CPU (`svds`, seeded start), accurate to round-off; where it starts anew,
+    since `rank` is above the matrix's own or values are equal, vectors within one value's space differ from call to
+    call. On CUDA a randomised range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as
+    the spectrum's gap.
     """
     if rank == min(matrix.shape):  # neither Lanczos nor a range finder gives all of them
         left, values, right = torch.linalg.svd(matrix.to_dense(), full_matrices=False)

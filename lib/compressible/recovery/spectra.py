@@ -153,7 +153,8 @@ def singular_values(matrix: Tensor) -> Tensor:
         matrix: (..., m, n), of any float type.
 
     Returns:
-        (..., min(m, n)), not negative; NaN for a matrix with an entry that is not finite, such as a run that diverged.
+        (..., min(m, n)), not negative; NaN for a matrix with an entry that is not finite, such as a run that diverged,
+        or whose square is not, beyond 1e154; 0 for values whose square is, below 1e-162.
 
     Raises:
         ValueError: for anything but a matrix of floating-point numbers.

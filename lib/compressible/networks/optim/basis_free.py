@@ -101,7 +101,7 @@ class Muon(_BasisFree):
         momentum: mu in [0, 1), usually 0.95.
         nesterov: Whether the gradient is looked at ahead.
         newton_schulz: Steps of the quintic iteration, usually 5, at the weights' precision; 0 is the exact polar factor
-            from an SVD.
+            from an SVD, which moves a matrix by lr in every direction, even those in which its gradient is zero.
 
     Raises:
         ValueError: For a negative rate, a momentum outside [0, 1), steps that are negative, or a parameter that is no
@@ -141,7 +141,10 @@ class Muon(_BasisFree):
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """Return U V^T (..., m, n) of the singular value decomposition U S V^T, the nearest (semi-)orthogonal matrix."""
+    """Return U V^T (..., m, n) of the singular value decomposition U S V^T, the nearest (semi-)orthogonal matrix.
+
+    Where a singular value is 0 several are as near, and this is whichever the decomposition gives.
+    """
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left @ right
 
