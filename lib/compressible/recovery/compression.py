@@ -2,7 +2,8 @@
 
 Both return factors for `descend`. P1's are [V^T (2r, n), eps I (2r, 2r) x L, U (m, 2r)], outer factors of unit
 scale (for m = n orthonormal), so `outer_ratio` is gamma <= 1. P2's are [eps V^T (k, n), eps I (k, k), ..., eps U
-(m, k)], so `outer_ratio` is alpha >= 1. Same inner width 2r, different symbols: P1 guesses the `rank` r, half of it; P2 the `width` k.
+(m, k)], so `outer_ratio` is alpha >= 1. Same inner width 2r, different symbols: P1 guesses the `rank` r, half of it;
+P2 the `width` k.
 """
 
 from __future__ import annotations
