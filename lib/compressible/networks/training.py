@@ -70,7 +70,8 @@ def train(
     """Train S networks of one architecture side by side and record how they do.
 
     Args:
-        models: S networks that differ in their numbers alone; they are copied, and stay as they are.
+        models: S networks that differ in parameters and buffers alone, since stacked ones all have the first one's
+            dropout rates, activations and choice of what is trained; they are copied, and stay as they are.
         train_set, test_set, validation_set: examples; all of them are moved to the device.
         learning_rates: one a model, > 0; usually 1e-4 to 1e-2 for Adam.
         steps: how many updates.
