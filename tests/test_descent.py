@@ -266,6 +266,98 @@ def test_auto_picks_by_problem():
         choose("tiled", small, one)
 
 
+class Quartic(cd.MatrixCompletion):
+    """A loss of one's own on a package's problem: 1/4 sum(Omega * (X - Phi)^4) / N."""
+
+    def gradient(self, product, out=None):
+        return (product - self.target) ** 3 * self.observed_weight  # and it leaves `out` alone
+
+    def evaluate(self, product):
+        residual = product - self.target
+        return (self.observed_weight * residual**4).sum((-2, -1)) / 4, residual.square().mean((-2, -1))
+
+
+class Weighted(cd.MatrixFactorization):
+    """1/2 mean(v (X - Phi)^2), v = 3 in the first column."""
+
+    def _weight(self):
+        return torch.tensor([3.0, 1, 1, 1, 1, 1, 1], dtype=self.dtype) / 63
+
+    def gradient(self, product, out=None):
+        return torch.mul(product - self.target, self._weight(), out=out)
+
+    def evaluate(self, product):
+        loss = ((product - self.target).square() * self._weight()).sum((-2, -1)) / 2
+        return loss, loss
+
+
+class Penalised(cd.MatrixFactorization):
+    """Half the squared norm of the first factor besides: no function of the product."""
+
+    def evaluate_factors(self, factors):
+        loss, error = super().evaluate_factors(factors)
+        return loss + factors[0].square().sum((-2, -1)) / 20, error
+
+    def factor_gradients(self, factors):
+        first, *others = super().factor_gradients(factors)
+        return [first + factors[0] / 10, *others]
+
+
+@pytest.mark.parametrize(("kind", "engine"), [(Quartic, "fused"), (Weighted, "fused"), (Penalised, "reference")])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_loss_of_ones_own_is_never_taken_for_its_parents(kind, engine, batch):
+    """Gradients by autograd from the class's own loss, on stacks, too, of which some stop early."""
+    base, g = _problem("completion", batch=batch)
+    problem = kind(base.target, base.mask) if kind is Quartic else kind(base.target)
+    factors = cd.orthogonal_factors((9, 7), 3, scale=0.8, generator=g, batch_shape=batch)
+    history = cd.descend(problem, factors, 0.2, 40, record_every=10)
+    assert history.engine == engine
+    leaves = [factor.clone().requires_grad_() for factor in factors]
+    losses = []
+    for step in range(41):
+        loss = problem.evaluate_factors(leaves)[0]
+        losses += [loss.detach()] if step % 10 == 0 else []
+        slopes = torch.autograd.grad(loss.sum(), leaves)
+        leaves = [(leaf - 0.2 * slope).detach().requires_grad_() for leaf, slope in zip(leaves, slopes, strict=True)]
+    torch.testing.assert_close(history.loss, torch.stack(losses, -1), rtol=1e-10, atol=0)
+    if batch:
+        level = float(history.loss[:, -1].median()) * 1.000001
+        stopped = cd.descend(problem, factors, 0.2, 40, record_every=1, tolerance=level)
+        assert stopped.stopped.min() < 40
+        torch.testing.assert_close(stopped.loss[:, [0, 10]], history.loss[:, [0, 1]], rtol=1e-10, atol=0)
+        alone = [problem.select(torch.tensor([index]), batch) for index in range(3)]
+        assert all(type(part) is kind for part in alone) and type(cd.stack_problems(alone)) is kind
+    for name in {"fused", "compiled"} - {engine} if engine == "reference" else {"compiled"}:
+        if name in FAST:
+            with pytest.raises(ValueError, match=f"got {kind.__name__}"):
+                cd.descend(problem, factors, 0.2, 40, engine=name)
+
+
+def test_an_own_sparse_loss_goes_to_the_reference():
+    class Halved(cd.SparseCompletion):
+        def evaluate_factors(self, factors):
+            return tuple(value / 2 for value in super().evaluate_factors(factors))
+
+        def factor_gradients(self, factors):
+            return [gradient / 2 for gradient in super().factor_gradients(factors)]
+
+    seen, unseen = cd.sparse_low_rank((20, 15), 2, 100, torch.Generator().manual_seed(0))
+    factors = cd.compress_spectral(cd.SparseCompletion(seen), 3, scale=0.5)
+    half = cd.descend(Halved(seen, unseen), factors, 1.0, 20)
+    whole = cd.descend(cd.SparseCompletion(seen, unseen), factors, 0.5, 20)
+    assert half.engine == "reference"
+    torch.testing.assert_close(2 * half.loss, whole.loss, rtol=1e-10, atol=0)
+
+
+def test_a_loss_that_no_record_would_show_is_refused():
+    class Doubled(cd.MatrixFactorization):
+        def loss(self, product):
+            return 2 * super().loss(product)
+
+    with pytest.raises(ValueError, match="Doubled has a method loss but MatrixFactorization's evaluate"):
+        cd.descend(Doubled(torch.eye(9, 7).double()), cd.orthogonal_factors((9, 7), 3), 1.0, 5)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

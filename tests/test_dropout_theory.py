@@ -139,9 +139,15 @@ def test_a_stack_of_keep_rates_equals_its_problems_alone():
         assert torch.allclose(together.loss[place // 2, seed], alone.loss, rtol=1e-10)
 
 
-def test_engines_that_see_the_product_alone_are_refused():
-    with pytest.raises(NotImplementedError, match="reference"):
-        cd.descend(DropoutFactorization(target(1)[0], 0.5), factors(), 1.0, 5)
+@pytest.mark.parametrize("batch", [0, 4])
+def test_auto_keeps_the_penalty_and_engines_that_see_the_product_alone_are_refused(batch):
+    problem = DropoutFactorization(target(batch or 1) if batch else target(1)[0], 0.5)
+    starts = gaussian_factors(SHAPE, WIDTH, 0.3, batch, generator()) if batch else factors()
+    found, expected = (cd.descend(problem, starts, 1.0, 20, engine=engine) for engine in ("auto", "reference"))
+    assert found.engine == "reference" and torch.equal(found.loss, expected.loss)
+    for engine in ("fused", "compiled"):
+        with pytest.raises(ValueError, match=f"engine [\"']{engine}[\"'] got DropoutFactorization"):
+            cd.descend(problem, starts, 1.0, 20, engine=engine)
 
 
 def test_descent_reaches_the_shrunk_product_and_its_rank_falls_with_the_keep_rate():

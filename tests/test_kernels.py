@@ -158,6 +158,10 @@ def test_what_the_kernels_cannot_do_is_refused():
     problem, factors, _ = _case(SMALL, 6, (), torch.float64, 0)
     with pytest.raises(ValueError, match=r"6 factors of width 4.*depth at most"):
         cd.descend(problem, factors, 1.0, 1, engine="persistent")
+    own = type("Own", (type(problem),), {"gradient": lambda self, product, out=None: product})
+    odd = own(problem.target, problem.mask) if hasattr(problem, "mask") else own(problem.target)
+    with pytest.raises(ValueError, match=r"got Own .*expected MatrixCompletion or MatrixFactorization itself"):
+        cd.descend(odd, [factors[0], factors[-1]], 1.0, 1, engine="persistent")
     if not CUDA:
         with pytest.raises(ValueError, match="expected a CUDA device"):
             cd.descend(problem, [factors[0], factors[-1]], 1.0, 1, engine="tiled")

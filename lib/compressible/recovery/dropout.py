@@ -24,8 +24,7 @@ class DropoutFactorization(DenseProblem):
 
     The loss is 1/2 (||W_2 W_1 - Phi||_F^2 + lambda sum_i ||w2_i||^2 ||w1_i||^2) / (m n), lambda = (1 - theta) / theta,
     w1_i the rows of W_1. For outputs Y = Phi X of inputs with X X^T = I it is the loss of the network up to a constant.
-    The error is its first part. It is no function of the product, so only `descend(..., engine="reference")` does it:
-    "fused" refuses it, and "compiled", "tiled" and "persistent", which "auto" picks for stacks, leave the penalty out.
+    The error is its first part. It is no function of the product, so that "reference" alone does it, which "auto" picks.
 
     Args:
         target: Phi (..., m, n), floating point and finite; leading dimensions are a stack of problems.

@@ -39,9 +39,10 @@ class DenseProblem(Problem):
     """A `Problem` whose loss is a function of X = W_L ... W_1 (m, n); problems stack along leading dimensions.
 
     A subclass needs what it is asked for: `gradient` for the steps, `evaluate` for the records, `surrogate` for P2's
-    start, `select` and `stacked` to be part of a stack. Name an engine for one of your own, "reference" or "fused":
-    "compiled", "tiled" and "persistent" know the entrywise losses of this package alone and take the `target` of any
-    other problem as a `MatrixFactorization`'s, and "auto" may pick them.
+    start, `select` and `stacked` to be part of a stack. The engine "auto" calls these methods at every step and record
+    of a class of your own, derived from one of this package's or not; "compiled", "tiled" and "persistent" compute
+    `MatrixCompletion` and `MatrixFactorization` themselves and refuse any other class. Where a loss is no function of
+    X, override `evaluate_factors` and `factor_gradients`: "reference" alone takes those steps.
     """
 
     def gradient(self, product: Tensor, out: Tensor | None = None) -> Tensor:

@@ -89,6 +89,8 @@ class MatrixCompletion(DenseProblem):
         return loss / 2, error / 2
 
     def watch(self, product: Tensor, scratch: Tensor) -> Callable[[], Tensor]:
+        if type(self).evaluate is not MatrixCompletion.evaluate:  # a subclass with a loss of its own
+            return super().watch(product, scratch)
         halves, squares = self.weights.flatten(-2) / 2, scratch.flatten(-2).unsqueeze(-1)
 
         def look() -> Tensor:
@@ -158,10 +160,18 @@ class MatrixFactorization(DenseProblem):
         return self.target
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixFactorization:
-        return MatrixFactorization(pick(self.target, index, batch_shape))
+        part = copy.copy(self)  # of the same class, whose loss may be its own
+        part.batch_shape = (len(index),)
+        for name in ("target", "offset"):
+            setattr(part, name, pick(getattr(self, name), index, batch_shape).contiguous())
+        return part
 
     def stacked(self, problems: Sequence[Self]) -> MatrixFactorization:
-        return MatrixFactorization(torch.stack([problem.target for problem in problems]))
+        whole = copy.copy(self)
+        whole.batch_shape = (len(problems), *self.batch_shape)
+        for name in ("target", "offset"):
+            setattr(whole, name, torch.stack([getattr(problem, name) for problem in problems]))
+        return whole
 
 
 class MatrixSensing(DenseProblem):
@@ -232,7 +242,10 @@ class MatrixSensing(DenseProblem):
             raise ValueError(f"cannot stack problems of sensing with different operators, expected the same: {many}")
         targets = [problem.target for problem in problems if problem.target is not None]
         target = torch.stack(targets) if len(targets) == len(problems) else None
-        return MatrixSensing(self.operators, torch.stack([problem.measurements for problem in problems]), target)
+        whole = copy.copy(self)
+        whole.batch_shape = (len(problems), *self.batch_shape)
+        whole.measurements, whole.target = torch.stack([problem.measurements for problem in problems]), target
+        return whole
 
 
 def _as_mask(mask: Tensor, target: Tensor) -> Tensor:

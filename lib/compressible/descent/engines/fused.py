@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ class Fused(Engine):
         # backs[l] = (W_L ... W_{l+1})^T E, the gradient of the loss in prefixes[l-1].
         self.backs = [torch.empty_like(prefix) for prefix in self.prefixes]
         self._look = problem.watch(self.prefixes[-1], scratch=self.backs[-1])
+        self._gradient = partial(_gradient_into, problem)
         self._forward = self._plan_forward()
         self._backward = self._plan_backward(rates, decay)
 
     def advance(self, steps: int) -> None:
-        gradient, last, back = self.problem.gradient, self.prefixes[-1], self.backs[-1]
+        gradient, last, back = self._gradient, self.prefixes[-1], self.backs[-1]
         forward, backward = self._forward, self._backward
         for _ in range(steps):
             for multiply, left, right, out in forward:
@@ -60,6 +62,13 @@ class Fused(Engine):
             plan.extend(_update(factor, back, below, rates[layer], decay))
         plan.extend(_update(self.factors[0], self.backs[0], None, rates[0], decay))
         return plan
+
+
+def _gradient_into(problem: DenseProblem, product: Tensor, out: Tensor) -> None:
+    """Write the gradient where the sweep reads it, also one of a class of one's own that gives a tensor of its own."""
+    found = problem.gradient(product, out=out)
+    if found is not out:
+        out.copy_(found)
 
 
 def _bind(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[], Any]:
