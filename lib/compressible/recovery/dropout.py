@@ -24,7 +24,7 @@ class DropoutFactorization(DenseProblem):
 
     The loss is 1/2 (||W_2 W_1 - Phi||_F^2 + lambda sum_i ||w2_i||^2 ||w1_i||^2) / (m n), lambda = (1 - theta) / theta,
     w1_i the rows of W_1. For outputs Y = Phi X of inputs with X X^T = I it is the loss of the network up to a constant.
-    The error is its first part. It is no function of the product, so that "reference" alone does it, which "auto" picks.
+    The error is its first part. It is no function of the product: "reference" alone takes its steps, "auto" picks it.
 
     Args:
         target: Phi (..., m, n), floating point and finite; leading dimensions are a stack of problems.
@@ -94,8 +94,8 @@ class DropoutFactorization(DenseProblem):
 def _check_keep(keep: object) -> None:
     told = "keep rates in (0, 1]: a number, or one for each problem (...)"
     try:
-        rates = torch.as_tensor(keep)
+        rates = keep if isinstance(keep, Tensor) else torch.as_tensor(keep, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError):  # text, None, ragged lists, huge integers
-        rates = torch.tensor(math.nan)
+        rates = torch.tensor(math.nan, device="cpu")
     expect_tensor("keep", rates, told, REAL)
     expect("keep", keep, bool(((rates > 0) & (rates <= 1)).all()), told)

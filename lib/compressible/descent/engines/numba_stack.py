@@ -3,33 +3,21 @@
 A stack of S problems advanced by batched products streams S times its working set through the cache at every step.
 Here each problem runs a whole stretch alone, its target, mask and factors staying in one core's cache, and the
 cores take problems from the stack side by side: numba releases Python's lock, and the products are the BLAS that
-scipy carries. Compilation costs about two seconds, once per precision; numba keeps it on disk.
+scipy carries. Compilation costs about two seconds, once per precision; numba keeps it on disk where it can.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from compressible.descent.engines.base import Engine, Entrywise, Rate
+from compressible.descent.engines.cores import compiled, cores, one_blas_thread, pool
 from compressible.recovery.problems import MatrixCompletion
 
-# Sums may be reordered (they are vectorised), NaN and infinities must survive: divergence is told by them.
-OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "cache": True,
-    "error_model": "numpy",
-    "fastmath": {"contract", "reassoc", "nsz"},
-}
 Arrays = tuple[np.ndarray, ...]  # one a layer
 
 
@@ -80,14 +68,14 @@ class NumbaStack(Engine):
             for index in waiting:
                 work(index, scratch)
 
-        with _blas().limit(limits=1, user_api="blas"):
+        with one_blas_thread():
             if len(self._scratch) == 1:
                 drain(self._scratch[0])
             else:
                 list(pool().map(drain, self._scratch))
 
 
-@njit(**OPTIONS)
+@compiled
 def _descend(
     factors: Arrays,
     target: np.ndarray,
@@ -115,28 +103,28 @@ def _descend(
         _update(factors[0], backs[0], rates[0], shrinks[0])
 
 
-@njit(**OPTIONS)
+@compiled
 def _forward(factors: Arrays, prefixes: Arrays) -> None:
     for layer in range(1, len(factors)):
         below = prefixes[layer - 1] if layer > 1 else factors[0]
         np.dot(factors[layer], below, prefixes[layer])
 
 
-@njit(**OPTIONS)
+@compiled
 def _residual(values: np.ndarray, target: np.ndarray, mask: np.ndarray) -> None:
     flat, wanted, seen = values.reshape(-1), target.reshape(-1), mask.reshape(-1)
     for i in range(flat.size):
         flat[i] = (flat[i] - wanted[i]) * seen[i]
 
 
-@njit(**OPTIONS)
+@compiled
 def _update(factor: np.ndarray, gradient: np.ndarray, rate: float, shrink: float) -> None:
     flat, slope = factor.reshape(-1), gradient.reshape(-1)
     for i in range(flat.size):
         flat[i] = shrink * flat[i] - rate * slope[i]
 
 
-@njit(**OPTIONS)
+@compiled
 def _squares(
     factors: Arrays, target: np.ndarray, mask: np.ndarray, hidden: np.ndarray, prefixes: Arrays
 ) -> tuple[float, float]:
@@ -159,14 +147,14 @@ def _entries(problem: Entrywise, size: int) -> tuple[tuple[np.ndarray, ...], np.
         mask, hidden = (shown[..., which, :, :].to(torch.float32) for which in (0, 1))
         scales = problem.weights.to(torch.float64).amax((-2, -1)).expand(size, 2)
     else:
-        mask = hidden = torch.ones(problem.shape, dtype=torch.float32)
-        scales = torch.full((size, 2), 1 / mask.numel(), dtype=torch.float64)
+        mask = hidden = torch.ones(problem.shape, dtype=torch.float32, device="cpu")
+        scales = torch.full((size, 2), 1 / mask.numel(), dtype=torch.float64, device="cpu")
     entries = (problem.target, mask, hidden)
     return tuple(entry.contiguous().expand(size, *problem.shape).numpy() for entry in entries), scales.numpy()
 
 
 def _per_problem(rate: Rate, size: int) -> np.ndarray:
-    return torch.as_tensor(rate, dtype=torch.float64).reshape(-1).expand(size).numpy()
+    return torch.as_tensor(rate, dtype=torch.float64, device="cpu").reshape(-1).expand(size).numpy()
 
 
 def _scratch(stack: list[Tensor]) -> tuple[tuple, tuple, tuple]:
@@ -176,21 +164,3 @@ def _scratch(stack: list[Tensor]) -> tuple[tuple, tuple, tuple]:
     prefixes = tuple(np.empty((row, columns), dtype) for row in rows)
     backs = (*(np.empty((row, columns), dtype) for row in rows[:-1]), prefixes[-1])
     return prefixes, backs, tuple(np.empty(factor.shape[1:], dtype) for factor in stack)
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    import scipy.linalg.cython_blas  # noqa: F401  the library that numba calls, or the controller would not see it
-
-    return ThreadpoolController()  # looks through all loaded libraries: milliseconds, so once
-
-
-@functools.cache
-def pool() -> ThreadPoolExecutor:
-    """The threads that share the work of one process."""
-    return ThreadPoolExecutor(cores())
-
-
-def cores() -> int:
-    """Cores this process may use; COMPRESSIBLE_THREADS overrides. OMP_NUM_THREADS bounds barriers, not this pool."""
-    return int(os.environ.get("COMPRESSIBLE_THREADS", "0")) or len(os.sched_getaffinity(0))

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
-from compressible.descent.engines.numba_stack import OPTIONS, cores, pool
+from compressible.descent.engines.cores import compiled, cores, pool
 from compressible.descent.engines.sparse_lines import Scales, SparseLines
 from compressible.recovery.sparse import Side
 
@@ -44,7 +43,7 @@ def _spread(
         list(pool().map(work, range(parts)))
 
 
-@njit(**OPTIONS)
+@compiled
 def _pass(
     pointers: np.ndarray,
     indices: np.ndarray,
