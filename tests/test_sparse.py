@@ -1,5 +1,7 @@
 """Sparse completion: the dense engine's steps without an m x n array, on the CPU and, where there is one, on CUDA."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,12 @@ from conftest import few
 import compressible as cd
 from compressible.descent.engines.reference import Reference
 from compressible.descent.engines.sparse_cuda import SparseCuda
-from compressible.recovery.sparse import truncated_svd
+from compressible.recovery.truncated_svd import _lanczos, truncated_svd
 from compressible.runtime.devices import interpreted
 
 try:
     import scipy.sparse
+    import scipy.sparse.linalg
 except ModuleNotFoundError:  # a GPU host may have PyTorch alone
     scipy = None
 
@@ -160,6 +163,32 @@ def test_truncated_svd_is_the_leading_part_and_repeats(device):
     again = truncated_svd(matrix, 3, seed=4)
     for mine, other in zip((left, values, right), again, strict=True):  # another seed would turn the signs about
         torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+def _few_values():
+    """A rank below what is asked for: Lanczos uses its space up and draws vectors anew."""
+    one_row = torch.zeros(30, 40, dtype=torch.float64)
+    one_row[3, :20] = 1
+    return {"one row": one_row, "tall": one_row.mT.clone()}
+
+
+@pytest.mark.parametrize("kind", ["one row", "tall"])
+def test_vectors_of_a_used_up_lanczos_space_repeat(kind):
+    signature = inspect.signature(scipy.sparse.linalg.eigsh)
+    if "rng" not in signature.parameters:
+        pytest.skip("scipy before 1.17 draws them itself")
+    problem = cd.SparseCompletion(_few_values()[kind].to_sparse_coo())
+    first, second = (cd.compress_spectral(problem, 5) for _ in range(2))
+    assert all(torch.equal(mine, other) for mine, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60)])
+def test_the_seeded_lanczos_is_svds_to_the_last_bit(shape):
+    matrix = scipy.sparse.random_array(shape, density=0.2, rng=np.random.default_rng(1), format="csr")
+    start = np.random.default_rng(7).standard_normal(50)
+    expected = scipy.sparse.linalg.svds(matrix, k=4, v0=start)
+    for mine, other in zip(_lanczos(matrix, 4, 7), expected, strict=True):
+        assert np.array_equal(mine, other)
 
 
 def test_the_engines_share_the_contract():

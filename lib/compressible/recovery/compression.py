@@ -23,7 +23,7 @@ from compressible.recovery.checks import (
 )
 from compressible.recovery.factors import Factors, check_factors, product
 from compressible.recovery.problem_base import DenseProblem, Problem
-from compressible.recovery.sparse import truncated_svd
+from compressible.recovery.truncated_svd import truncated_svd
 from compressible.runtime.checks import expect, expect_integer, expect_number, shown
 from compressible.runtime.devices import without_autocast
 

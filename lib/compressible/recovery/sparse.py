@@ -64,7 +64,8 @@ class Entries:
         values = values[self.order] if transposed else values
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(side.pointers, side.indices, values, shape, check_invariants=False)
+            places, there = (side.pointers, side.indices), values.device
+            return torch.sparse_csr_tensor(*places, values, shape, device=there, check_invariants=False)
 
 
 class SparseCompletion(Problem):
@@ -162,39 +163,6 @@ def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torc
     order = torch.argsort(columns, stable=True)
     by_columns = Side(_pointers(columns, shape[1]), rows[order].int(), values[order])
     return Entries(shape, Side(_pointers(rows, shape[0]), columns.int(), values), by_columns, order)
-
-
-def truncated_svd(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top `rank` singular triplets U (m, k), S (k,), V (n, k) of a sparse CSR tensor, descending.
-
-    Lanczos bidiagonalisation by scipy on the CPU (`svds`, seeded start), accurate to round-off; where it starts anew,
-    since `rank` is above the matrix's own or values are equal, vectors within one value's space differ from call to
-    call. On CUDA a randomised range finder with 8 power iterations (Halko et al.), seeded, whose subspace is as good as
-    the spectrum's gap.
-    """
-    if rank == min(matrix.shape):  # neither Lanczos nor a range finder gives all of them
-        left, values, right = torch.linalg.svd(matrix.to_dense(), full_matrices=False)
-        return left, values, right.mT
-    if matrix.device.type == "cpu":
-        import scipy.sparse.linalg
-
-        arrays = tuple(part.detach().numpy() for part in (matrix.values(), matrix.col_indices(), matrix.crow_indices()))
-        csr = scipy.sparse.csr_array(arrays, shape=tuple(matrix.shape))
-        start = np.random.default_rng(seed).standard_normal(min(csr.shape))
-        left, values, right = scipy.sparse.linalg.svds(csr, k=rank, v0=start)
-        down = np.argsort(-values)
-        parts = (torch.from_numpy(np.ascontiguousarray(x)) for x in (left[:, down], values[down], right[down].T))
-        left, values, right = (part.to(matrix.dtype) for part in parts)
-        return left, values, right
-    generator = torch.Generator(matrix.device).manual_seed(seed)
-    width = min(rank + 10, *matrix.shape)
-    basis = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    transposed = matrix.to_sparse_coo().t().to_sparse_csr()
-    for _ in range(8):
-        basis = torch.linalg.qr(transposed @ torch.linalg.qr(matrix @ basis).Q).Q
-    frame, small = torch.linalg.qr(matrix @ basis)  # the SVD itself is of (k, k): solvers on CUDA are slow on tall ones
-    left, values, right = torch.linalg.svd(small)
-    return (frame @ left)[:, :rank], values[:rank], (basis @ right.mT)[:, :rank]
 
 
 def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:

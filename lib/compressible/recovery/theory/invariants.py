@@ -25,7 +25,7 @@ from compressible.recovery.checks import (
     expect_tensor,
 )
 from compressible.recovery.problem_base import Problem
-from compressible.recovery.sparse import truncated_svd
+from compressible.recovery.truncated_svd import truncated_svd
 from compressible.runtime.checks import expect, expect_integer, expect_iterations, expect_number, is_number
 
 _POSITIVE = "a finite number > 0"
@@ -52,7 +52,7 @@ def rho(scales: Sequence[float], step_size: float, steps: int, weight_decay: flo
         others = [math.prod(squares[:layer] + squares[layer + 1 :]) for layer in range(len(squares))]
         kept = [1 - step_size * weight_decay - step_size * other for other in others]
         values.append([value * factor for value, factor in zip(values[-1], kept, strict=True)])
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def over_ranked_law(excess: int, dimension: int, scale: float, step_size: float, iterations: np.ndarray) -> np.ndarray:
