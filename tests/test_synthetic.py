@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import compressible as cd
+from compressible.recovery import als
 from compressible.recovery.synthetic import inclusion_probability
 
 
@@ -74,3 +75,32 @@ def test_operators_have_the_papers_scale():
 def test_what_cannot_be_drawn_is_refused(draw, told):
     with pytest.raises(ValueError, match=told):
         draw()
+
+
+def _drawn_and_descended():
+    def generator():
+        return torch.Generator().manual_seed(5)
+
+    target, mask = cd.low_rank_target((9, 7), 2, (2,), generator()), cd.random_mask((9, 7), 0.6, (), generator())
+    weighted = cd.random_mask((9, 7), 0.5, (), generator(), weights=mask + 1)
+    seen, unseen = cd.sparse_low_rank((9, 7), 2, 20, generator())
+    crowded = cd.sparse_low_rank((9, 7), 2, 50, generator())[0]
+    starts = cd.orthogonal_factors((9, 7), 3, scale=0.7, generator=generator())
+    dense = cd.descend(cd.MatrixCompletion(target, mask), starts, 1.0, 60, tolerance=0.1, snapshots=(7,))
+    sparse = cd.SparseCompletion(seen, unseen)
+    lines = cd.descend(sparse, cd.compress_spectral(sparse, 3), 1.0, 20)
+    sweeps = als.alternate(sparse, 2, 0.1, 2, generator(), start="random")
+    found = [target, mask, weighted, cd.gaussian_operators(3, (9, 7), generator()), *starts, *dense.factors]
+    found += [dense.loss, dense.stopped, dense.iterations, *dense.snapshots[7], *lines.factors, lines.error]
+    return [*found, *sweeps.factors, sweeps.loss, sweeps.seconds * 0, *(x.values() for x in (seen, unseen, crowded))]
+
+
+def test_a_default_device_of_the_caller_moves_nothing():
+    expected = _drawn_and_descended()
+    torch.set_default_device("meta")  # as building a large model does; a tensor there holds no numbers
+    try:
+        found = _drawn_and_descended()
+    finally:
+        torch.set_default_device(None)
+    assert all(part.device.type == "cpu" for part in found)
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))

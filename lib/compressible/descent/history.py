@@ -104,5 +104,5 @@ def raise_if_diverged(history: History, step_size: float | Tensor) -> None:
     first = int(torch.where(bad, stopped, stopped.max() + 1).argmin())
     finite = losses[first][torch.isfinite(losses[first])]
     where = f" of problem {first} in the stack of {len(losses)}" if batch_shape else ""
-    step = torch.as_tensor(step_size, dtype=torch.float64).expand(batch_shape).reshape(-1)[first].item()
+    step = torch.as_tensor(step_size, dtype=torch.float64, device="cpu").expand(batch_shape).reshape(-1)[first].item()
     raise DivergenceError(int(stopped[first]), step, finite[-1].item() if len(finite) else math.nan, where, history)

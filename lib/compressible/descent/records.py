@@ -30,7 +30,7 @@ class Records:
             self.iterations.append(iteration)
             self._values.append(values[row] if taken is None else values[row][taken > row])
             self._members.append(members if taken is None else members[taken > row])
-        return values[-1] if taken is None else values[taken - 1, torch.arange(len(taken))]
+        return values[-1] if taken is None else values[taken - 1, torch.arange(len(taken), device="cpu")]
 
     def clock(self, lengths: Sequence[int]) -> None:
         """Note the time of the records just taken; where one call took several, it went evenly over their steps."""
@@ -41,7 +41,7 @@ class Records:
 
     def curves(self, size: int) -> Tensor:
         """Return losses and errors (2, size, R) on the CPU, NaN where a problem of the stack was no longer active."""
-        curves = torch.full((2, size, len(self.iterations)), math.nan, dtype=torch.float64)
+        curves = torch.full((2, size, len(self.iterations)), math.nan, dtype=torch.float64, device="cpu")
         for column, (values, members) in enumerate(zip(self._values, self._members, strict=True)):
             curves[:, members, column] = values.mT.to("cpu", torch.float64)
         return curves

@@ -36,8 +36,8 @@ class Solver:
         starts = {f"W_{layer}": tuple(factor.shape[:-2]) for layer, factor in enumerate(factors, 1)}
         self.batch_shape = expect_one_batch({"problem": tuple(problem.batch_shape), **starts, **rates})
         self.size = math.prod(self.batch_shape)
-        self.active = torch.arange(self.size)  # whom the engine carries
-        self.alive = torch.ones(self.size, dtype=torch.bool)  # and who of them has not stopped
+        self.active = torch.arange(self.size, device="cpu")  # whom the engine carries
+        self.alive = torch.ones(self.size, dtype=torch.bool, device="cpu")  # and who of them has not stopped
         self.problem = _selected(problem, self.active, self.batch_shape) if self.batch_shape else problem
         flat = [_flatten(factor, self.batch_shape) for factor in factors]
         outer = step_size * outer_ratio
@@ -47,7 +47,7 @@ class Solver:
         self.engine = self._build(flat)
         self.ends = [factor.clone() for factor in self.engine.factors]
         self.records = Records()
-        self.stopped = torch.full((self.size,), -1)
+        self.stopped = torch.full((self.size,), -1, device="cpu")
         self.iteration = 0
         self.snapshots: dict[int, Factors] = {}
 
@@ -72,7 +72,8 @@ class Solver:
             bar.update(ahead[done - 1] - self.iteration)
             self.iteration, records = ahead[done - 1], records[done:]
             if not all(going):
-                self._retire(torch.tensor(going), torch.tensor(ahead)[(done if taken is None else taken) - 1])
+                ends = torch.tensor(ahead, device="cpu")[(done if taken is None else taken) - 1]
+                self._retire(torch.tensor(going, device="cpu"), ends)
         if self.iteration < until and len(self.active):
             self.engine.advance(until - self.iteration)
             bar.update(until - self.iteration)
@@ -100,10 +101,10 @@ class Solver:
         curves = self.records.curves(self.size)
         loss, error = curves.unflatten(1, self.batch_shape) if self.batch_shape else curves[:, 0]
         history = History(
-            iterations=torch.tensor(self.records.iterations),
+            iterations=torch.tensor(self.records.iterations, device="cpu"),
             loss=loss,
             error=error,
-            seconds=torch.tensor(self.records.seconds, dtype=torch.float64),
+            seconds=torch.tensor(self.records.seconds, dtype=torch.float64, device="cpu"),
             stopped=self.stopped.reshape(self.batch_shape),
             factors=[self._shaped(factor) for factor in self.ends],
             snapshots=self.snapshots,

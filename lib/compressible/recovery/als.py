@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from compressible.recovery.checks import MOST_RECORDS, REAL, expect_tensor
-from compressible.recovery.sparse import SparseCompletion, truncated_svd
+from compressible.recovery.sparse import SparseCompletion
+from compressible.recovery.truncated_svd import truncated_svd
 from compressible.runtime.checks import (
     expect,
     expect_flag,
@@ -89,8 +90,10 @@ def alternate(
             records.append(problem.evaluate_factors([right.mT, left]))
         if sweep in wanted:
             kept[sweep] = [right.mT, left]
-    loss, error = torch.tensor([[float(value) for value in record] for record in records], dtype=torch.float64).T
-    return Sweeps([right.mT, left], loss, error, torch.tensor(seconds, dtype=torch.float64), kept)
+    loss, error = torch.tensor(
+        [[float(value) for value in record] for record in records], dtype=torch.float64, device="cpu"
+    ).T
+    return Sweeps([right.mT, left], loss, error, torch.tensor(seconds, dtype=torch.float64, device="cpu"), kept)
 
 
 def _start(
@@ -102,7 +105,7 @@ def _start(
         _, values, right = truncated_svd(problem.surrogate(), rank)
         right = right * values.sqrt()
     else:
-        draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype)
+        draw = torch.randn(problem.shape[1], rank, generator=generator, dtype=problem.dtype, device="cpu")
         right = (0.1 if biases else 1.0) * draw.to(problem.device)
     if not biases:
         return right
@@ -128,7 +131,7 @@ def _half(
         values = values - partner[:, bias][side.indices.long()]
         features = torch.cat([partner[:, :rank], partner[:, one, None]], 1)
     places = pattern.crow_indices(), pattern.col_indices()
-    known = torch.sparse_csr_tensor(*places, values, pattern.shape, check_invariants=False)
+    known = torch.sparse_csr_tensor(*places, values, pattern.shape, device=values.device, check_invariants=False)
     counts = places[0].diff().clamp(min=1) if weighted else torch.ones_like(places[0][1:])
     solved = _solve(pattern, known, features, penalty * counts[:, None])
     return _with_bias(solved[:, :rank], solved[:, rank], by_rows=not transposed) if biases else solved

@@ -167,7 +167,8 @@ def check_factors(factors: Sequence[Tensor], shape: tuple[int, int]) -> None:
 def _orthogonal(*size: int, generator: torch.Generator | None) -> Tensor:
     """Haar (semi-)orthogonal (..., rows, columns): QR of a Gaussian with the signs of R's diagonal put right."""
     *batch, rows, columns = size
-    gaussian = torch.randn(*batch, max(rows, columns), min(rows, columns), generator=generator, dtype=torch.float64)
+    sizes = (*batch, max(rows, columns), min(rows, columns))
+    gaussian = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(gaussian)
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
     return q if rows >= columns else q.mT.contiguous()

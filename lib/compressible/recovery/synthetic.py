@@ -64,7 +64,7 @@ def low_rank_target(
     rank = expect_integer("rank", rank, 1, min(shape), f"an integer with 1 <= rank <= min(m, n) = {min(shape)}")
     batch_shape = expect_batch_shape(batch_shape)
     _check_draw((*batch_shape, *shape), generator, dtype, device)
-    gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(*batch_shape, *shape, generator=generator, dtype=torch.float64, device="cpu")
     left, values, right = torch.linalg.svd(gaussian, full_matrices=False)
     cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
     return cut.to(dtype=dtype, device=device)
@@ -107,11 +107,11 @@ def random_mask(
     fraction = is_number(observed, above=0) and observed <= 1
     count = math.floor(observed * size + 1e-9) if fraction else 0  # 0.3 * 100 is 29.999...
     expect("observed", observed, count >= 1, "a fraction in (0, 1] that leaves at least one entry")
-    keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64)
+    keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64, device="cpu")
     if weights is not None:  # the smallest of exponential clocks with these rates
         keys = -torch.log1p(-keys) / _check_weights(weights, shape)
     order = keys.argsort(-1)
-    mask = torch.zeros(*batch_shape, size, dtype=dtype).scatter_(-1, order[..., :count], 1.0)
+    mask = torch.zeros(*batch_shape, size, dtype=dtype, device="cpu").scatter_(-1, order[..., :count], 1.0)
     return mask.unflatten(-1, shape).to(device=device)
 
 
@@ -158,7 +158,7 @@ def sparse_low_rank(
     expect_entries("count, hidden, and rank on shape", (count + hidden + rank * sum(shape),))
     if count + hidden > size:
         raise ValueError(f"count is {count} and hidden {hidden}, expected at most {size} together")
-    left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64) for side in shape)
+    left, right = (torch.randn(side, rank, generator=generator, dtype=torch.float64, device="cpu") for side in shape)
     left /= math.sqrt(rank)
     places = _distinct(size, count + hidden, generator)
     parts = (places[:count], places[count:])
@@ -174,7 +174,7 @@ def inclusion_probability(weights: Tensor, observed: float) -> Tensor:
     """
     expect("observed", observed, is_number(observed, above=0) and observed < 1, "a fraction in (0, 1)")
     rates = _check_weights(weights)
-    low, high = torch.tensor(0.0, dtype=torch.float64), 1 / rates.min() * -math.log1p(-observed)
+    low, high = torch.tensor(0.0, dtype=torch.float64, device="cpu"), 1 / rates.min() * -math.log1p(-observed)
     for _ in range(200):  # bisection: the least weight alone bounds t from above
         middle = (low + high) / 2
         short = -torch.expm1(-middle * rates).mean() < observed
@@ -214,28 +214,29 @@ def gaussian_operators(
     count = expect_integer("count", count, 1, told="at least one measurement")
     shape = expect_shape(shape)
     _check_draw((count, *shape), generator, dtype, device)
-    gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(count, *shape, generator=generator, dtype=torch.float64, device="cpu")
     return gaussian.div_(count).to(dtype=dtype, device=device)
 
 
 def _distinct(size: int, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` distinct numbers below `size`, uniform and in random order; memory of the order of `count`."""
     if 2 * count >= size:
-        return torch.randperm(size, generator=generator)[:count]
-    found = torch.empty(0, dtype=torch.int64)
+        return torch.randperm(size, generator=generator, device="cpu")[:count]
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while len(found) < count:  # what is left of draws with replacement is a uniform set of its size
-        extra = torch.randint(size, (count - len(found) + count // 50 + 16,), generator=generator)
+        extra = torch.randint(size, (count - len(found) + count // 50 + 16,), generator=generator, device="cpu")
         found = torch.unique(torch.cat([found, extra]))
-    return found[torch.randperm(len(found), generator=generator)[:count]]
+    return found[torch.randperm(len(found), generator=generator, device="cpu")[:count]]
 
 
 def _entries_at(places: Tensor, left: Tensor, right: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     indices = torch.stack([places // shape[1], places % shape[1]])
-    values = torch.empty(len(places), dtype=dtype)
+    values = torch.empty(len(places), dtype=dtype, device="cpu")
     for start in range(0, len(places), 2**20):  # the gathered factors of a part at a time
         part = slice(start, start + 2**20)
         values[part] = (left[indices[0, part]] * right[indices[1, part]]).sum(-1)
-    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=True, check_invariants=False)
+    known = {"is_coalesced": True, "check_invariants": False}
+    return torch.sparse_coo_tensor(indices, values, shape, device="cpu", **known)
 
 
 def _check_draw(

@@ -68,7 +68,7 @@ class RewindingEngine(CapturedEngine):
 
     def run(self, lengths: Sequence[int], tolerance: float) -> tuple[Tensor, None]:
         """Stretch after stretch, up to the first record at which a problem stops."""
-        values = torch.empty(len(lengths), *self._seen.shape, dtype=self._seen.dtype, pin_memory=True)
+        values = torch.empty(len(lengths), *self._seen.shape, dtype=self._seen.dtype, device="cpu", pin_memory=True)
         events = []
         for index, length in enumerate(lengths):
             self.advance(length)

@@ -74,7 +74,7 @@ class TritonPersistent(_PackedEngine):
         device = self.first.device
         curves = torch.full((self.size, len(lengths), 2), torch.nan, dtype=torch.float64, device=device)
         taken = torch.zeros(self.size, dtype=torch.int32, device=device)
-        plan = torch.tensor(lengths, dtype=torch.int32).to(device, non_blocking=True)
+        plan = torch.tensor(lengths, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
         level = torch.tensor(tolerance, dtype=torch.float64, device=device)
         scratch = torch.empty_like(self.first), torch.empty_like(self.first)
         stretch[(self.size,)](
@@ -172,7 +172,7 @@ def _entries(problem: Entrywise, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Targets that count for the loss and for the error (S or 1, m, n), NaN elsewhere; 1/N of both means (S, 2)."""
     if not isinstance(problem, MatrixCompletion):
         target = _stack(problem.target)
-        scales = torch.full((size, 2), 1 / (target.shape[-1] * target.shape[-2]), dtype=torch.float64)
+        scales = torch.full((size, 2), 1 / (target.shape[-1] * target.shape[-2]), dtype=torch.float64, device="cpu")
         return target, target, scales.to(target.device)
     shown = [torch.where(weight > 0, problem.target, torch.nan) for weight in problem.weights.unbind(-3)]
     scales = problem.weights.amax((-2, -1)).to(torch.float64).expand(size, 2)

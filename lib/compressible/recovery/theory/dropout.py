@@ -186,4 +186,5 @@ def _to_mean(low: float, cross: float, high: float, mean: float) -> Tensor:
     first, second = (mean - low) / (cross + root), (mean - low) / (cross - root)
     tangent = first if abs(first) <= abs(second) else second
     cosine = 1 / (1 + tangent**2) ** 0.5
-    return torch.tensor([[cosine, tangent * cosine], [-tangent * cosine, cosine]], dtype=torch.float64)
+    turn = [[cosine, tangent * cosine], [-tangent * cosine, cosine]]
+    return torch.tensor(turn, dtype=torch.float64, device="cpu")

@@ -109,7 +109,7 @@ def momentum_rho(
         moves = [math.copysign(1.0, move) if move else 0.0 for move in ahead] if polar else ahead
         values = [value - step_size * move for value, move in zip(values, moves, strict=True)]
         path.append(values)
-    return torch.tensor(path, dtype=torch.float64)
+    return torch.tensor(path, dtype=torch.float64, device="cpu")
 
 
 def departure_bound(
@@ -154,7 +154,7 @@ def departure_bound(
     Reference:
         This project; P1, Theorem 2.1 is the case start = tail = skew = 0, in which it is zero.
     """
-    spoiled = [torch.as_tensor(value, dtype=largest.dtype) for value in (start, tail, skew)]
+    spoiled = [torch.as_tensor(value, dtype=largest.dtype, device=largest.device) for value in (start, tail, skew)]
     if not all(bool((torch.isfinite(value) & (value >= 0)).all()) for value in spoiled):
         raise ValueError(f"start, tail and skew are {start}, {tail}, {skew}, expected finite numbers >= 0")
     first, tail, skew = torch.broadcast_tensors(*spoiled)
