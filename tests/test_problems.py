@@ -43,6 +43,20 @@ def test_completion_normalisations_by_hand():
     assert (loss.item(), error.item()) == pytest.approx((1 / 8, (4 + 9 + 16) / 8))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_large_float32_residuals_are_summed_to_float32s_own_precision(batch):
+    """A constant residual, the worst case of a sum that rounds as it grows: loss and error are half its square."""
+    target = torch.randn(*batch, 1200, 1000, generator=torch.Generator().manual_seed(0))
+    mask = cd.random_mask((1200, 1000), 0.3, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+    problem, product = cd.MatrixCompletion(target, mask), target + 0.7
+    residual = (product - target).double().square()
+    exact = torch.stack([(part * residual).sum((-2, -1)) / part.sum() / 2 for part in (mask, 1 - mask)], -1)
+    look = problem.watch(product, torch.empty_like(product))
+    for found in (torch.stack(problem.evaluate(product), -1), look()):
+        torch.testing.assert_close(found.double(), exact, rtol=3e-7, atol=0)
+    assert problem.loss(product).dtype is torch.float32
+
+
 def test_fully_observed_completion_equals_factorization():
     target = cd.low_rank_target((6, 6), 2, generator=torch.Generator().manual_seed(0))
     product = torch.randn(6, 6, dtype=torch.float64)
