@@ -139,6 +139,15 @@ def test_a_stack_of_keep_rates_equals_its_problems_alone():
         assert torch.allclose(together.loss[place // 2, seed], alone.loss, rtol=1e-10)
 
 
+def test_stacked_problems_that_share_a_target_keep_their_rates_apart():
+    rates = [torch.tensor([0.3, 0.8], dtype=torch.float64), torch.tensor([0.5, 0.9], dtype=torch.float64)]
+    phis, starts = target(2), factors()
+    problems = [DropoutFactorization(phi, rate) for phi, rate in zip(phis, rates, strict=True)]
+    losses = cd.stack_problems(problems).evaluate_factors(starts)[0]
+    for mine, problem in zip(losses, problems, strict=True):
+        torch.testing.assert_close(mine, problem.evaluate_factors(starts)[0])
+
+
 @pytest.mark.parametrize("batch", [0, 4])
 def test_auto_keeps_the_penalty_and_engines_that_see_the_product_alone_are_refused(batch):
     problem = DropoutFactorization(target(batch or 1) if batch else target(1)[0], 0.5)

@@ -91,6 +91,30 @@ def test_sensing_holds_the_operator_once():
     assert held == {operators.untyped_storage().data_ptr(), sensing.measurements.untyped_storage().data_ptr()}
 
 
+def test_targets_alone_may_make_a_stack_of_sensing_problems():
+    sensing, start = _problems()["sensing"], cd.orthogonal_factors((7, 5), 3, scale=0.3)
+    targets = torch.stack([sensing.target, 2 * sensing.target])
+    stack = cd.MatrixSensing(sensing.operators, sensing.measurements, targets)
+    assert stack.batch_shape == (2,)
+    history = cd.descend(stack, start, 0.1, 10)
+    for index, target in enumerate(targets):
+        alone = cd.descend(cd.MatrixSensing(sensing.operators, sensing.measurements, target), start, 0.1, 10)
+        torch.testing.assert_close(history.error[index], alone.error, rtol=1e-10, atol=0)
+
+
+def test_a_sensing_problem_without_a_target_takes_none_from_its_neighbours():
+    """Measurements (2, k) of one target each, so that the stack's leading dimension is not the target's."""
+    sensing = _problems((2,))["sensing"]
+    shared = cd.MatrixSensing(sensing.operators, sensing.measurements, sensing.target[0])
+    stack = cd.stack_problems([shared, cd.MatrixSensing(sensing.operators, sensing.measurements), sensing])
+    errors = stack.error(torch.zeros(3, 2, 7, 5, dtype=torch.float64))
+    assert torch.isnan(errors[1]).all()
+    torch.testing.assert_close(errors[[0, 2]], torch.ones(2, 2, dtype=torch.float64))
+    part = stack.select(torch.tensor([1, 4]), stack.batch_shape)
+    assert torch.equal(part.measurements, sensing.measurements[[1, 0]])
+    assert torch.equal(part.target, torch.stack([sensing.target[0], sensing.target[0]]))
+
+
 @pytest.mark.parametrize("kind", ["observed", "factorization", "sensing"])
 def test_select_equals_the_problem_alone(kind):
     stack = _problems((2, 3))[kind]

@@ -159,21 +159,22 @@ def expect_one_batch(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return whole
 
 
-def expect_measurements(operators: Tensor, measurements: Tensor, target: Tensor | None) -> None:
-    """Raise ValueError unless measurements and target are of the operators' sizes and kind."""
+def expect_measurements(operators: Tensor, measurements: Tensor, target: Tensor | None) -> tuple[int, ...]:
+    """Return the common batch shape; ValueError unless measurements and target are of the operators' sizes and kind."""
     told = f"(..., {operators.shape[0]}) of the operators' {operators.dtype} on {operators.device}"
     expect_tensor("measurements", measurements, told, (operators.dtype,), 1)
     if measurements.shape[-1] != operators.shape[0] or measurements.device != operators.device:
         found = f"{tuple(measurements.shape)} on {measurements.device}"
         raise ValueError(f"measurements have shape {found}, expected {told}")
+    batch = tuple(measurements.shape[:-1])
     if target is None:
-        return
+        return batch
     expect_matrix("target", target)
     if target.shape[-2:] != operators.shape[1:]:
         expected = f"(..., m, n) with {tuple(operators.shape[1:])}"
         raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected}")
     expect("device of target", target.device, target.device == operators.device, f"the operators', {operators.device}")
-    expect_one_batch({"measurements": tuple(measurements.shape[:-1]), "target": tuple(target.shape[:-2])})
+    return expect_one_batch({"measurements": batch, "target": tuple(target.shape[:-2])})
 
 
 def expect_values(values: Any) -> None:

@@ -86,8 +86,9 @@ class DropoutFactorization(DenseProblem):
     def stacked(self, problems: Sequence[Self]) -> DropoutFactorization:
         whole = copy.copy(self)
         whole.batch_shape = (len(problems), *self.batch_shape)
-        for name in ("target", "keep", "strength"):
-            setattr(whole, name, torch.stack([getattr(problem, name) for problem in problems]))
+        for name, inner in (("target", self.shape), ("keep", ()), ("strength", ())):
+            parts = [getattr(problem, name).expand((*self.batch_shape, *inner)) for problem in problems]
+            setattr(whole, name, torch.stack(parts))
         return whole
 
 

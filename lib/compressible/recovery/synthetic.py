@@ -235,8 +235,7 @@ def _entries_at(places: Tensor, left: Tensor, right: Tensor, shape: tuple[int, i
     for start in range(0, len(places), 2**20):  # the gathered factors of a part at a time
         part = slice(start, start + 2**20)
         values[part] = (left[indices[0, part]] * right[indices[1, part]]).sum(-1)
-    known = {"is_coalesced": True, "check_invariants": False}
-    return torch.sparse_coo_tensor(indices, values, shape, device="cpu", **known)
+    return torch.sparse_coo_tensor(indices, values, shape, device="cpu", is_coalesced=True, check_invariants=False)
 
 
 def _check_draw(
