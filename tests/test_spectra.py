@@ -142,3 +142,28 @@ def test_leading_share_is_of_squares_or_of_values():
     assert energy.isnan().tolist() == [False, True] and spectra.leading_share(values, 9)[0] == 1
     with pytest.raises(ValueError, match="count is 0"):
         spectra.leading_share(values, 0)
+
+
+@pytest.mark.parametrize(
+    "count", [spectra.stable_count, spectra.effective_count, lambda v: spectra.leading_share(v, 1)]
+)
+@pytest.mark.parametrize(("dtype", "scale"), [
+    (torch.uint8, 10), (torch.int64, 10**17), (torch.float16, 300), (torch.bfloat16, 1e30), (torch.float32, 1e30),
+    (torch.float32, 1e-30), (torch.float64, 1e200), (torch.float64, 1e-200), (torch.float64, 1e-308),
+])  # fmt: skip
+def test_counts_of_values_do_not_depend_on_their_scale_or_type(count, dtype, scale):
+    plain = torch.tensor([[4.0, 2.0, 1.0, 0.0], [0.0] * 4], dtype=torch.float64)
+    values = (plain.long() * scale if not dtype.is_floating_point else plain * scale).to(dtype)
+    precision = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-14}.get(dtype, 1e-6)
+    torch.testing.assert_close(count(values).double(), count(plain), rtol=precision, atol=0, equal_nan=True)
+
+
+def test_values_of_ordinary_size_count_to_the_last_bit_as_before():
+    values = torch.rand(50, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = values.sort(-1, descending=True).values * torch.logspace(-9, 9, 50, dtype=torch.float64)[:, None]
+    squares, shares = values.square(), values / values.sum(-1, keepdim=True)
+    assert torch.equal(spectra.stable_count(values), squares.sum(-1) / squares.amax(-1))
+    assert torch.equal(spectra.effective_count(values), torch.special.entr(shares).sum(-1).exp())
+    for power in (0.5, 1, 2, 3):
+        powers = values**power
+        assert torch.equal(spectra.leading_share(values, 2, power), powers[:, :2].sum(-1) / powers.sum(-1))

@@ -20,8 +20,8 @@ class MatrixSensing(DenseProblem):
     Args:
         operators: A (k, m, n), shared by all problems of a stack and kept once, as given.
         measurements: y (..., k); leading dimensions are a stack of problems.
-        target: X* (..., m, n), for the recovery error ||X - X*||_F / ||X*||_F alone; without it the error is NaN, also in
-            a stack with others that have one.
+        target: X* (..., m, n), for the recovery error ||X - X*||_F / ||X*||_F alone; without it the error is NaN, also
+            in a stack with others that have one.
 
     Raises:
         ValueError: where shapes, types or devices disagree, or a value is not finite.

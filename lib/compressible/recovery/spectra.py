@@ -198,8 +198,10 @@ def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
     expect_values(values)
     count = expect_integer("count", count, 1)
     power = expect_number("power", power, "a finite number > 0", above=0)
-    powers = values**power
-    return powers[..., :count].sum(-1) / powers.sum(-1)
+    shares = [part[..., :count].sum(-1) / part.sum(-1) for part in (_wide(values) ** power, _scaled(values) ** power)]
+    largest, limits = (_wide(values) ** power).amax(-1), torch.finfo(_wide(values).dtype)
+    held = (largest < limits.max / values.shape[-1]) & (largest > limits.tiny / limits.eps)
+    return _as_given(torch.where(held, *shares), values)
 
 
 def effective_count(values: Tensor) -> Tensor:
@@ -209,9 +211,10 @@ def effective_count(values: Tensor) -> Tensor:
     singular values.
     """
     expect_values(values)
-    total = values.sum(-1, keepdim=True)
-    shares = values / torch.where(total == 0, 1, total)
-    return torch.where(total[..., 0] == 0, 0, torch.special.entr(shares).sum(-1).exp())
+    scaled = _scaled(values)
+    total = scaled.sum(-1, keepdim=True)
+    shares = scaled / torch.where(total == 0, 1, total)
+    return _as_given(torch.where(total[..., 0] == 0, 0, torch.special.entr(shares).sum(-1).exp()), values)
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
@@ -243,9 +246,9 @@ def effective_rank(matrix: Tensor) -> Tensor:
 def stable_count(values: Tensor) -> Tensor:
     """Return the sum of squares of the values (..., k) >= 0 over the largest square; 0 where all are zero."""
     expect_values(values)
-    squares = values.square()
+    squares = _scaled(values).square()
     top = squares.amax(-1)
-    return squares.sum(-1) / torch.where(top == 0, 1, top)
+    return _as_given(squares.sum(-1) / torch.where(top == 0, 1, top), values)
 
 
 def stable_rank(matrix: Tensor) -> Tensor:
@@ -270,6 +273,23 @@ def stable_rank(matrix: Tensor) -> Tensor:
     """
     expect_finite_matrix("matrix", matrix)
     return stable_count(torch.linalg.svdvals(matrix))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Values in a precision that holds their powers: integers wrap, half types end at 65504 or have 3 digits."""
+    return values if values.dtype in PRECISIONS else values.double()
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """Values (..., k) over the power of two next above the largest, which changes no digit and keeps squares finite."""
+    wide = _wide(values)
+    top = wide.detach().amax(-1, keepdim=True)
+    mantissa, _ = torch.frexp(top)
+    return wide / torch.where(top == 0, 1, top / mantissa)
+
+
+def _as_given(count: Tensor, values: Tensor) -> Tensor:
+    return count.to(values.dtype if values.is_floating_point() else torch.get_default_dtype())
 
 
 def _farthest_sign(columns: Tensor) -> Tensor:
