@@ -119,6 +119,20 @@ def test_shared_target_and_separate_starts_broadcast():
     torch.testing.assert_close(stack.loss[2], alone.loss, rtol=1e-11, atol=0)
 
 
+@pytest.mark.parametrize(("step", "ratio"), [
+    (torch.tensor([16, 20], dtype=torch.uint8), torch.tensor([17, 14], dtype=torch.uint8)),
+    (torch.tensor([1, 2]), 0.1), (torch.tensor(2, dtype=torch.int8), torch.tensor([100, 90], dtype=torch.int8)),
+])  # fmt: skip
+def test_integers_are_step_sizes_like_any_number(step, ratio):
+    problem, g = _problem("factorization", (8, 8))
+    factors = cd.orthogonal_factors((8, 8), 3, scale=0.1, generator=g)
+    as_floats = [part.double() if isinstance(part, torch.Tensor) else part for part in (step, ratio)]
+    runs = []
+    for one, other in ((step, ratio), as_floats):
+        runs.append(cd.descend(problem, factors, one, 2, outer_ratio=other, engine="reference"))
+    assert torch.equal(runs[0].loss, runs[1].loss) and torch.equal(runs[0].factors[0], runs[1].factors[0])
+
+
 def test_records_snapshots_and_inputs():
     problem, g = _problem()
     factors = cd.orthogonal_factors((9, 7), 3, scale=0.4, generator=g)

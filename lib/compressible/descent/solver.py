@@ -40,6 +40,7 @@ class Solver:
         self.alive = torch.ones(self.size, dtype=torch.bool, device="cpu")  # and who of them has not stopped
         self.problem = _selected(problem, self.active, self.batch_shape) if self.batch_shape else problem
         flat = [_flatten(factor, self.batch_shape) for factor in factors]
+        step_size, outer_ratio = _exact(step_size), _exact(outer_ratio)
         outer = step_size * outer_ratio
         steps = [outer, *[step_size] * (len(flat) - 2), outer]
         self.rates = [_rate(step, self.problem, self.batch_shape) for step in steps]
@@ -154,6 +155,11 @@ def _selected(problem: Problem, index: Tensor, batch_shape: tuple[int, ...]) -> 
         got = f"got factors, step_size or outer_ratio of batch shape {batch_shape}"
         raise ValueError(f"problem {type(problem).__name__} takes no stack, {got}, expected ()")
     return problem.select(index, batch_shape)
+
+
+def _exact(value: float | Tensor) -> float | Tensor:
+    """Integers as float64: their products would wrap, and those with a number be rounded to float32."""
+    return value.double() if isinstance(value, Tensor) and not value.is_floating_point() else value
 
 
 def _rate(step: float | Tensor, problem: Problem, batch_shape: tuple[int, ...]) -> Rate:
