@@ -165,3 +165,28 @@ def test_another_surrogate_can_be_given():
     torch.testing.assert_close((small[-1] / 0.5) @ (small[-1] / 0.5).mT, left @ left.mT)
     with pytest.raises(ValueError, match="surrogate has shape"):
         cd.compress_spectral(problem, 2, surrogate=other.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("at", ["tiny", "max"])
+def test_a_scale_that_leaves_the_type_is_refused(dtype, at):
+    edge = getattr(torch.finfo(dtype), at)
+    beyond = edge * 2 if at == "max" else edge / 2
+    if math.isfinite(beyond):
+        with pytest.raises(ValueError, match=r"scale is .*, expected a number from .* which torch"):
+            cd.orthogonal_factors((8, 6), scale=beyond, dtype=dtype)
+    held = cd.orthogonal_factors((8, 6), scale=edge, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    assert all(bool(factor.isfinite().all() and factor.any()) for factor in held)
+
+
+def test_a_spectral_start_beyond_float32_is_refused_before_work():
+    problem = cd.MatrixFactorization(torch.eye(6))
+    with pytest.raises(ValueError, match=r"scale is 1e\+150, expected a number from 1.2e-38 to 3.4e\+38"):
+        cd.compress_spectral(problem, 2, scale=1e150)
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e150])
+def test_a_gradient_start_whose_scales_multiply_to_nothing_is_refused(scale):
+    problem = cd.MatrixFactorization(torch.eye(6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"scales whose product is 2\^-?149\d, expected a product from 2.2e-308"):
+        cd.compress_from_gradient(problem, cd.orthogonal_factors((6, 6), scale=scale), 2)

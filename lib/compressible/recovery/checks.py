@@ -85,6 +85,15 @@ def expect_depth(depth: Any, least: int = 2) -> int:
     return expect_integer("depth", depth, least, DEEPEST, f"an integer >= {least} and <= {DEEPEST}")
 
 
+def expect_scale(scale: Any, dtype: torch.dtype) -> float:
+    """Return eps > 0; ValueError where matrices of that scale would be 0 or infinite in their type, or lose digits."""
+    scale = expect_number("scale", scale, "a finite number > 0 (usually 1e-3 to 1)", above=0)
+    limits = torch.finfo(dtype)
+    told = f"a number from {limits.tiny:.2g} to {limits.max:.2g}, which {dtype} holds (usually 1e-3 to 1)"
+    expect("scale", scale, limits.tiny <= scale <= limits.max, told)
+    return scale
+
+
 def expect_rate(name: str, value: Any, positive: bool = True, single: bool = False) -> Any:
     """Return a finite number, or unless `single` a tensor of them, > 0 or else >= 0; ValueError for another."""
     many = "" if single else ", or a tensor of such, one for each problem"

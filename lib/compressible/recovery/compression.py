@@ -8,6 +8,7 @@ P2 the `width` k.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,11 +21,12 @@ from compressible.recovery.checks import (
     expect_matrix,
     expect_problem,
     expect_problems_factors,
+    expect_scale,
 )
 from compressible.recovery.factors import Factors, check_factors, product
 from compressible.recovery.problem_base import DenseProblem, Problem
 from compressible.recovery.truncated_svd import truncated_svd
-from compressible.runtime.checks import expect, expect_integer, expect_number, shown
+from compressible.runtime.checks import expect, expect_integer, shown
 from compressible.runtime.devices import without_autocast
 
 
@@ -51,7 +53,7 @@ def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: in
         outer_ratio = gamma < 1, since the outer ones are of unit scale.
 
     Raises:
-        ValueError: on another rank, width or start.
+        ValueError: on another rank, width or start, or where the product of the scales leaves the factors' type.
 
     Example:
         >>> import compressible as cd
@@ -72,6 +74,7 @@ def compress_from_gradient(problem: Problem, factors: Sequence[Tensor], rank: in
     scales = [orthogonal_scale(factor, f"W_{layer}") for layer, factor in enumerate(factors, 1)]
     if factors[0].shape[-2] != max(problem.shape):
         raise ValueError(f"width is {factors[0].shape[-2]}, expected max(m, n) = {max(problem.shape)}")
+    _check_product(scales)
     gradients, end_to_end = problem.factor_gradients(factors), product(factors)
     wide = problem.shape[0] > problem.shape[1]
     if wide:  # transpose the chain: W_L^T is its square first factor
@@ -137,9 +140,9 @@ def compress_spectral(
     most = min(problem.shape)
     width = expect_integer("width", width, 1, most, f"an integer with 1 <= width <= min(m, n) = {most}")
     depth = expect_depth(depth)
-    scale = expect_number("scale", scale, "a finite number > 0", above=0)
     surrogate = problem.surrogate() if surrogate is None else surrogate
     _check_surrogate(surrogate)
+    scale = expect_scale(scale, surrogate.dtype)
     if tuple(surrogate.shape[-2:]) != problem.shape:
         raise ValueError(f"surrogate has shape {tuple(surrogate.shape)}, expected (..., m, n) with {problem.shape}")
     left, right = _leading(surrogate, width)
@@ -183,6 +186,15 @@ def _check_surrogate(surrogate: Tensor) -> None:
         expect_matrix("surrogate", surrogate)
     elif surrogate.ndim != 2 or surrogate.dtype not in PRECISIONS:
         raise ValueError(f"surrogate has {described(surrogate)}, expected (m, n) in float32 or float64")
+
+
+def _check_product(scales: Sequence[Tensor]) -> None:
+    """Raise ValueError where eps_1 ... eps_L leaves the type: the product would be 0 or infinite, and V of nothing."""
+    least, most = torch.stack(scales).double().log2().sum(0).aminmax()
+    limits = torch.finfo(scales[0].dtype)
+    if not math.log2(limits.tiny) <= least.item() <= most.item() <= math.log2(limits.max):
+        told = f"a product from {limits.tiny:.2g} to {limits.max:.2g}, which {scales[0].dtype} holds"
+        raise ValueError(f"factors have scales whose product is 2^{least.item():.0f}, expected {told}")
 
 
 def _check_guess(problem: Problem, rank: int) -> int:

@@ -19,13 +19,13 @@ from compressible.recovery.checks import (
     expect_dtype,
     expect_entries,
     expect_factors,
+    expect_scale,
 )
 from compressible.runtime.checks import (
     expect,
     expect_batch_shape,
     expect_generator,
     expect_integer,
-    expect_number,
     expect_shape,
 )
 
@@ -70,11 +70,11 @@ def orthogonal_factors(
     m, n = expect_shape(shape)
     width = max(m, n) if width is None else width
     depth, width = expect_depth(depth), expect_integer("width", width, 1)
-    scale = expect_number("scale", scale, "a finite number > 0 (usually 1e-3 to 1)", above=0)
     batch_shape = expect_batch_shape(batch_shape)
     expect_entries("batch_shape, depth, shape and width", (*batch_shape, depth, max(m, width), max(n, width)))
     expect_generator(generator)
     expect_dtype("dtype", dtype, FLOATING)
+    scale = expect_scale(scale, dtype)
     expect_device(device)
     sizes = [n, *[width] * (depth - 1), m]
     orthogonal = [_orthogonal(*batch_shape, rows, cols, generator=generator) for cols, rows in pairwise(sizes)]
