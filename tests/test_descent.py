@@ -363,6 +363,21 @@ def test_an_own_sparse_loss_goes_to_the_reference():
     torch.testing.assert_close(2 * half.loss, whole.loss, rtol=1e-10, atol=0)
 
 
+def test_a_problem_that_derives_from_none_goes_to_the_reference():
+    inner, g = _problem("factorization")
+
+    class Own:
+        shape, batch_shape, dtype, device = inner.shape, (), inner.dtype, inner.device
+        evaluate_factors, factor_gradients = inner.evaluate_factors, inner.factor_gradients
+
+    factors = cd.orthogonal_factors((9, 7), 3, scale=0.5, generator=g)
+    found, expected = (cd.descend(problem, factors, 1.0, 20, engine="auto") for problem in (Own(), inner))
+    assert found.engine == "reference"
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="engine is 'fused', expected"):
+        cd.descend(Own(), factors, 1.0, 20, engine="fused")
+
+
 def test_a_loss_that_no_record_would_show_is_refused():
     class Doubled(cd.MatrixFactorization):
         def loss(self, product):

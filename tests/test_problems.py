@@ -91,6 +91,24 @@ def test_sensing_holds_the_operator_once():
     assert held == {operators.untyped_storage().data_ptr(), sensing.measurements.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize("kind", ["observed", "factorization", "sensing"])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 1), (5, 7), (2, 7, 5)])
+def test_a_product_of_another_shape_is_refused(kind, shape):
+    problem, product = _problems((3,))[kind], torch.zeros(shape, dtype=torch.float64)
+    for look in (problem.loss, problem.error):
+        with pytest.raises(ValueError, match=r"shape of product is|batch shape of product is"):
+            look(product)
+    assert problem.loss(torch.zeros(4, 1, 7, 5, dtype=torch.float64)).shape == (4, 3)
+
+
+@pytest.mark.parametrize("kind", ["observed", "factorization", "sensing"])
+def test_a_surrogate_is_the_callers_to_write_into(kind):
+    problem, point = _problems()[kind], torch.ones(7, 5, dtype=torch.float64)
+    before = problem.loss(point)
+    problem.surrogate().zero_()
+    assert problem.loss(point) == before and bool(problem.surrogate().any())
+
+
 def test_targets_alone_may_make_a_stack_of_sensing_problems():
     sensing, start = _problems()["sensing"], cd.orthogonal_factors((7, 5), 3, scale=0.3)
     targets = torch.stack([sensing.target, 2 * sensing.target])

@@ -142,6 +142,30 @@ def test_bad_entries_are_refused_with_the_value():
         cd.descend(cd.SparseCompletion(one), factors, 1.0, 1)
 
 
+def test_entries_that_are_observed_and_hidden_are_refused():
+    places = torch.tensor([[0, 2, 2], [1, 0, 3]])
+    seen = torch.sparse_coo_tensor(places, torch.ones(3), (3, 4))
+    hidden = torch.sparse_coo_tensor(torch.tensor([[0, 2, 1], [2, 3, 0]]), torch.ones(3), (3, 4))
+    with pytest.raises(ValueError, match=r"hidden has entry \(2, 3\), which is observed"):
+        cd.SparseCompletion(seen, hidden)
+    apart = torch.sparse_coo_tensor(torch.tensor([[0, 2, 1], [2, 1, 3]]), torch.ones(3), (3, 4))
+    assert len(cd.SparseCompletion(seen, apart).unseen) == 3
+
+
+@pytest.mark.parametrize("place", [(3, 0), (-1, 2), (0, 4), (1, -5)])
+def test_entries_outside_of_the_matrix_are_refused(place):
+    at = torch.tensor(place)[:, None]
+    odd = torch.sparse_coo_tensor(at, torch.ones(1), (3, 4), check_invariants=False)
+    with pytest.raises(ValueError, match=rf"observed has an entry at \({place[0]}, {place[1]}\), expected .* \(3, 4\)"):
+        cd.SparseCompletion(odd)
+
+
+def test_rows_that_are_dense_are_refused():
+    hybrid = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.ones(2, 4), (3, 4))
+    with pytest.raises(ValueError, match="of 2 dimensions, 1 of them dense, expected a two-dimensional sparse"):
+        cd.SparseCompletion(hybrid)
+
+
 def test_the_spectral_start_is_the_dense_one():
     dense, sparse, _ = _pair(40, 30, 0.5)
     expected, found = (cd.compress_spectral(problem, 4, 3, 0.1) for problem in (dense, sparse))

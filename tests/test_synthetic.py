@@ -5,7 +5,7 @@ import torch
 
 import compressible as cd
 from compressible.recovery import als
-from compressible.recovery.synthetic import inclusion_probability
+from compressible.recovery.synthetic import _floor, inclusion_probability
 
 
 def test_weighted_mask_prefers_the_heavy_entries_and_keeps_the_count():
@@ -104,3 +104,22 @@ def test_a_default_device_of_the_caller_moves_nothing():
         torch.set_default_device(None)
     assert all(part.device.type == "cpu" for part in found)
     assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("observed", [0.07, 0.29, 0.57, 0.58, 0.3, 1.0])
+def test_the_count_of_a_decimal_fraction_is_exact_at_any_size(observed):
+    for size in (100, 10**4, 10**6, 10**8, 10**10):
+        assert _floor(observed * size) == round(observed * 100) * size // 100
+    assert _floor(0.5 * 9) == 4 and _floor(1 / 3 * 9) == 3 and _floor(0.999999 * 10**5) == 99999
+
+
+def test_only_the_proportions_of_weights_count():
+    weights = torch.rand(12, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
+    for power in (2.0**-1030, 2.0**900):  # below 2.2e-308 a weight has fewer digits
+        plain = (weights * power) / power
+        drawn = [
+            cd.random_mask((12, 10), 0.3, (4,), torch.Generator().manual_seed(2), weights=each)
+            for each in (plain, weights * power)
+        ]
+        assert torch.equal(*drawn)
+        assert torch.equal(inclusion_probability(plain, 0.3), inclusion_probability(weights * power, 0.3))

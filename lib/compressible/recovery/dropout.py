@@ -74,7 +74,7 @@ class DropoutFactorization(DenseProblem):
         raise NotImplementedError(_NOT_OF_THE_PRODUCT)
 
     def surrogate(self) -> Tensor:
-        return self.target
+        return self.target.clone()
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> DropoutFactorization:
         part = copy.copy(self)  # the constructor would wait for a GPU to look at all once more

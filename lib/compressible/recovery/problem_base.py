@@ -9,7 +9,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from compressible.recovery.checks import expect_matrix, expect_problem
+from compressible.recovery.checks import check_tensor, expect_matrix, expect_one_batch, expect_problem
 from compressible.recovery.factors import multiply
 from compressible.runtime.checks import expect
 
@@ -85,11 +85,19 @@ class DenseProblem(Problem):
 
     def loss(self, product: Tensor) -> Tensor:
         """Return the training loss (...) at X = `product` (..., m, n)."""
-        return self.evaluate(product)[0]
+        return self.evaluate(self._checked(product))[0]
 
     def error(self, product: Tensor) -> Tensor:
         """Return the recovery error (...) at X = `product` (..., m, n)."""
-        return self.evaluate(product)[1]
+        return self.evaluate(self._checked(product))[1]
+
+    def _checked(self, product: Tensor) -> Tensor:
+        """The product, where its shape is the problem's; one that broadcasts would be compared with all of it."""
+        check_tensor("product", product)
+        told = f"(..., m, n) with {self.shape}"
+        expect("shape of product", tuple(product.shape), tuple(product.shape[-2:]) == tuple(self.shape), told)
+        expect_one_batch({"problem": tuple(self.batch_shape), "product": tuple(product.shape[:-2])})
+        return product
 
     def _adopt(self, matrix: Tensor, name: str) -> None:
         """Take shape, batch shape, type and device from a matrix (..., m, n)."""

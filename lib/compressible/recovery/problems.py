@@ -161,7 +161,7 @@ class MatrixFactorization(DenseProblem):
         return loss, loss
 
     def surrogate(self) -> Tensor:
-        return self.target
+        return self.target.clone()  # its own, which the caller may write into
 
     def select(self, index: Tensor, batch_shape: tuple[int, ...]) -> MatrixFactorization:
         part = copy.copy(self)  # of the same class, whose loss may be its own

@@ -80,8 +80,8 @@ class SparseCompletion(Problem):
             taken where a dtype is given.
 
     Raises:
-        ValueError: on shapes that differ, entries given twice, values that are not finite or of another type, or
-            nothing observed.
+        ValueError: on shapes that differ, entries given twice, observed and hidden at once or outside of the shape,
+            values that are not finite or of another type, or nothing observed.
 
     Example:
         >>> import scipy.sparse, torch, compressible as cd
@@ -112,6 +112,8 @@ class SparseCompletion(Problem):
             raise ValueError(f"hidden has shape {self.unseen.shape}, expected that of observed, {self.seen.shape}")
         if not len(self.seen):
             raise ValueError("observed holds no entry at all, expected at least one")
+        if self.unseen is not None:
+            _expect_apart(self.seen, self.unseen)
         self.shape = self.seen.shape
         self.dtype, self.device = self.seen.rows.values.dtype, self.seen.rows.values.device
 
@@ -151,6 +153,12 @@ def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torc
     device = values.device if device is None else device
     values = values.detach().to(device, dtype or values.dtype)
     rows, columns = rows.to(device, torch.int64), columns.to(device, torch.int64)
+    outside = ((rows < 0) | (rows >= shape[0]) | (columns < 0) | (columns >= shape[1])).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        raise ValueError(
+            f"{name} has an entry at ({int(rows[at])}, {int(columns[at])}), expected one inside of {shape}"
+        )
     if not bool(torch.isfinite(values).all()):
         bad = values[~torch.isfinite(values)][0].item()
         raise ValueError(f"{name} holds the value {bad}, expected finite entries")
@@ -165,8 +173,19 @@ def read_entries(matrix: Any, name: str, dtype: torch.dtype | None, device: torc
     return Entries(shape, Side(_pointers(rows, shape[0]), columns.int(), values), by_columns, order)
 
 
+def _expect_apart(seen: Entries, unseen: Entries) -> None:
+    """Raise ValueError where an entry is observed and hidden: the error would be that of what is fitted."""
+    places = [entries.rows.lines() * entries.shape[1] + entries.rows.indices for entries in (seen, unseen)]  # ascending
+    nearest = torch.searchsorted(places[0], places[1]).clamp(max=len(seen) - 1)
+    both = places[1][places[0][nearest] == places[1]]
+    if len(both):
+        row, column = divmod(int(both[0]), seen.shape[1])
+        raise ValueError(f"hidden has entry ({row}, {column}), which is observed, expected other entries")
+
+
 def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
-    if isinstance(matrix, Tensor) and matrix.layout in (torch.sparse_coo, torch.sparse_csr) and matrix.ndim == 2:
+    sparse = isinstance(matrix, Tensor) and matrix.layout in (torch.sparse_coo, torch.sparse_csr) and matrix.ndim == 2
+    if sparse and (matrix.layout is torch.sparse_csr or matrix.dense_dim() == 0):
         coo = matrix if matrix.layout is torch.sparse_coo else matrix.to_sparse_coo()
         indices = coo._indices()
         return indices[0], indices[1], coo._values(), (matrix.shape[0], matrix.shape[1])
@@ -181,6 +200,7 @@ def _triplets(matrix: Any, name: str) -> tuple[Tensor, Tensor, Tensor, tuple[int
         return rows, columns, values, (int(matrix.shape[0]), int(matrix.shape[1]))
     kind = f"{type(matrix).__name__} {getattr(matrix, 'layout', '')}".strip()
     dims = f" of {matrix.ndim} dimensions" if hasattr(matrix, "ndim") else ""
+    dims += f", {matrix.dense_dim()} of them dense" if sparse else ""
     raise ValueError(
         f"{name} is {kind}{dims}, expected a two-dimensional sparse COO or CSR tensor or scipy.sparse matrix"
     )

@@ -105,7 +105,7 @@ def random_mask(
     batch_shape = expect_batch_shape(batch_shape)
     _check_draw((*batch_shape, size), generator, dtype, device, (*REAL, torch.bool))
     fraction = is_number(observed, above=0) and observed <= 1
-    count = math.floor(observed * size + 1e-9) if fraction else 0  # 0.3 * 100 is 29.999...
+    count = _floor(observed * size) if fraction else 0
     expect("observed", observed, count >= 1, "a fraction in (0, 1] that leaves at least one entry")
     keys = torch.rand(*batch_shape, size, generator=generator, dtype=torch.float64, device="cpu")
     if weights is not None:  # the smallest of exponential clocks with these rates
@@ -218,6 +218,11 @@ def gaussian_operators(
     return gaussian.div_(count).to(dtype=dtype, device=device)
 
 
+def _floor(count: float) -> int:
+    """The floor of p m n, which is rounded: 0.3 * 100 is 29.999..., and 0.29 * 10^8 is short by more than 1e-9."""
+    return math.floor(count + max(1e-9, 2 * math.ulp(count)))
+
+
 def _distinct(size: int, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` distinct numbers below `size`, uniform and in random order; memory of the order of `count`."""
     if 2 * count >= size:
@@ -257,4 +262,6 @@ def _check_weights(weights: Tensor, shape: Sequence[int] | None = None) -> Tenso
     if tuple(weights.shape) != tuple(shape) or not bool((torch.isfinite(weights) & (weights > 0)).all()):
         least = weights.min().item() if weights.numel() else math.nan
         raise ValueError(f"weights have shape {tuple(weights.shape)} and minimum {least}, expected {shape} and > 0")
-    return weights.detach().to("cpu", torch.float64).flatten()
+    rates = weights.detach().to("cpu", torch.float64).flatten()
+    mantissa, _ = torch.frexp(rates.max())
+    return rates / (rates.max() / mantissa)  # by a power of two, so that no clock of small weights overflows
