@@ -150,6 +150,21 @@ def test_layers_that_the_loss_does_not_reach_get_no_gradient_and_parts_go_back_o
         torch.testing.assert_close(factor.grad, gradient)
 
 
+def test_products_to_which_no_gradient_comes_back_pass_none_on():
+    class Silent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *products: Tensor) -> Tensor:
+            return sum(products)
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+            return None, None
+
+    chains = [[torch.randn(4, 4, requires_grad=True) for _ in range(5)] for _ in range(2)]
+    Silent.apply(*inner_products(chains)).sum().backward()
+    assert all(factor.grad is None for chain in chains for factor in chain)
+
+
 def test_gradients_of_gradients_are_those_of_plain_products():
     torch.manual_seed(0)
     chains = [[torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(5)] for _ in range(2)]

@@ -5,6 +5,7 @@ import torch
 
 import compressible as cd
 from compressible.recovery.compression import invariant_directions, orthogonal_scale
+from compressible.recovery.theory import dropout, edges, masking, shrinkage
 from compressible.recovery.theory import invariants as theory
 
 SIZE, RANK, STEPS = 18, 2, 400
@@ -168,3 +169,38 @@ def test_escape_time_is_the_leading_order_of_the_recursion(depth):
 def test_escape_time_needs_a_start_below_the_value():
     with pytest.raises(ValueError, match="scale is 2"):
         theory.escape_time(1.0, 3, 2.0, 0.1)
+
+
+PHI, COVARIANCE = torch.eye(4, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+CLOSED_FORMS = {
+    "soft_thresholded_svd": lambda matrix: shrinkage.soft_thresholded_svd(matrix, 2, 0.1),
+    "least_objective": lambda matrix: shrinkage.least_objective(matrix, 2, 0.1),
+    "violation of a matrix": lambda matrix: shrinkage.subgradient_violation(matrix, PHI, 0.1),
+    "violation of a target": lambda matrix: shrinkage.subgradient_violation(PHI, matrix, 0.1),
+    "least_penalty": lambda matrix: dropout.least_penalty(matrix, 6),
+    "equalised_factors": lambda matrix: dropout.equalised_factors(matrix, 6),
+    "squared_nuclear_shrinkage": lambda matrix: dropout.squared_nuclear_shrinkage(matrix, 0.1),
+    "best_map": lambda matrix: masking.best_map(matrix, 0.5),
+    "middle_bases": lambda matrix: edges.middle_bases(matrix, [COVARIANCE] * 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+@pytest.mark.parametrize("odd", ["text", torch.eye(6).long(), torch.full((4, 6), torch.nan), torch.ones(6), None])
+def test_closed_forms_name_a_matrix_that_is_none(name, odd):
+    with pytest.raises(ValueError, match=r"(matrix|target|moments) (is|has|holds)|type of (matrix|target|moments) is"):
+        CLOSED_FORMS[name](odd)
+
+
+@pytest.mark.parametrize("rank", [1.5, 0, "2", None, True, float("nan")])
+@pytest.mark.parametrize("form", [
+    lambda rank: shrinkage.soft_thresholded_svd(PHI, rank, 0.1),
+    lambda rank: shrinkage.least_objective(PHI, rank, 0.1),
+    lambda rank: masking.best_map(COVARIANCE, 0.5, rank if rank is not None else 0),
+    lambda rank: edges.middle_bases(COVARIANCE, [COVARIANCE] * 3, rank),
+    lambda rank: dropout.scaled_keep_rate(0.5, rank),
+    lambda rank: dropout.least_penalty(PHI, rank),
+])  # fmt: skip
+def test_closed_forms_count_no_parts_of_a_direction(form, rank):
+    with pytest.raises(ValueError, match=r"(rank|width) is"):
+        form(rank)

@@ -93,6 +93,8 @@ class DenseProblem(Problem):
 
     def _checked(self, product: Tensor) -> Tensor:
         """The product, where its shape is the problem's; one that broadcasts would be compared with all of it."""
+        if isinstance(product, Tensor) and product.shape == (*self.batch_shape, *self.shape):
+            return product
         check_tensor("product", product)
         told = f"(..., m, n) with {self.shape}"
         expect("shape of product", tuple(product.shape), tuple(product.shape[-2:]) == tuple(self.shape), told)

@@ -69,6 +69,8 @@ class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         reached = [place for place, grad in enumerate(grads) if grad is not None]
+        if not reached:  # what is downstream gave no gradient to any
+            return (None,) * (1 + len(grads) * ctx.stack.shape[1])
         if torch.is_grad_enabled():  # gradients that can be differentiated again
             return None, *_chains_again(ctx.saved_tensors, ctx.stack.shape[1], grads)
         depth, rows = ctx.stack.shape[1], slice(None) if len(reached) == len(grads) else reached

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compressible.recovery.checks import expect_finite_matrix
 from compressible.recovery.factors import Factors, product
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, expect_integer
 
 
 def strength(keep: float | Tensor) -> float | Tensor:
@@ -72,7 +73,9 @@ def least_penalty(matrix: Tensor, width: int) -> Tensor:
     By Cauchy and Schwarz no factors have less, and `equalised_factors` have as much. Raises ValueError where the width
     h is too small for some product of this shape.
     """
-    expect("width", width, width >= min(matrix.shape[-2:]), f"at least min(m, n) = {min(matrix.shape[-2:])}")
+    expect_finite_matrix("matrix", matrix)
+    least = min(matrix.shape[-2:])
+    width = expect_integer("width", width, least, told=f"an integer and at least min(m, n) = {least}")
     return torch.linalg.svdvals(matrix).sum(-1).square() / width
 
 
@@ -163,6 +166,7 @@ def squared_nuclear_shrinkage(target: Tensor, weight: float | Tensor) -> Tensor:
     Reference:
         P3, Example 4.1; Cavazza et al. (2018), Theorem 3 (data-dependent thresholding).
     """
+    expect_finite_matrix("target", target)
     left, values, right = torch.linalg.svd(target, full_matrices=False)
     level = squared_nuclear_threshold(values, weight)[..., None]
     return (left * (values - level).clamp(min=0)[..., None, :]) @ right
@@ -174,7 +178,7 @@ def scaled_keep_rate(base: float, width: int) -> float:
     `base` is p in (0, 1], the keep rate of a single unit. Raises ValueError on another p or a width below 1.
     """
     expect("base", base, 0 < base <= 1, "a keep rate in (0, 1]")
-    expect("width", width, width >= 1, "an integer >= 1")
+    width = expect_integer("width", width, 1)
     return base / (width - (width - 1) * base)
 
 

@@ -14,7 +14,9 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from compressible.recovery.checks import expect_finite_matrix
 from compressible.recovery.factors import product
+from compressible.runtime.checks import is_integer
 
 
 def middle_bases(target: Tensor, factors: Sequence[Tensor], rank: int) -> list[Tensor]:
@@ -45,9 +47,11 @@ def middle_bases(target: Tensor, factors: Sequence[Tensor], rank: int) -> list[T
     Reference:
         P1, Theorem 2.1; the null spaces are those of G = (W_L...W_2)^T Phi and of G^T W_1.
     """
+    expect_finite_matrix("target", target)
     rows, columns = target.shape[-2:]
-    if not 1 <= rank < columns / 2 or rows > columns:
-        raise ValueError(f"rank is {rank} and shape {(rows, columns)}, expected 1 <= rank < n / 2 and m <= n")
+    if not is_integer(rank) or not 1 <= rank < columns / 2 or rows > columns:
+        told = "expected an integer with 1 <= rank < n / 2, and m <= n"
+        raise ValueError(f"rank is {rank} and shape {(rows, columns)}, {told}")
     left, _, right = torch.linalg.svd(target, full_matrices=False)
     moved = [right[..., :rank, :].mT, product(factors).mT @ left[..., :rank]]
     scales = [torch.linalg.matrix_norm(factor, ord=2)[..., None, None] for factor in factors]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressible.runtime.checks import expect
+from compressible.recovery.checks import expect_finite_matrix
+from compressible.runtime.checks import expect, expect_integer
 
 
 def penalty(mask_rate: float | Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def best_map(moments: Tensor, mask_rate: float | Tensor, rank: int | None = None
         V (..., d, d). W = V / (1 - q) is what papers write: theta X X^T (theta^2 X X^T + theta (1 - theta) D)^-1.
 
     Raises:
-        ValueError: For a mask rate outside [0, 1) or a rank below 1.
+        ValueError: For a mask rate outside [0, 1), a rank that is no integer >= 1, or moments that are not finite.
 
     Example:
         >>> import torch
@@ -79,7 +80,8 @@ def best_map(moments: Tensor, mask_rate: float | Tensor, rank: int | None = None
     Reference:
         P3, Example 4.2.
     """
-    expect("rank", rank, rank is None or rank >= 1, "None or at least 1")
+    rank = None if rank is None else expect_integer("rank", rank, 1, told="None or an integer >= 1")
+    expect_finite_matrix("moments", moments)
     total = moments + penalty(mask_rate).to(moments)[..., None, None] * torch.diag_embed(_diagonal(moments))
     if rank is None:
         return torch.linalg.solve(total, moments).mT

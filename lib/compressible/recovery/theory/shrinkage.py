@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from compressible.recovery.checks import expect_finite_matrix
 from compressible.recovery.factors import product
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, expect_integer
 
 
 def threshold(fit: float, decay: float) -> float:
@@ -42,7 +43,7 @@ def soft_thresholded_svd(target: Tensor, rank: int, decay: float | Tensor) -> Te
         The product (..., m, n); for mu = 0 the best approximation of rank r (Eckart and Young).
 
     Raises:
-        ValueError: on a rank below 1 or a negative mu.
+        ValueError: on a rank that is no integer >= 1, a negative mu, or a target that is no finite matrix.
 
     Example:
         >>> import torch
@@ -53,6 +54,7 @@ def soft_thresholded_svd(target: Tensor, rank: int, decay: float | Tensor) -> Te
     Reference:
         P3, Theorem 1.
     """
+    expect_finite_matrix("target", target)
     left, values, right = torch.linalg.svd(target, full_matrices=False)
     return (left * _shrunk(values, rank, decay)[..., None, :]) @ right
 
@@ -63,6 +65,7 @@ def least_objective(target: Tensor, rank: int, decay: float | Tensor) -> Tensor:
     A value that is kept, sigma > mu among the r largest, costs mu sigma - mu^2 / 2, any other sigma^2 / 2. Raises
     ValueError on a rank below 1 or a negative mu.
     """
+    expect_finite_matrix("target", target)
     values = torch.linalg.svdvals(target)
     kept = _shrunk(values, rank, decay) > 0
     mu = torch.as_tensor(decay, dtype=values.dtype, device=values.device)[..., None]
@@ -126,6 +129,8 @@ def subgradient_violation(matrix: Tensor, target: Tensor, decay: float, toleranc
         P3, Theorem 1 by way of the nuclear norm; the subdifferential is Watson's (1992).
     """
     expect("decay", decay, decay > 0, "a number > 0")
+    for name, given in (("matrix", matrix), ("target", target)):
+        expect_finite_matrix(name, given)
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     support = (values > tolerance).to(matrix.dtype)
     left, right = left * support[..., None, :], right * support[..., :, None]
@@ -138,7 +143,7 @@ def subgradient_violation(matrix: Tensor, target: Tensor, decay: float, toleranc
 
 def _shrunk(values: Tensor, rank: int, decay: float | Tensor) -> Tensor:
     """(sigma_i - mu)_+ for the `rank` largest of descending values (..., q), zero for the others."""
-    expect("rank", rank, rank >= 1, "an integer >= 1")
+    rank = expect_integer("rank", rank, 1)
     mu = torch.as_tensor(decay, dtype=values.dtype, device=values.device)
     expect("decay", decay, bool((mu >= 0).all()), "numbers >= 0")
     shrunk = (values - mu[..., None]).clamp(min=0)
