@@ -102,6 +102,11 @@ def sparse() -> cd.SparseCompletion:
     return cd.SparseCompletion(observed())
 
 
+def off_diagonal() -> Tensor:
+    """Entries apart from those of the sparse value in `ODD`."""
+    return (target() * (1 - torch.eye(6, 5))).to_sparse()
+
+
 def observed() -> Any:
     return scipy.sparse.coo_array((target() * mask()).numpy())
 
@@ -156,7 +161,7 @@ CORE: dict[str, tuple[Callable[..., Any], dict[str, Callable[[], Any]], dict[str
     ),
     "SparseCompletion": (
         cd.SparseCompletion,
-        {"observed": observed},
+        {"observed": off_diagonal},
         {"observed": {"sparse"}, "hidden": {"none", "sparse"}, "dtype": {"none"}, "device": {"none"}},
     ),
     "stack_problems": (cd.stack_problems, {"problems": lambda: [problem()] * 2}, {"problems": set()}),

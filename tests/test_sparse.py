@@ -144,11 +144,13 @@ def test_bad_entries_are_refused_with_the_value():
 
 def test_entries_that_are_observed_and_hidden_are_refused():
     places = torch.tensor([[0, 2, 2], [1, 0, 3]])
-    seen = torch.sparse_coo_tensor(places, torch.ones(3), (3, 4))
-    hidden = torch.sparse_coo_tensor(torch.tensor([[0, 2, 1], [2, 3, 0]]), torch.ones(3), (3, 4))
+    seen = torch.sparse_coo_tensor(places, torch.ones(3), (3, 4), check_invariants=True)
+    hidden, apart = (
+        torch.sparse_coo_tensor(torch.tensor(others), torch.ones(3), (3, 4), check_invariants=True)
+        for others in ([[0, 2, 1], [2, 3, 0]], [[0, 2, 1], [2, 1, 3]])
+    )
     with pytest.raises(ValueError, match=r"hidden has entry \(2, 3\), which is observed"):
         cd.SparseCompletion(seen, hidden)
-    apart = torch.sparse_coo_tensor(torch.tensor([[0, 2, 1], [2, 1, 3]]), torch.ones(3), (3, 4))
     assert len(cd.SparseCompletion(seen, apart).unseen) == 3
 
 
@@ -161,7 +163,7 @@ def test_entries_outside_of_the_matrix_are_refused(place):
 
 
 def test_rows_that_are_dense_are_refused():
-    hybrid = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.ones(2, 4), (3, 4))
+    hybrid = torch.sparse_coo_tensor(torch.tensor([[0, 2]]), torch.ones(2, 4), (3, 4), check_invariants=True)
     with pytest.raises(ValueError, match="of 2 dimensions, 1 of them dense, expected a two-dimensional sparse"):
         cd.SparseCompletion(hybrid)
 

@@ -188,7 +188,7 @@ def _check_surrogate(surrogate: Tensor) -> None:
         raise ValueError(f"surrogate has {described(surrogate)}, expected (m, n) in float32 or float64")
 
 
-def _check_product(scales: Sequence[Tensor]) -> None:
+def _check_product(scales: list[Tensor]) -> None:
     """Raise ValueError where eps_1 ... eps_L leaves the type: the product would be 0 or infinite, and V of nothing."""
     least, most = torch.stack(scales).double().log2().sum(0).aminmax()
     limits = torch.finfo(scales[0].dtype)

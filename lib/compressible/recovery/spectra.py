@@ -198,10 +198,11 @@ def leading_share(values: Tensor, count: int, power: float = 2) -> Tensor:
     expect_values(values)
     count = expect_integer("count", count, 1)
     power = expect_number("power", power, "a finite number > 0", above=0)
-    shares = [part[..., :count].sum(-1) / part.sum(-1) for part in (_wide(values) ** power, _scaled(values) ** power)]
-    largest, limits = (_wide(values) ** power).amax(-1), torch.finfo(_wide(values).dtype)
-    held = (largest < limits.max / values.shape[-1]) & (largest > limits.tiny / limits.eps)
-    return _as_given(torch.where(held, *shares), values)
+    plain, scaled = _wide(values) ** power, _scaled(values) ** power
+    largest, limits = plain.amax(-1), torch.finfo(plain.dtype)
+    held = (largest < limits.max / values.shape[-1]) & (largest > limits.tiny / limits.eps)  # else powers lost digits
+    shares = (powers[..., :count].sum(-1) / powers.sum(-1) for powers in (plain, scaled))
+    return _as_given(torch.where(held, next(shares), next(shares)), values)
 
 
 def effective_count(values: Tensor) -> Tensor:
