@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from compressible.networks import models, side_by_side, training
+from compressible.networks import losses, models, side_by_side, training
 from compressible.networks.batches import PADDING, Draws, crop_and_flip
 from compressible.networks.factorize import factorize
 from compressible.networks.layers import outer_factors, weight_matrix
@@ -324,6 +324,8 @@ def test_bfloat16_trains_the_same_network_with_fewer_digits():
         ({"augment": "crop_and_flip"}, "expected None without batches of images"),
         ({"momentum": 1.0}, "momentum is 1.0, expected a number >= 0 and < 1"),
         ({"weight_decay": {"body.inpt.*": 0.1}}, "'body.inpt.*', which matches no trained parameter; the closest is"),
+        ({"weight_decay": {"[": 0.1}}, r"weight_decay names '\[', expected a regular expression: unterminated"),
+        ({"weight_decay": {3: 0.1}}, "type of a name in weight_decay is 'int', expected a regular expression"),
         ({"outer_ratio": -1.0}, "outer_ratio is -1.0"),
         ({"warmup": 5}, "warmup is 5, expected an integer from 0 to below steps = 5"),
         ({"snapshots": [6]}, r"snapshots is \[6\], expected steps from 0 to 5"),
@@ -336,6 +338,51 @@ def test_train_refuses_what_cannot_be_done(arguments, message):
     options = {"learning_rates": [0.1, 0.1], "steps": 5} | arguments
     with pytest.raises(ValueError, match=message):
         train(networks(2), examples(), **options)
+
+
+CLASSES = torch.arange(96) % 4
+
+
+@pytest.mark.parametrize(
+    "loss, targets, message",
+    [
+        ("squared", CLASSES + 1, r"least and largest of targets of test_set is \(1, 4\), expected from 0 to 3"),
+        ("squared", CLASSES - 1, r"is \(-1, 2\), expected from 0 to 3"),
+        ("squared", CLASSES[:, None], r"expected \(N,\) class numbers in int64, or floating-point numbers"),
+        ("squared", CLASSES[:, None].float(), r"is \(96, 1\), expected \('N', 4\), as the outputs"),
+        ("squared", CLASSES.float(), r"shape of targets of test_set is \(96,\), expected \('N', 4\)"),
+        ("cross_entropy", CLASSES + 1, r"is \(1, 4\), expected from 0 to 3"),
+        ("cross_entropy", CLASSES[:, None], r"kind of targets of test_set .* expected \(N,\) class numbers in int64"),
+        ("cross_entropy", functional.one_hot(CLASSES).float(), r"expected \(N,\) class numbers in int64"),
+        ("cross_entropy", CLASSES.int(), r"expected \(N,\) class numbers in int64"),
+    ],
+)
+def test_train_refuses_targets_that_the_loss_cannot_hold_against_outputs(loss, targets, message):
+    good, bad = examples(), Examples(examples().inputs, targets)
+    options = {"learning_rates": [0.1, 0.1], "steps": 1, "loss": loss, "device": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        train(networks(2), good, bad, **options)
+    with pytest.raises(ValueError, match=message.replace("test_set", "train_set")):
+        train(networks(2), bad, batch_size=16, **options)
+
+
+@pytest.mark.parametrize("targets", [torch.ones(5, 1), torch.ones(1, 4), torch.ones(4), CLASSES[:5, None], CLASSES[0]])
+def test_the_squared_loss_broadcasts_no_targets(targets):
+    with pytest.raises(ValueError, match=r"shape of targets is .*, expected \(5,.*\), by the outputs"):
+        losses.squared(torch.ones(5, 4), targets)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("batch_size", [16, None])
+def test_train_trains_whatever_mode_it_is_called_in(mode, stacked, batch_size):
+    options = {"learning_rates": RATES, "steps": 8, "batch_size": batch_size, "stacked": stacked, "device": "cpu"}
+    usual = train(networks(dropout=0.1), examples(), examples(), **options)
+    with mode():
+        found = train(networks(dropout=0.1), examples(), examples(), **options)
+    np.testing.assert_array_equal(found.loss, usual.loss)
+    np.testing.assert_array_equal(found.test_loss, usual.test_loss)
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in found.models[0].parameters())
 
 
 def test_train_refuses_networks_of_two_kinds_and_stacked_batch_norm():

@@ -42,7 +42,8 @@ class Examples:
 
 
 def _moved(part: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
-    return part.to(device, dtype if part.is_floating_point() else None)
+    moved = part.to(device, dtype if part.is_floating_point() else None)
+    return moved.clone() if moved.is_inference() else moved  # no gradient goes through a tensor of inference mode
 
 
 class Draws:

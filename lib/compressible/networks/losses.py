@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compressible.runtime.checks import expect
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -22,10 +24,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     """Half the squared distance of outputs (B, m) from targets (B, m), mean over the batch; a class is a unit vector.
 
-    It is P1's (1/2) ||f - Phi||_F^2 divided by B.
+    It is P1's (1/2) ||f - Phi||_F^2 divided by B. ValueError for targets of another shape, which would be broadcast.
     """
-    outputs = _widened(outputs)
-    if not targets.is_floating_point():
+    outputs, classes = _widened(outputs), not targets.is_floating_point()
+    wanted = outputs.shape[:1] if classes else outputs.shape
+    expect("shape of targets", tuple(targets.shape), targets.shape == wanted, f"{tuple(wanted)}, by the outputs")
+    if classes:
         targets = (targets[:, None] == torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
     return (outputs - targets).square().sum(-1).mean() / 2
 

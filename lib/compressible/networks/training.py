@@ -27,6 +27,7 @@ from compressible.networks.training_checks import (
     check_names,
     check_numbers,
     check_sets,
+    check_targets,
     seeds_of,
     snapshot_names,
 )
@@ -125,7 +126,7 @@ def train(
         check_examples(name, examples)
     check_choices(stacked, captured, watch)
     check_models(models, learning_rates)
-    check_decay(models[0], weight_decay)
+    check_decay(models, weight_decay)
     seeds = seeds_of(seed, len(models))
     check_sets(train_set, batch_size, augment)
     names = snapshot_names(models[0], snapshots, snapshot_of, steps)
@@ -133,37 +134,43 @@ def train(
     device = devices.resolve_device(device)
     expect_device(device)
     every = max(1, steps // 20) if evaluate_every is None else evaluate_every
-    together = _together(models, stacked, device)
+    joined = _together(models, stacked, device)
     graphs = device != "cpu" if captured == "auto" else bool(captured)
     expect("captured", captured, not graphs or device != "cpu", "False on a CPU")
-    own = [copy.deepcopy(model).to(device) for model in models]
-    if device != "cpu" and not together:
-        own = [model.to(memory_format=torch.channels_last) for model in own]  # type: ignore[call-overload]
-    dtype = next(own[0].parameters()).dtype
-    sets = [part if part is None else part.to(device, dtype) for part in (train_set, validation_set, test_set)]
-    plan = Plan(
-        steps,
-        batch_size,
-        Rule(optimizer, momentum, weight_decay),
-        LOSSES[loss],
-        outer_ratio,
-        _factors(schedule, warmup, steps),
-        augment is not None,
-        _autocast(precision, device),
-        _stretch(every),
-    )
-    assert sets[0] is not None
-    with _computing(precision, device), _own_randomness(device), devices.peak_inside(device) as peak:
-        parts = [slice(None)] if together else [slice(index, index + 1) for index in range(len(own))]
-        rates = list(map(float, learning_rates))
-        runs = [SideBySide(own[part], sets[0], plan, seeds[part], rates[part]) for part in parts]
-        graphs = graphs and _capture(runs, captured == "auto")
-        records = Records(runs, own, sets[1], sets[2], names, watch)
-        marks = _marks(steps, every, snapshots)
-        with progress(steps * len(runs), "networks") as bar:
-            _go(runs, records, marks, every, steps, set(snapshots), bar)
-        held = peak()
-    return records.history(held, rates, together, graphs)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
+        own = [copy.deepcopy(model).to(device) for model in models]
+        if device != "cpu" and not joined:
+            own = [model.to(memory_format=torch.channels_last) for model in own]  # type: ignore[call-overload]
+        dtype = next(own[0].parameters()).dtype
+        training, validation, test = (
+            part if part is None else part.to(device, dtype) for part in (train_set, validation_set, test_set)
+        )
+        assert training is not None
+        plan = Plan(
+            steps,
+            batch_size,
+            Rule(optimizer, momentum, weight_decay),
+            LOSSES[loss],
+            outer_ratio,
+            _factors(schedule, warmup, steps),
+            augment is not None,
+            _autocast(precision, device),
+            _stretch(every),
+        )
+        with _own_randomness(device):
+            given = {"train_set": training, "validation_set": validation, "test_set": test}
+            check_targets(own[0], loss, given, batch_size)
+        with _computing(precision, device), _own_randomness(device), devices.peak_inside(device) as peak:
+            parts = [slice(None)] if joined else [slice(index, index + 1) for index in range(len(own))]
+            rates = list(map(float, learning_rates))
+            runs = [SideBySide(own[part], training, plan, seeds[part], rates[part]) for part in parts]
+            graphs = graphs and _capture(runs, captured == "auto")
+            records = Records(runs, own, validation, test, names, watch)
+            marks = _marks(steps, every, snapshots)
+            with progress(steps * len(runs), "networks") as bar:
+                _go(runs, records, marks, every, steps, set(snapshots), bar)
+            held = peak()
+        return records.history(held, rates, joined, graphs)
 
 
 def _go(

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compressible.networks.batches import Examples
+from compressible.networks.evaluation import ALONE
 from compressible.networks.layers import weight_matrix
 from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import OPTIMIZERS
@@ -61,11 +63,18 @@ def seeds_of(seed: int | Sequence[int], count: int) -> list[int]:
     return seeds
 
 
-def check_decay(model: nn.Module, weight_decay: float | Mapping[str, float]) -> None:
-    """Raise ValueError for an expression that names no trained parameter."""
-    known = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for names in weight_decay if isinstance(weight_decay, Mapping) else ():
-        if not any(re.fullmatch(names, name) for name in known):
+def check_decay(models: Sequence[nn.Module], weight_decay: float | Mapping[str, float]) -> None:
+    """Raise ValueError for what is no regular expression, or names no parameter that is trained in any model."""
+    if not isinstance(weight_decay, Mapping):
+        return
+    known = {name: None for model in models for name, value in model.named_parameters() if value.requires_grad}
+    for names in weight_decay:
+        expect("type of a name in weight_decay", type(names).__name__, isinstance(names, str), "a regular expression")
+        try:
+            found = any(re.fullmatch(names, name) for name in known)
+        except re.error as error:
+            raise ValueError(f"weight_decay names {names!r}, expected a regular expression: {error}") from error
+        if not found:
             raise ValueError(f"weight_decay names {names!r}, which matches no trained parameter{closest(names, known)}")
 
 
@@ -107,6 +116,30 @@ def check_sets(train_set: Examples, batch_size: int | None, augment: str | None)
     expect("batch_size", batch_size, fits, f"at most the {len(train_set)} training examples")
     images = train_set.inputs.dim() == 4 and batch_size is not None
     expect("augment", augment, augment is None or images, "None without batches of images (N, C, H, W)")
+
+
+@torch.no_grad()
+def check_targets(model: nn.Module, loss: str, sets: Mapping[str, Examples | None], batch_size: int | None) -> None:
+    """Raise ValueError for targets that a loss cannot hold against what a model says of the first inputs."""
+    inputs = next(part.inputs for part in sets.values() if part is not None)
+    outputs = model.eval()(inputs[: batch_size or ALONE[inputs.device.type]])
+    for name, part in sets.items():
+        if part is not None:
+            _check_targets(f"targets of {name}", part.targets, outputs, loss)
+
+
+def _check_targets(name: str, targets: Tensor, outputs: Tensor, loss: str) -> None:
+    if loss == "squared" and targets.is_floating_point():
+        shape = tuple(outputs.shape[1:])
+        expect(f"shape of {name}", tuple(targets.shape), targets.shape[1:] == shape, f"{('N', *shape)}, as the outputs")
+        return
+    told = "(N,) class numbers in int64" + (", or floating-point numbers" if loss == "squared" else "")
+    kind = targets.dim() == 1 and (
+        targets.dtype == torch.int64 if loss == "cross_entropy" else not targets.is_complex()
+    )
+    expect(f"kind of {name}", (tuple(targets.shape), targets.dtype), kind, told)
+    ends, classes = (int(targets.min()), int(targets.max())), outputs.shape[-1]
+    expect(f"least and largest of {name}", ends, ends[0] >= 0 and ends[1] < classes, f"from 0 to {classes - 1}")
 
 
 def snapshot_names(
