@@ -1,4 +1,4 @@
-"""Parameters of several models as stacks, and by the rate that they learn at."""
+"""Which models can be stacked, their parameters as stacks, and by the rate that they learn at."""
 
 from __future__ import annotations
 
@@ -7,9 +7,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from compressible.networks.layers import FactoredConv2d
+from compressible.networks.likeness import first_difference
 from compressible.networks.optim.rules import Rule
+from compressible.runtime.checks import expect
 
 Named = dict[str, Tensor]
+TINY, MANY = 50_000, 10  # on a CPU one by one is faster for larger or fewer networks: a batch stays in its cache
+
+
+def together(models: Sequence[nn.Module], stacked: bool | str, device: str) -> bool:
+    """Whether models, in training mode, train as one stack; ValueError where that is asked for and cannot be."""
+    modules = list(models[0].modules())
+    kept = [type(m).__name__ for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    expect("stacked", stacked, not (stacked is True and kept), "False for networks with batch norm, whose means change")
+    if len(models) == 1 or not stacked:
+        return False
+    if stacked == "auto":
+        tiny = sum(parameter.numel() for parameter in models[0].parameters()) < TINY and len(models) >= MANY
+        convolutions = any(isinstance(module, (nn.Conv2d, FactoredConv2d)) for module in modules)
+        return not kept and not convolutions and (tiny or device != "cpu") and not _unlike(models)
+    told = "False for networks that differ in more than the values of parameters and buffers"
+    expect("stacked", stacked, not (found := _unlike(models)), f"{told}: {found}")
+    return True
+
+
+def _unlike(models: Sequence[nn.Module]) -> str:
+    """The first model that the first one's pass would not be right for, and why; "" where there is none."""
+    for index, model in enumerate(models[1:], 1):
+        if found := first_difference(models[0], model):
+            return f"of model {index} {found} as of model 0"
+    return ""
 
 
 def stack(models: list[nn.Module], names: set[str]) -> Named:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from compressible.networks.batches import Examples
 from compressible.networks.history import NetworkHistory, Records, Watch
-from compressible.networks.layers import FactoredConv2d
 from compressible.networks.losses import LOSSES
 from compressible.networks.optim.rules import Rule
 from compressible.networks.side_by_side import Plan, SideBySide
+from compressible.networks.stacks import together
 from compressible.networks.training_checks import (
     check_choices,
     check_decay,
@@ -38,7 +38,6 @@ from compressible.runtime.progress import progress
 
 __all__ = ["Examples", "NetworkHistory", "train"]
 LONGEST = 16  # steps in one CUDA graph
-TINY, MANY = 50_000, 10  # on a CPU one by one is faster for larger or fewer networks: a batch stays in its cache
 
 
 def train(
@@ -71,8 +70,9 @@ def train(
     """Train S networks of one architecture side by side and record how they do.
 
     Args:
-        models: S networks that differ in parameters and buffers alone, since stacked ones all have the first one's
-            dropout rates, activations and choice of what is trained; they are copied, and stay as they are.
+        models: S networks with the same names and shapes of parameters and buffers; they are copied, and stay as they
+            are. To be stacked they must differ in the values of these alone, and not in a dropout rate, say, which a
+            buffer can hold, an activation, or in what is trained.
         train_set, test_set, validation_set: examples; all of them are moved to the device.
         learning_rates: one a model, > 0; usually 1e-4 to 1e-2 for Adam.
         steps: how many updates.
@@ -96,7 +96,8 @@ def train(
         watch: called as watch(step, models) at every record, without gradients, with the S networks as they are, in
             evaluation mode; the values that it returns are kept.
         stacked: True trains all in one pass over stacked parameters, False one by one; "auto" stacks networks without
-            convolutions, on a CPU only many tiny ones. Both give the same up to rounding, except for dropout's masks.
+            convolutions that can be stacked, on a CPU only many tiny ones. Both give the same up to rounding, except
+            for dropout's masks.
         captured: whether steps run as CUDA graphs; "auto" does so on CUDA, and falls back with a warning.
         precision: "float32", or on CUDA "tf32" and "bfloat16" (autocast; parameters stay float32).
         device: "auto", "cpu" or "cuda".
@@ -130,15 +131,19 @@ def train(
     seeds = seeds_of(seed, len(models))
     check_sets(train_set, batch_size, augment)
     names = snapshot_names(models[0], snapshots, snapshot_of, steps)
+    for model in models[1:] if names else ():
+        snapshot_names(model, snapshots, names, steps)
     expect("device", device, isinstance(device, str), "auto, cpu or cuda")
     device = devices.resolve_device(device)
     expect_device(device)
     every = max(1, steps // 20) if evaluate_every is None else evaluate_every
-    joined = _together(models, stacked, device)
     graphs = device != "cpu" if captured == "auto" else bool(captured)
     expect("captured", captured, not graphs or device != "cpu", "False on a CPU")
     with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in
         own = [copy.deepcopy(model).to(device) for model in models]
+        for model in own:
+            model.train()
+        joined = together(own, stacked, device)
         if device != "cpu" and not joined:
             own = [model.to(memory_format=torch.channels_last) for model in own]  # type: ignore[call-overload]
         dtype = next(own[0].parameters()).dtype
@@ -251,14 +256,3 @@ def _own_randomness(device: str) -> Iterator[None]:
     """Dropout draws from the global generators, which are left as they were."""
     with torch.random.fork_rng([] if device == "cpu" else [torch.device(device).index or 0]):
         yield
-
-
-def _together(models: Sequence[nn.Module], stacked: bool | str, device: str) -> bool:
-    modules = list(models[0].modules())
-    kept = [type(m).__name__ for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    expect("stacked", stacked, not (stacked is True and kept), "False for networks with batch norm, whose means change")
-    if stacked == "auto":
-        tiny = sum(parameter.numel() for parameter in models[0].parameters()) < TINY and len(models) >= MANY
-        convolutions = any(isinstance(module, (nn.Conv2d, FactoredConv2d)) for module in modules)
-        return len(models) > 1 and not kept and not convolutions and (tiny or device != "cpu")
-    return bool(stacked) and len(models) > 1

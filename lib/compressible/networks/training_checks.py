@@ -93,8 +93,13 @@ def check_models(models: Sequence[nn.Module], learning_rates: Sequence[float]) -
     for index, found in enumerate(shapes):
         differing = sorted(name for name in {*found, *shapes[0]} if found.get(name) != shapes[0].get(name))
         expect(f"architecture of model {index}", differing[:3], not differing, "the tensors of model 0")
-    trained = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
-    expect("trained parameters", trained, bool(trained), "at least one with requires_grad")
+    for index, model in enumerate(models):
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        expect(f"trained parameters of model {index}", trained, bool(trained), "at least one with requires_grad")
+    kinds = [next(model.parameters()).dtype for model in models]
+    for index, kind in enumerate(kinds):
+        told = f"{kinds[0]} as of model 0, which the examples are brought to"
+        expect(f"dtype of model {index}", kind, kind == kinds[0], told)
 
 
 def check_examples(name: str, examples: object, needed: bool = False) -> None:
