@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 import compressible as cd
 from compressible.networks import models, starts
@@ -110,6 +111,94 @@ def test_layers_that_cannot_be_swapped_are_refused():
     factorize(net, ["hidden1"], width=2)
     with pytest.raises(ValueError, match=r"'body\.hidden1' is factored already, expected Linear or Conv2d"):
         factorize(net, ["body.hidden1"], width=2)
+
+
+class Doubled(nn.Linear):
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Renamed(nn.Linear):
+    """A linear layer with another way to be made."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+
+
+def tied(part):
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    setattr(net[1], part, getattr(net[0], part))
+    return net
+
+
+def with_hook(register):
+    net = nn.Sequential(nn.Linear(4, 4))
+    getattr(net[0], register)(lambda *_: None)
+    return net
+
+
+def with_more(add):
+    net = nn.Sequential(nn.Linear(4, 4))
+    add(net[0])
+    return net
+
+
+WHOLE = {
+    "forward": (lambda: nn.Sequential(Doubled(4, 4)), "Doubled has a forward of its own"),
+    "forward of one": (
+        lambda: with_more(lambda layer: setattr(layer, "forward", layer.forward)), "Linear has a forward of its own",
+    ),
+    "weight_norm": (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "is made anew in each pass"),
+    "spectral_norm": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(2, 3, 3))), "is made anew"),
+    "weight_norm of old": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), "is made anew"),
+    "pruned": (lambda: with_more(lambda layer: prune.random_unstructured(layer, "weight", 0.5)), "is made anew"),
+    "pruned bias": (lambda: with_more(lambda layer: prune.random_unstructured(layer, "bias", 0.5)), "is made anew"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(4)), "its sizes are not known yet"),
+    "tied": (lambda: tied("weight"), "its weight is that of '1', too"),
+    "tied bias": (lambda: tied("bias"), "its bias is that of '1', too"),
+    "forward hook": (lambda: with_hook("register_forward_hook"), "it has forward_hooks"),
+    "pre-hook": (lambda: with_hook("register_forward_pre_hook"), "it has forward_pre_hooks"),
+    "backward hook": (lambda: with_hook("register_full_backward_hook"), "it has backward_hooks"),
+    "state hook": (lambda: with_hook("register_state_dict_post_hook"), "it has state_dict_hooks"),
+    "buffer": (
+        lambda: with_more(lambda layer: layer.register_buffer("mean", torch.ones(4))), "Linear has 'mean', too",
+    ),
+    "parameter": (
+        lambda: with_more(lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(4)))), "has 'gain', too",
+    ),
+    "module": (lambda: with_more(lambda layer: setattr(layer, "act", nn.ReLU())), "Linear has 'act', too"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("names", [["0"], r"\d"])
+def test_what_a_factored_layer_cannot_stand_for_is_refused_before_any_change(name, names):
+    build, message = WHOLE[name]
+    net = build()
+    before = list(net.modules())
+    with pytest.raises(ValueError, match=f"layer '0' cannot be swapped: .*{message}.*; expected a plain"):
+        factorize(net, names, width=2)
+    assert list(net.modules()) == before
+    assert factorize(net, ["0"], "plain") == ["0"] and list(net.modules()) == before
+
+
+def test_a_subclass_that_passes_as_its_base_does_is_swapped():
+    net = nn.Sequential(Renamed(4), nn.Linear(4, 2))
+    factorize(net, ["0"], width=2)
+    assert isinstance(net[0], cd.FactoredLinear)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(6, 6), lambda: nn.Conv2d(3, 4, 3)])
+def test_what_is_frozen_stays_frozen_and_the_mode_stays(build):
+    for frozen in ((), ("weight",), ("bias",), ("weight", "bias")):
+        net = nn.Sequential(build(), nn.ReLU()).eval()
+        for name in frozen:
+            net[0].get_parameter(name).requires_grad_(False)
+        factorize(net, ["0"], width=2)
+        assert [factor.requires_grad for factor in net[0].factors] == ["weight" not in frozen] * 3
+        assert net[0].bias.requires_grad == ("bias" not in frozen)
+        assert not any(module.training for module in net.modules())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compressible.networks import starts
 from compressible.networks.layers import FACTORED, FactoredConv2d, FactoredLinear, weight_matrix
+from compressible.networks.swappable import check_swappable
 from compressible.recovery.checks import expect_depth
 from compressible.recovery.factors import Factors
 from compressible.runtime.checks import (
@@ -40,6 +41,10 @@ def factorize(
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """Swap the named linear layers and convolutions of a network, in place, for factored ones W_L ... W_1; keep biases.
+
+    Factors of a weight that is not trained are not trained either. What a factored layer could not stand for is
+    refused, before any change: a forward pass, parameters or hooks of a layer's own, and a weight or bias that is made
+    anew in each pass or that another module holds, too.
 
     Args:
         model: the network, changed in place.
@@ -81,6 +86,8 @@ def factorize(
     layers = find_layers(model, target_modules)
     if variant == "plain":
         return list(layers)
+    for name, layer in layers.items():
+        check_swappable(model, name, layer)
     widths = {name: _width(name, layer, variant, width, start) for name, layer in layers.items()}
     gradients = _gradients(model, layers, loss_step) if start != "orthogonal" else {}
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -222,9 +229,16 @@ def _start(
 
 
 def _factored(layer: nn.Module, factors: Factors) -> nn.Module:
+    """The factored layer, trained where the layer is, in its mode."""
     bias = None if layer.bias is None else layer.get_parameter("bias").detach()
+    new: FactoredLinear | FactoredConv2d
     if isinstance(layer, nn.Conv2d):
         kernel, stride, dilation = ((pair[0], pair[1]) for pair in (layer.kernel_size, layer.stride, layer.dilation))
         padding = layer.padding if isinstance(layer.padding, str) else (layer.padding[0], layer.padding[1])
-        return FactoredConv2d(factors, bias, kernel, stride, padding, dilation)
-    return FactoredLinear(factors, bias)
+        new = FactoredConv2d(factors, bias, kernel, stride, padding, dilation)
+    else:
+        new = FactoredLinear(factors, bias)
+    new.factors.requires_grad_(layer.get_parameter("weight").requires_grad)
+    if new.bias is not None:
+        new.bias.requires_grad_(layer.get_parameter("bias").requires_grad)
+    return new.train(layer.training)
