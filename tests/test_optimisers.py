@@ -109,6 +109,42 @@ def test_polar_factor_and_its_iteration():
     assert ((values > 0.6) & (values < 1.3)).all()
 
 
+@pytest.mark.parametrize(("optimizer", "options"), OURS)
+def test_a_zero_gradient_moves_nothing(optimizer, options):
+    """A zero matrix in a stack stands still, the others go as they do alone; rows of zeros stand still, too."""
+    gradients = _gradients(shape=(3, 4, 6))
+    for gradient in gradients:
+        gradient[1] = 0
+        gradient[2, :, 3:] = 0
+    found = _walk(optimizer, options if optimizer is Muon else {}, gradients)
+    assert not found[1].any() and not found[2, :, 4].any() and found[2, :, :3].abs().max() > 0.1
+    alone = _walk(optimizer, options if optimizer is Muon else {}, [gradient[0] for gradient in gradients])
+    torch.testing.assert_close(found[0], alone, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6)])
+def test_muon_moves_the_directions_of_its_gradient_alone(rank, shape):
+    g = _generator(3)
+    gradient = cd.low_rank_target(shape, rank, generator=g)
+    moved = torch.linalg.svdvals(_walk(Muon, {"rtol": 1e-14}, [gradient]))
+    assert moved.tolist() == pytest.approx([0.1] * rank + [0] * (min(shape) - rank), abs=1e-14)
+    iterated = torch.linalg.svdvals(_walk(Muon, {"newton_schulz": 5}, [gradient]))
+    assert (iterated > 1e-12).sum() == rank
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    expected = left[:, :rank] @ right[:rank]
+    torch.testing.assert_close(polar_factor(gradient, 1e-14), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(polar_factor(1e-12 * gradient, 1e-14), expected, rtol=0, atol=1e-13)
+
+
+def test_the_polar_factor_of_a_matrix_of_full_rank_is_that_of_its_decomposition_to_the_last_bit():
+    for matrix in [*_gradients(3), *_gradients(3, (2, 7, 7)), *_gradients(2, (7, 3))]:
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        assert torch.equal(polar_factor(matrix), left @ right) and torch.equal(
+            polar_factor(matrix, 1e-14), left @ right
+        )
+
+
 @pytest.mark.parametrize(
     ("optimizer", "options", "named"),
     [
@@ -116,6 +152,7 @@ def test_polar_factor_and_its_iteration():
         (ScalarAdam, {"betas": (0.9, 1.0)}, "betas are"),
         (Muon, {"momentum": 1.0}, "momentum is 1"),
         (Muon, {"newton_schulz": -1}, "newton_schulz is -1"),
+        (Muon, {"rtol": 1.0}, "rtol is 1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(optimizer, options, named):

@@ -100,12 +100,16 @@ class Muon(_BasisFree):
         lr: Learning rate: how far every singular value of the step reaches, usually 1e-3 to 1e-1.
         momentum: mu in [0, 1), usually 0.95.
         nesterov: Whether the gradient is looked at ahead.
-        newton_schulz: Steps of the quintic iteration, usually 5, at the weights' precision; 0 is the exact polar factor
-            from an SVD, which moves a matrix by lr in every direction, even those in which its gradient is zero.
+        newton_schulz: Steps of the quintic iteration, usually 5, at the weights' precision, which multiply what is
+            tiny by 3.4^5 or less and keep a zero; 0 is the exact polar factor from an SVD.
+        rtol: Of the exact polar factor: singular values of the momentum up to this share of its largest are zero, and
+            nothing moves in their directions, [0, 1). By default only what is zero to the last digit stands still, as
+            the whole of a zero gradient, but not what rounding makes of the zeros of a matrix of lower rank: 1e-14 is
+            for that in float64, 1e-5 in float32.
 
     Raises:
-        ValueError: For a negative rate, a momentum outside [0, 1), steps that are negative, or a parameter that is no
-            matrix.
+        ValueError: For a negative rate, a momentum or rtol outside [0, 1), steps that are negative, or a parameter that
+            is no matrix.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
@@ -125,28 +129,34 @@ class Muon(_BasisFree):
         momentum: float = 0.95,
         nesterov: bool = True,
         newton_schulz: int = 0,
+        rtol: float = 0.0,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}, expected a number in [0, 1)")
         if newton_schulz < 0:
             raise ValueError(f"newton_schulz is {newton_schulz}, expected 0 (exact) or a number of steps")
-        held = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "newton_schulz": newton_schulz}
+        if not 0 <= rtol < 1:
+            raise ValueError(f"rtol is {rtol}, expected a number in [0, 1)")
+        held = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "newton_schulz": newton_schulz, "rtol": rtol}
         super().__init__(params, held)
 
     def _rule(self, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         mu = group["momentum"]
         buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient)).lerp_(gradient, 1 - mu)
         move = gradient.lerp(buffer, mu) if group["nesterov"] else buffer
-        return newton_schulz(move, group["newton_schulz"]) if group["newton_schulz"] else polar_factor(move)
+        steps = group["newton_schulz"]
+        return newton_schulz(move, steps) if steps else polar_factor(move, group["rtol"])
 
 
-def polar_factor(matrix: Tensor) -> Tensor:
+def polar_factor(matrix: Tensor, rtol: float = 0.0) -> Tensor:
     """Return U V^T (..., m, n) of the singular value decomposition U S V^T, the nearest (semi-)orthogonal matrix.
 
-    Where a singular value is 0 several are as near, and this is whichever the decomposition gives.
+    Values up to `rtol` times the largest are zero. Where a value is, several matrices are as near; this one is zero in
+    its directions, as Newton and Schulz's iteration and the sign of a number are, and of a zero matrix zero.
     """
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left @ right
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    zero = (values <= rtol * values[..., :1])[..., None, :]
+    return left.clone().masked_fill_(zero, 0) @ right  # a copy with its strides, by which products round
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
