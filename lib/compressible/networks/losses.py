@@ -28,7 +28,8 @@ def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     """
     outputs, classes = _widened(outputs), not targets.is_floating_point()
     wanted = outputs.shape[:1] if classes else outputs.shape
-    expect("shape of targets", tuple(targets.shape), targets.shape == wanted, f"{tuple(wanted)}, by the outputs")
+    if targets.shape != wanted:
+        expect("shape of targets", tuple(targets.shape), False, f"{tuple(wanted)}, by the outputs")
     if classes:
         targets = (targets[:, None] == torch.arange(outputs.shape[-1], device=outputs.device)).to(outputs.dtype)
     return (outputs - targets).square().sum(-1).mean() / 2

@@ -71,8 +71,8 @@ def train(
 
     Args:
         models: S networks with the same names and shapes of parameters and buffers; they are copied, and stay as they
-            are. To be stacked they must differ in the values of these alone, and not in a dropout rate, say, which a
-            buffer can hold, an activation, or in what is trained.
+            are. To be stacked they must differ in the values of these alone: not in what is trained, a hook or any
+            attribute of a module, as a dropout rate is, unless a buffer holds it.
         train_set, test_set, validation_set: examples; all of them are moved to the device.
         learning_rates: one a model, > 0; usually 1e-4 to 1e-2 for Adam.
         steps: how many updates.

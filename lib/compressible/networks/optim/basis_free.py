@@ -145,7 +145,7 @@ class Muon(_BasisFree):
         buffer = state.setdefault("momentum_buffer", torch.zeros_like(gradient)).lerp_(gradient, 1 - mu)
         move = gradient.lerp(buffer, mu) if group["nesterov"] else buffer
         steps = group["newton_schulz"]
-        return newton_schulz(move, steps) if steps else polar_factor(move, group["rtol"])
+        return newton_schulz(move, steps) if steps else polar_factor(move, group.get("rtol", 0.0))
 
 
 def polar_factor(matrix: Tensor, rtol: float = 0.0) -> Tensor:
