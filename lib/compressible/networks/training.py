@@ -162,7 +162,7 @@ def train(
             _autocast(precision, device),
             _stretch(every),
         )
-        with _own_randomness(device):
+        with _own_randomness(device), plan.autocast():
             given = {"train_set": training, "validation_set": validation, "test_set": test}
             check_targets(own[0], loss, given, batch_size)
         with _computing(precision, device), _own_randomness(device), devices.peak_inside(device) as peak:
