@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -127,7 +128,8 @@ sys.meta_path.insert(0, Hidden)
 
 def with_the_core_alone(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", CORE_ALONE + code, *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    told = {name: value for name, value in os.environ.items() if name != "COMPRESSIBLE_FIGURES"}  # this checkout's
+    return subprocess.run(command, cwd=REPOSITORY, env=told, check=False, capture_output=True, text=True)
 
 
 def test_a_name_that_an_extra_brings_says_which():
