@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from compressible.runtime.shared_weights import sharers
+
 PASSES = ("__call__", "__getattr__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 
 
@@ -34,9 +36,7 @@ def _own(layer: nn.Module, kind: type[nn.Module]) -> str:
 
 def _shared(model: nn.Module, layer: nn.Module) -> str:
     """Which other module holds the weight or bias, "" for none."""
-    for parameter in ("weight", "bias"):
-        mine = layer._parameters[parameter]
-        for at, other in model.named_modules():
-            if other is not layer and mine is not None and any(mine is held for held in other._parameters.values()):
-                return f"its {parameter} is that of {at!r}, too"
+    for of in ("weight", "bias"):
+        if others := sharers(model, {"": layer}, of)[""]:
+            return f"its {of} is that of {others[0]!r}, too"
     return ""

@@ -17,13 +17,13 @@ ABOUT = {
 }
 
 
-def sharers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return, for each layer by name, the names of the other modules that hold its weight."""
+def sharers(model: nn.Module, layers: Mapping[str, nn.Module], of: str = "weight") -> dict[str, list[str]]:
+    """Return, for each layer by name, the names of the other modules that hold its weight, or its bias."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, part in model.named_modules():
         for parameter in {id(p) for p in part._parameters.values() if p is not None}:
             holders.setdefault(parameter, []).append((name, part))
-    held = {name: holders.get(id(getattr(layer, "weight", None)), []) for name, layer in layers.items()}
+    held = {name: holders.get(id(getattr(layer, of, None)), []) for name, layer in layers.items()}
     return {name: [at for at, part in held[name] if part is not layer] for name, layer in layers.items()}
 
 
