@@ -68,7 +68,8 @@ def create_deep_lora_optimizer(
         model: of `peft.get_peft_model`; compressed adapters may get their factors before or after.
         optimizer_cls: any of torch.optim, such as torch.optim.AdamW.
         lr: step size > 0 of the inner factors, usually 1e-4 to 1e-2.
-        kwargs: the optimiser's other arguments.
+        kwargs: the optimiser's other arguments; P1 and `fine_tune` have AdamW's eps=1e-6 and weight_decay=0. Torch's
+            1e-8 and .01 make the first steps larger.
 
     Returns:
         The optimiser; a scheduler scales the rates of all groups alike.
