@@ -49,8 +49,9 @@ def compress_adapters(
         loss_step: runs the model on one batch and returns the loss, a tensor (), without a backward pass.
         batches: how many gradients are added up, usually 1.
         adapter_name: peft's name of the adapter; other active adapters take part in the loss.
-        generator: of the CPU, for the random half of the frames; that of the first process counts.
-        restart: whether factors that are there already are drawn anew.
+        generator: of the CPU, for the random half of the frames; that of the first process counts. By default one with
+            torch.initial_seed(), so that calls after one torch.manual_seed, of several adapters too, draw the same.
+        restart: whether factors that are there already are drawn anew, which the same batch and seed give again.
         unreached: "error", or "leave_out": a layer whose gradient is zero or missing loses its adapter, as if
             exclude_modules had named it.
         group: torch.distributed's group of the processes that share the batch, all by default.
