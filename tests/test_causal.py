@@ -91,9 +91,10 @@ def trained_by_peft(model: nn.Module, run: cd.FineTuningRun, data: cd.Task, step
 
 
 def mean_loss(model: nn.Module, tokens: dict, labels: torch.Tensor) -> torch.Tensor:
-    """transformers' own loss, which rounds to float32, in full."""
+    """transformers' own loss, which rounds to float32, in full; peft's prompts have logits of their own before."""
     output = model(**tokens, labels=labels)
-    loss = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    logits = output.logits[:, -labels.shape[1] : -1].flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
     assert loss.item() == pytest.approx(output.loss.item(), rel=1e-6)
     return loss
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from compressible.data.tasks import IGNORED
 from compressible.finetuning.losses import first_output, widened
 from compressible.finetuning.peft_models import base_of
+from compressible.runtime.checks import expect
 
 LOGITS = 2**27  # of a chunk at most: half a gigabyte in float32
 
@@ -53,9 +54,14 @@ class Words:
         return given | {"use_cache": False} if cached else given
 
     def read(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        """Return the states (P, K, h), or without a `layer` the logits (P, K, V), before the words asked for."""
-        found = first_output(model(**inputs))
-        return found.take_along_dim(labels[..., :1], 1)
+        """Return the states (P, K, h), or without a `layer` the logits (P, K, V), before the words asked for.
+
+        Prompts that peft puts before a row have outputs of their own, which come first.
+        """
+        found, tokens = first_output(model(**inputs)), inputs["input_ids"].shape[1]
+        ahead = found.shape[1] - tokens
+        expect("the model's outputs", tuple(found.shape), ahead >= 0, f"one for each of {tokens} tokens, or more")
+        return found.take_along_dim(labels[..., :1] + ahead if ahead else labels[..., :1], 1)
 
     def losses(self, found: Tensor, labels: Tensor, runs: int) -> tuple[Tensor, Tensor]:
         """Return the sums (S,) of the runs' cross-entropies, in nats, and the numbers of their words, from `read`."""
