@@ -166,6 +166,14 @@ def drawn_start(config: peft.PeftConfig) -> peft.PeftConfig:
     return changed
 
 
+def with_start_of(config: peft.PeftConfig, adapted: peft.PeftConfig) -> peft.PeftConfig:
+    """Return what peft made of a config, whose start it was not told by `drawn_start`, with that start."""
+    changed: Any = copy.deepcopy(adapted)
+    if hasattr(config, "init_lora_weights"):
+        changed.init_lora_weights = config.init_lora_weights
+    return changed
+
+
 def is_taken_off(config: peft.PeftConfig) -> bool:
     """Return whether LoRA's start is taken off the frozen weight, as PiSSA, OLoRA and LoRA-GA have it."""
     start = getattr(config, "init_lora_weights", True)

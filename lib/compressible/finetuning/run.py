@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressible.finetuning.peft_models import (
+    ADAPTER,
     GradientStart,
     Start,
     adapted_by_peft,
@@ -22,6 +22,7 @@ from compressible.finetuning.peft_models import (
     sharing,
     take_off,
     tuner_layers,
+    with_start_of,
 )
 
 HEAD_STD = 0.02  # transformers' own start of a head
@@ -99,6 +100,7 @@ class RunHistory:
         base: the model that was given.
         others: of a run that went alone, what else of peft's model was trained or changed, by name, or None.
         taken_off: [A, B] by layer of the start that was taken off the frozen weight (PiSSA, OLoRA, LoRA-GA), or None.
+        config: of a run that went alone, what peft made of its config: EVA's ranks and a prompt's sizes; or None.
 
     Raises:
         FineTuningDivergenceError: by `model` and `check`, for a run that diverged.
@@ -135,6 +137,7 @@ class RunHistory:
     base: nn.Module = field(repr=False)
     others: dict[str, Tensor] | None = field(default=None, repr=False)
     taken_off: dict[str, list[Tensor]] | None = field(default=None, repr=False)
+    config: peft.PeftConfig | None = field(default=None, repr=False)
 
     def model(self) -> nn.Module:
         """Return the PeftModel with this run's factors and head, as `get_peft_model` makes it; to merge or to save.
@@ -145,9 +148,10 @@ class RunHistory:
         self.check()
         if self.chains is None:
             raise RuntimeError("this history holds no factors: call fine_tune with keep_factors=True")
-        run = self.run
-        model = adapted_by_peft(sharing(self.base), drawn_start(run.config), run.seed, empty=self.others is None)
-        model.peft_config[model.active_adapter] = copy.deepcopy(run.config)
+        run, ended = self.run, self.run.config if self.config is None else self.config
+        model = adapted_by_peft(sharing(self.base), drawn_start(ended), run.seed, empty=self.others is None)
+        made = model.peft_config[ADAPTER] if self.config is None else ended
+        model.peft_config[ADAPTER] = with_start_of(run.config, made)
         layers = tuner_layers(base_of(model))
         for name, chain in self.chains.items():
             set_chain(layers[name], chain)

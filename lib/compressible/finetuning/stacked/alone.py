@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from compressible.adapters.compressed_init import compress_adapters
 from compressible.finetuning.batches import PassRows
 from compressible.finetuning.peft_models import (
+    ADAPTER,
     GradientStart,
     adapted_by_peft,
     attending,
@@ -41,7 +42,10 @@ class AloneModel(nn.Module):
         super().__init__()
         self.runs, self.rows, self.chains = [run], rows, ChainGroups()
         vars(self)["source"] = source  # no part of this model
-        model = attending(copy.deepcopy(source))  # some starts change the weights in place
+        model = copy.deepcopy(source)  # some starts change the weights in place
+        copies = zip(model.parameters(), source.parameters(), strict=True)
+        vars(self)["given"] = {id(own): given for own, given in copies}
+        model = attending(model)
         self.inner: Any = (model.to(torch.bfloat16) if half else model).requires_grad_(False)
 
     def forward(self, **tokens: Tensor) -> Any:
@@ -107,19 +111,33 @@ class AloneModel(nn.Module):
         return torch.tensor([all(bool(p.isfinite().all()) for _, p in self._trained())], device=first.device)
 
     def left(self, _: int) -> dict[str, Any]:
-        """Return what a history keeps of the run beside its heads: factors, and what else was trained or changed."""
+        """Return what a history keeps of the run beside its heads: factors, what else was trained or changed, config.
+
+        The config is the one that peft ended with: EVA moves ranks between layers, prompts take sizes from the model.
+        """
         layers = tuner_layers(base_of(self.inner))
         chains = {name: chain_of(layer) for name, layer in layers.items()}
         held = {id(factor) for chain in chains.values() for factor in chain}
         others = {name: p.detach().clone() for name, p in self._trained() if id(p) not in held}
-        source: Any = vars(self)["source"]
         for name, layer in layers.items():
-            own, given = layer.get_base_layer().weight, source.get_submodule(name).weight
-            plain = own.is_floating_point() and own.shape == given.shape  # no quantised one, which may pack itself anew
-            if plain and not torch.equal(own, given.to(own.dtype)):  # PiSSA, for one, takes its start off the weight
+            own, given = layer.get_base_layer().weight, self._given(name, layer)
+            if given is not None and (not own.is_floating_point() or own.shape != given.shape):
+                continue  # a quantised one, which may pack itself anew
+            if given is None or not torch.equal(own, given.to(own.dtype)):  # PiSSA, for one, takes its start off it
                 others[f"base_model.model.{name}.base_layer.weight"] = own.detach().clone()
         copies = {name: [factor.detach().clone() for factor in chain] for name, chain in chains.items() if chain}
-        return {"chains": copies, "others": others}
+        return {"chains": copies, "others": others, "config": copy.deepcopy(self.inner.peft_config[ADAPTER])}
+
+    def _given(self, name: str, layer: Any) -> Tensor | None:
+        """The weight of the source from which an adapted layer's frozen one came, if it came from one.
+
+        Repeated layers and wrapped tables have names of their own, but the tensor of one of the source's copies.
+        """
+        source: Any = vars(self)["source"]
+        try:
+            return source.get_submodule(name).weight
+        except AttributeError:
+            return vars(self)["given"].get(id(layer.get_base_layer().weight))
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         """Names and tensors of what is trained, the heads, which are like a stack's, aside."""
