@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compressible.finetuning.batches import LENGTHS
 from compressible.finetuning.causal import writer
+from compressible.finetuning.drawing import random_states, undrawn
 from compressible.finetuning.mixing import Trial
 from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.layers import stacked_adapters
@@ -38,6 +37,16 @@ def try_out(stacked: StackedPass) -> None:
         stacked.run_losses(logits, labels)
         if len(stacked.runs) > 1:
             Trial(stacked).check()
+
+
+def draws_itself(stacked: StackedPass) -> bool:
+    """Return whether a run that goes alone draws by itself in training, as PVeRA does, once its method is there."""
+    if not isinstance(stacked.model, AloneModel):
+        return False  # whose adapters draw per run, and whose model `try_out` has asked
+    with _forgetting(stacked), undrawn(stacked.device):
+        before = random_states(stacked.device)
+        _forward(stacked, *_rows(stacked))
+        return random_states(stacked.device) != before
 
 
 def _tried(stacked: StackedPass) -> tuple[Tensor, Tensor]:
@@ -85,11 +94,11 @@ def _rows(stacked: StackedPass) -> tuple[dict[str, Tensor], Tensor]:
 
 def _drawn(stacked: StackedPass, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
     """The logits, unless the model's own draws change them; those of layerdrop at rate 0, for one, are idle."""
-    before = _random_states(stacked.device)
+    before = random_states(stacked.device)
     logits = _forward(stacked, tokens, labels)
-    if before == _random_states(stacked.device):
+    if before == random_states(stacked.device):
         return logits
-    with _undrawn(stacked.device):
+    with undrawn(stacked.device):
         again = [_forward(stacked, tokens, labels) for _ in range(DRAWS)]
     if not all(torch.equal(logits, other) for other in again):
         kind = type(stacked.source).__name__
@@ -98,24 +107,6 @@ def _drawn(stacked: StackedPass, tokens: dict[str, Tensor], labels: Tensor) -> T
             "depend on their neighbours, expected nn.Dropout or no draws; set these rates to 0, or pass dropout=False"
         )
     return logits
-
-
-def _random_states(device: torch.device) -> list[object]:
-    """The states of all generators that models draw from: torch's, Python's and numpy's."""
-    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    torchs = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_gpu)]
-    _, words, *at = np.random.get_state()
-    return [*torchs, random.getstate(), np.asarray(words).tobytes(), at]
-
-
-@contextmanager
-def _undrawn(device: torch.device) -> Iterator[None]:
-    """Leave all generators as they were."""
-    pythons, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-    random.setstate(pythons)
-    np.random.set_state(numpys)
 
 
 def _check_classes(stacked: StackedPass, logits: Tensor) -> None:

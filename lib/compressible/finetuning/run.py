@@ -206,5 +206,10 @@ def fresh_head(source: nn.Linear, run: FineTuningRun, name: str) -> tuple[Tensor
 
 def run_generator(run: FineTuningRun, purpose: str) -> torch.Generator:
     """Return the generator of a run's seed for one purpose, such as "order"; independent of all others."""
+    return torch.Generator().manual_seed(seed_of(run, purpose))
+
+
+def seed_of(run: FineTuningRun, purpose: str) -> int:
+    """Return the seed, below 2^63, of a run's draws for one purpose."""
     words = np.random.SeedSequence([run.seed, *purpose.encode()]).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    return int(words[0]) << 31 | int(words[1]) >> 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from compressible.finetuning.batches import LENGTHS, DeviceRows, ExamplesLike, PassRows, TaskLike, validation_score
 from compressible.finetuning.causal import Words, asked_words
+from compressible.finetuning.drawing import seeded
 from compressible.finetuning.dropout.per_run import PerRunDropout
 from compressible.finetuning.losses import WRITTEN, first_output, run_losses, token_losses
 from compressible.finetuning.padding import Parts, are_parts, joined, parts_of
-from compressible.finetuning.run import FineTuningRun, data_order
+from compressible.finetuning.run import FineTuningRun, data_order, seed_of
 from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.grouped_factors import ChainGroups
 from compressible.finetuning.stacked.model import stacked_model
@@ -72,6 +74,7 @@ class StackedPass:
         self.train_rows, self.validation_rows = (self._rows(part) for part in (task.train, task.validation))
         self.call, self.chains = self._losses, ChainGroups()
         self.parts: Parts | None = None
+        self.draws = False  # whether the model draws by itself, which a run alone may
         self.model = stacked_model(model, runs, self.rows, precision == "bfloat16")
 
     def start(self) -> None:
@@ -93,6 +96,10 @@ class StackedPass:
             return None
         parts = Parts(self.order, lengths, "cpu" if self.device.type == "cpu" else "cuda")
         return parts if len(parts.ends) > 1 else None
+
+    def drawing(self, purpose: str, step: int) -> AbstractContextManager[None]:
+        """Let what a run alone draws by itself come from its seed and the step, not from the caller's generators."""
+        return seeded(self.device, seed_of(self.runs[0], f"{purpose} {step}")) if self.draws else nullcontext()
 
     def compile(self, compiled: bool) -> None:
         """Take losses from a compiled pass over the model, or from the plain one."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressible.finetuning.checkpoint import Checkpoint, Kept, digests, stored
-from compressible.finetuning.dry_run import try_out
+from compressible.finetuning.dry_run import draws_itself, try_out
 from compressible.finetuning.graphs import StepGraphs, cause
 from compressible.finetuning.run import RunHistory
 from compressible.finetuning.stacked.adamw import StackedAdamW
@@ -51,6 +51,7 @@ class Trainer:
         with matmul_precision(stacked.precision):
             try_out(stacked)
             stacked.start()
+            stacked.draws = draws_itself(stacked)
         shape = self.steps, len(stacked.runs)
         self.losses = torch.full(shape, float("nan"), dtype=torch.float64, device=stacked.device)
         self.adam = StackedAdamW(rated(stacked.model), BETAS, EPS)
@@ -62,6 +63,9 @@ class Trainer:
         on_gpu = self.stacked.device.type == "cuda"
         graphed = on_gpu if graphed is None else graphed
         expect("graphed", graphed, not graphed or on_gpu, "False without a CUDA device")
+        if graphed and any(getattr(run.config, "module_dropout", 0) for run in self.stacked.runs):
+            graphed = False
+            self._ungraphed("module_dropout of its config is decided on the host, which a graph would not do again")
         self.graphs = StepGraphs(self.gradients, self.update, self.stacked.device, compiled) if graphed else None
 
     def train(self, looks: Looks, checkpoint: Path | None = None) -> list[RunHistory]:
@@ -89,7 +93,8 @@ class Trainer:
         with bar, matmul_precision(stacked.precision):
             for step in range(begin, self.steps + 1):
                 if step in looks.evaluate_at and step not in kept.scores:
-                    kept.scores[step], kept.lost = stacked.evaluate()
+                    with stacked.drawing("score", step):
+                        kept.scores[step], kept.lost = stacked.evaluate()
                 if step in looks.watch_at and step not in kept.watched:
                     snapshot = PassSnapshot(step, stacked.runs, stacked.model)
                     kept.watched[step] = _watched(looks.watch, snapshot, saved is not None)
@@ -98,7 +103,8 @@ class Trainer:
                 if saved is not None and (step == self.steps or (step > begin and step % looks.checkpoint_every == 0)):
                     saved.save(step, kept)
                 if step < self.steps:
-                    self.advance(step)
+                    with stacked.drawing("draws", step):
+                        self.advance(step)
                     bar.update(1)
 
     def advance(self, step: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressible.adapters.compressed_init import compress_adapters
 from compressible.finetuning.batches import PassRows
+from compressible.finetuning.drawing import seeded
 from compressible.finetuning.peft_models import (
     ADAPTER,
     GradientStart,
@@ -66,7 +67,8 @@ class AloneModel(nn.Module):
         assert not isinstance(run.start, GradientStart)  # which `structure` refuses for what goes alone
         model = adapted_by_peft(self.inner, config, run.seed, run.start)
         if start == "eva":
-            initialize_lora_eva_weights(model.eval(), list(batches), show_progress_bar=False)
+            with seeded(next(model.parameters()).device, int(run.seed)):  # layers that it knows nothing of are drawn
+                initialize_lora_eva_weights(model.eval(), list(batches), show_progress_bar=False)
         stack_heads(base_of(model), source, self.runs, self.rows)
         self.inner = model
         if starts_compressed(config):
