@@ -32,7 +32,8 @@ class Examples:
     """N tokenised rows, ready for a model.
 
     Args:
-        tokens: (N, T) int64 by name, "attention_mask" among them, padded at the end to the longest row.
+        tokens: (N, T) int64 by name, "attention_mask" among them, padded at the end to the longest row. What is not as
+            wide as the mask, or named "decoder_...", such as features (N, k), is no part of the row and never cut.
         labels: (N,) float32 of a regression, (N,) int64 classes, (N, T') int64 of texts to write, -100 beyond their
             end, or of a causal language model (N, T) int64, the row's own tokens where they are asked for, else -100.
         texts: N tuples, the texts of each row.
@@ -94,7 +95,9 @@ class Examples:
         indices = torch.as_tensor(indices, dtype=torch.int64).flatten()
         here = indices.to(self.labels.device)
         width = _round_up(int(self.lengths[indices.cpu()].max()), multiple)
-        tokens = {name: _fit(value[here], width, self.padding.get(name, 0)) for name, value in self.tokens.items()}
+        tokens = {name: value[here] for name, value in self.tokens.items()}
+        for name in along_rows(self.tokens):
+            tokens[name] = _fit(tokens[name], width, self.padding.get(name, 0))
         labels = self.labels[here]
         if labels.ndim == 2:
             longest = int((labels != IGNORED).any(0).nonzero().max()) + 1
@@ -252,6 +255,18 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     filled = np.full((len(rows), lengths.max()), value, dtype=np.int64)
     filled[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(rows)
     return torch.from_numpy(filled)
+
+
+def along_rows(tokens: dict[str, Tensor]) -> list[str]:
+    """The names of the tokens that lie along a row, as attention_mask (N, T) does, and are cut and padded with it.
+
+    None without a mask of two axes; what a decoder is given lies along another row.
+    """
+    mask = tokens.get("attention_mask")
+    if mask is None or mask.dim() != 2:
+        return []
+    wide = [name for name, value in tokens.items() if value.dim() > 1 and value.shape[1] == mask.shape[1]]
+    return [name for name in wide if not name.startswith("decoder_")]
 
 
 def _fit(values: Tensor, width: int, value: int) -> Tensor:

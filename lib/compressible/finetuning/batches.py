@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressible.data.tasks import along_rows
+
 LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
 
 
 class ExamplesLike(Protocol):
-    """Examples: tokens by name (N, T), padded at the end, and labels (N, ...)."""
+    """Examples: tokens by name (N, T), padded at the end, and labels (N, ...); `along_rows` says which are cut."""
 
     @property
     def tokens(self) -> dict[str, Tensor]: ...
@@ -82,7 +84,8 @@ class DeviceRows:
         labels: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> None:
-        mask = rows.tokens.get("attention_mask")
+        self.along = along_rows(rows.tokens)
+        mask = rows.tokens["attention_mask"] if self.along else None  # masks of more axes are of more than rows
         if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
             row = int((mask[:, 1:] > mask[:, :-1]).any(1).nonzero()[0])
             todo = 'with a tokenizer of padding_side="right"'
@@ -104,4 +107,5 @@ class DeviceRows:
         labels = self.labels[on]
         if self.counts is not None:
             labels = labels[:, : -(-int(self.counts[rows].max()) // multiple) * multiple]
-        return {name: value[on, :longest] for name, value in self.tokens.items()}, labels
+        tokens = {name: value[on, :longest] if name in self.along else value[on] for name, value in self.tokens.items()}
+        return tokens, labels

@@ -127,7 +127,7 @@ def _check_places(name: str, part: ExamplesLike, table: Any) -> None:
     ids, mask = part.tokens.get("input_ids"), part.tokens.get("attention_mask")
     if type(table) is nn.Embedding and ids is not None and len(ids):
         first = 0 if table.padding_idx is None else table.padding_idx + 1  # as RoBERTa counts
-        longest, room = ids.shape[1] if mask is None else int(mask.sum(1).max()), table.num_embeddings - first
+        longest, room = ids.shape[-1] if mask is None else int(mask.sum(-1).max()), table.num_embeddings - first
         expect(name, f"a row of {longest} tokens", longest <= room, f"at most {room}, as the model has positions")
 
 
@@ -141,6 +141,8 @@ def _check_words(name: str, part: ExamplesLike) -> None:
     fits = bool((labels[asked] >= 0).all())
     expect(f"task.{name}.labels", int(labels.min()), fits, f"words from 0, or {IGNORED} where none is asked for")
     mask = tokens.get("attention_mask")
+    own = shape if mask is None else tuple(mask.shape)
+    expect(f"task.{name}.tokens['attention_mask']", own, own == shape, f"the input_ids' shape, {shape}")
     padded = [] if mask is None else (asked & (mask == 0)).any(1).nonzero().flatten().tolist()
     expect(f"task.{name}.labels", f"words in the padding of rows {padded[:5]}", not padded, f"{IGNORED} there")
     empty = (~asked[:, 1:].any(1)).nonzero().flatten().tolist()
