@@ -345,9 +345,11 @@ def test_arguments_are_refused_before_work_starts():
     for options, match in (
         ({"batches": 0}, "batches is 0"), ({"unreached": "skip"}, "unreached is 'skip'"),
         ({"adapter_name": "other"}, r"adapter_name is 'other', expected one of \['default'\]"),
+        ({"generator": 3}, "generator is 3, expected a torch.Generator on the CPU"),
+        ({"loss_step": {"loss": 1}}, "loss_step is {'loss': 1}, expected a function"), ({"model": None}, "'NoneType'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
-            cd.compress_adapters(model, loss, **options)
+            cd.compress_adapters(**{"model": model, "loss_step": loss} | options)
     with pytest.raises(ValueError, match="variant of 'default' is 'thin'"):
         cd.compress_adapters(adapted(variant="thin"), loss)
     with pytest.raises(ValueError, match="variant of 'default' is None"):
@@ -408,7 +410,7 @@ def test_a_layer_that_is_left_out_keeps_its_other_adapter():
     root = model.base_model.model
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = compress(model, lambda: root[4](root[2](batch()[:, :1].expand(-1, 20))).square().sum(),
+        report = compress(model, lambda: root[4](root[2](batch().repeat(1, 2)[:, :20])).square().sum(),
                           adapter_name="second", unreached="leave_out")  # fmt: skip
     assert report["left_out"] == ["0"] and list(root[0].deep_lora_factors) == ["default"]
     assert list(root[2].deep_lora_factors) == ["default", "second"] and root[0].active_adapters == ["second"]
@@ -439,3 +441,27 @@ def test_what_is_left_out_is_named_exactly(given, tmp_path):
     assert set(layers(again)) == kept
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
     assert not isinstance(root[0], DeepLoraLayer)
+
+
+@pytest.mark.parametrize("rows, told", [(3, True), (4, False)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_a_gradient_of_fewer_directions_than_are_taken_is_told(rows, told, kind):
+    model = adapted(r=8).to(kind)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        compress(model, lambda: model(batch()[:rows].to(kind)).square().mean())
+    expected = "the first gradient of '0' has rank 3, of which r / 2 = 4 directions are taken, and 2 more layers have"
+    assert [expected in str(each.message) for each in found] == [True] * told
+
+
+def test_rows_of_several_batches_count_together_and_layers_without_a_gradient_do_not():
+    model, parts = adapted(r=8), iter(batch().split(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(model, lambda: model(next(parts)).square().mean(), batches=2)
+    base = nn.ModuleDict({"used": nn.Linear(12, 8), "idle": nn.Linear(12, 8)})
+    other = adapted(base, r=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used = other.base_model.model["used"]
+        compress(other, lambda: used(batch()).square().mean(), unreached="leave_out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
@@ -213,3 +214,17 @@ def test_starts_of_all_kinds_are_captured_on_a_gpu():
     for one, other in zip(eager, graphed, strict=True):
         assert one.shared == 4
         np.testing.assert_allclose(one.losses, other.losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_first_batches_of_fewer_rows_than_directions_are_told_of(count):
+    configs = [cd.DeepLoraConfig(r=r, task_type="SEQ_CLS", target_modules=["pooler.dense", "query"]) for r in (4, 8)]
+    runs = [cd.FineTuningRun(each, 1e-2, 1) for each in configs[-count:]]
+    for size, told in ((3, 1), (8, 0)):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            cd.fine_tune(bert(2), runs, task("classification"), 1, size, show_progress=False)
+        said = [str(each.message) for each in found if "directions" in str(each.message)]
+        assert ["has rank 3, of which r / 2 = 4 directions are taken" in each for each in said] == [
+            True
+        ] * told

@@ -13,14 +13,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from compressible.adapters.gradient_rank import MeasuredSink, warn_of_rounding
 from compressible.adapters.layer import DeepLoraLayer, factor_dtype
 from compressible.runtime import devices, weight_gradients
-from compressible.runtime.checks import expect, is_integer
+from compressible.runtime.checks import expect, expect_function, expect_generator, is_integer
 from compressible.runtime.module_names import excluding, plain_name, replace_module, still_matching
 from compressible.runtime.ranks import Ranks, spread_like
 from compressible.runtime.starting_factors import check_whole, compressed_chain
 from compressible.runtime.undisturbed import as_before, quiet
-from compressible.runtime.weight_gradients import GradientSink, first_gradients
+from compressible.runtime.weight_gradients import first_gradients
 
 Layers = dict[str, DeepLoraLayer]
 UNREACHED = ("error", "leave_out")
@@ -42,7 +43,8 @@ def compress_adapters(
     be quantised, in half precision, offloaded or sharded. With one batch it lives only until its decomposition; with
     several, one gradient a layer is held on its device. Of several processes (DDP, accelerate, FSDP2: fully_shard),
     which may wrap the model before or after, all get the factors of their summed gradients, and where one fails all
-    raise. After an error the model, its gradients and the random numbers are as before.
+    raise. After an error the model, its gradients and the random numbers are as before. A warning names a layer whose
+    gradient has fewer directions than the r / 2 that are taken, as of fewer rows: rounding chooses the others.
 
     Args:
         model: of `peft.get_peft_model`, also behind torch.compile, DistributedDataParallel or fully_shard.
@@ -75,6 +77,9 @@ def compress_adapters(
     Reference:
         P1 (Yaras et al. 2024), section 4: outer factors from the first gradient, between them `depth` times eps I.
     """
+    expect("the model", type(model).__name__, isinstance(model, nn.Module), "one of peft.get_peft_model")
+    expect_function("loss_step", loss_step, "a function that runs the model on a batch and returns the loss")
+    expect_generator(generator)
     where = next((p.device for p in model.parameters() if p.is_cuda), torch.device("cpu"))
     ranks = Ranks(where, group)
     expect("batches", batches, is_integer(batches) and batches >= 1, "an integer >= 1")
@@ -94,6 +99,8 @@ def compress_adapters(
             layer.set_factors(adapter_name, given)
         if left_out:
             _leave_out(model, root, {name: layers[name] for name in left_out}, list(kept), adapter_name)
+    halves = {name: layer.r[adapter_name] // 2 for name, layer in kept.items()}
+    warn_of_rounding({name: (sinks[name].lacking(0, half), half) for name, half in halves.items()}, stacklevel=2)
     return {**cost, "left_out": left_out}
 
 
@@ -124,9 +131,9 @@ def _check_layer(name: str, layer: DeepLoraLayer, adapter: str, restart: bool) -
 
 def _first_gradients(
     loss_step: Callable[[], Tensor], layers: Layers, adapter: str, batches: int, ranks: Ranks
-) -> dict[str, GradientSink]:
+) -> dict[str, MeasuredSink]:
     """Collect the gradients of the layers' weights, while the adapter is not active beside those that are."""
-    sinks = {name: GradientSink(layer.get_base_layer(), layer.r[adapter] // 2) for name, layer in layers.items()}
+    sinks = {name: MeasuredSink(layer.get_base_layer(), layer.r[adapter] // 2) for name, layer in layers.items()}
     with ExitStack() as undo:
         for layer in layers.values():
             undo.callback(setattr, layer, "_active_adapter", layer.active_adapters)
@@ -140,7 +147,7 @@ def _blank(layer: Any, device: torch.device) -> Tensor:
     return torch.zeros(1, layer.out_features, layer.in_features, dtype=kind, device=device)
 
 
-def _chain(layer: DeepLoraLayer, sink: GradientSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
+def _chain(layer: DeepLoraLayer, sink: MeasuredSink, adapter: str, generator: torch.Generator) -> list[Tensor]:
     left, right = (side[0] for side in sink.frames or ())
     config, shape = layer.deep_lora_config[adapter], (layer.out_features, layer.in_features)
     with torch.autocast(left.device.type, enabled=False):  # which would make products of frames in half precision

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressible.adapters.gradient_rank import MeasuredSink, warn_of_rounding
 from compressible.finetuning.peft_models import GradientStart, starts_compressed, starts_from_gradient
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked.layers import Chain, StackedAdapter
@@ -77,7 +78,7 @@ def _from_gradients(
     framed = [i for i, run in enumerate(runs) if starts_compressed(run.config) and run.start is None]
     widths = {name: [starts[i].chains[name][0].shape[0] // 2 for i in framed] for name in adapters}
     frames = _Sinks.over(runs, framed, lambda which: {
-        name: GradientSink(adapter.base, max(widths[name]), adapter.runs, which) for name, adapter in adapters.items()
+        name: MeasuredSink(adapter.base, max(widths[name]), adapter.runs, which) for name, adapter in adapters.items()
     })  # fmt: skip
     own = [i for i, run in enumerate(runs) if isinstance(run.start, GradientStart)]
     gradients = _Sinks.over(runs, own, lambda which: _whole(adapters, which))
@@ -115,6 +116,17 @@ def _compressed(
             left, right = (side[at, :, :half] for side in frames[name])
             own[name] = compressed_chain(left, right, adapter.shape, config.depth, config.init_scale, generator)
         found[run] = replace(starts[run], chains=own)
+    warn_of_rounding(_lacking(sinks, starts), stacklevel=2)
+    return found
+
+
+def _lacking(sinks: _Sinks, starts: Sequence[Start]) -> dict[str, tuple[int | None, int]]:
+    """By layer the rank of the gradient of the run that lacks most directions, None if none does, and what it asks."""
+    found: dict[str, tuple[int | None, int]] = {}
+    for name, sink in sinks.of.items():
+        asked = {(at, starts[run].chains[name][0].shape[0] // 2) for run, at in sinks.place.items()}
+        pairs = [(sink.lacking(at, half), half) for at, half in asked]
+        found[name] = min(pairs, key=lambda pair: 0 if pair[0] is None else pair[0] - pair[1])
     return found
 
 
