@@ -101,8 +101,19 @@ def test_rates_need_something_to_train():
     for model in (two_layers(), peft.get_peft_model(two_layers(), peft.LoraConfig(target_modules=["0"]))):
         with pytest.raises(ValueError, match="one that trains Deep LoRA"):
             cd.param_groups(model, 1e-2)
-    with pytest.raises(ValueError, match="lr is 0"):
-        cd.param_groups(two_layers(), 0)
+    for rate in (0, -1.0, True, "1e-2", None, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"lr is {rate!r}, expected a finite number > 0"):
+            cd.param_groups(two_layers(), rate)
+    with pytest.raises(ValueError, match="the model is 'NoneType', expected one of peft"):
+        cd.param_groups(None, 1e-2)
+
+
+def test_an_optimiser_is_made_by_what_can_be_called():
+    model = peft.get_peft_model(two_layers(), cd.DeepLoraConfig(r=2, variant="thin"))
+    with pytest.raises(ValueError, match="optimizer_cls is 'adamw', expected one of torch"):
+        cd.create_deep_lora_optimizer(model, "adamw", lr=1e-2)
+    with pytest.raises(ValueError, match="generator is 3, expected a torch"):
+        cd.paper_lora_start(model, 3)
 
 
 def test_the_papers_lora_start_is_normal_outputs_and_zero_inputs():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("peft")
-from test_finetune import LENGTH, VOCABULARY, bert, config
+from test_finetune import LENGTH, VOCABULARY, bert, config, lora, t5, task
 
 import compressible as cd
 from compressible.finetuning.trainer import Trainer
+
+TODO = "task_type or modules_to_save in their config would"
 
 
 def own(kind: str = "regression", metric: str = "pearson", labels=None, count: int = 12, **tokens) -> cd.Task:
@@ -123,3 +126,74 @@ def test_runs_are_a_list_with_seeds_that_generators_take(runs, named):
 def test_the_largest_seed_is_taken():
     given = [cd.FineTuningRun(config(kind), 1e-2, 2**63 - 1) for kind in ("thin", "compressed")]
     assert all(run.divergence is None for run in cd.fine_tune(bert(), given, own(), 2, 4, show_progress=False))
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"model": None}, "model is 'NoneType', expected a torch.nn.Module"),
+        ({"model": torch.nn.Flatten()}, "model is 'Flatten', expected one that has parameters"),
+        ({"task": {}}, "task is 'dict', expected kind, train, validation and score"),
+        ({"task": dataclasses.replace(own(), train={})}, "task.train is 'dict', expected tokens and labels"),
+        ({"watch": 3}, "watch is 3, expected a function, or None"),
+        ({"watch": 3, "watch_at": (1,)}, "watch is 3, expected a function, since watch_at names steps"),
+        ({"checkpoint": 3}, "checkpoint is 3, expected a file's name, or None"),
+        ({"dropout": "no"}, "dropout is 'no', expected True or False"),
+        ({"compiled": 1}, "compiled is 1, expected True or False"),
+        ({"keep_factors": None}, "keep_factors is None, expected True or False"),
+        ({"graphed": "no"}, "graphed is 'no', expected True or False"),
+        ({"show_progress": "yes"}, "show_progress is 'yes', expected True or False"),
+        ({"task": own(labels=torch.rand(12, 2))}, r"labels is \(12, 2\), expected one a row, which its metric is of"),
+    ],
+)  # fmt: skip
+def test_arguments_of_another_type_are_named_before_a_step(options, named, monkeypatch):
+    monkeypatch.setattr(Trainer, "advance", lambda *_: pytest.fail("a step was taken"))
+    given = {"model": bert(), "task": own(), "steps": 2, "batch_size": 4, "evaluate_at": (2,), "show_progress": False}
+    with pytest.raises(ValueError, match=named):
+        cd.fine_tune(runs=[cd.FineTuningRun(config("thin"), 1e-2)], **given | options)
+
+
+def test_a_correlation_is_of_one_number_a_row():
+    with pytest.raises(ValueError, match=r"labels is \(9, 2\), expected one a row, 9, for a correlation"):
+        own().score(np.zeros((9, 1)), np.zeros((9, 2)))
+    with pytest.raises(ValueError, match=r"outputs is \(9, 2\), expected one a row, 9"):
+        own().score(np.zeros((9, 2)), np.zeros(9))
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (lambda labels: labels[:, 0], r"labels is \(40,\), expected shape \(N, T\), T >= 1"),
+        (lambda labels: labels[:, :0], r"labels is \(40, 0\), expected shape"),
+        (lambda labels: labels.clamp(min=-1), "labels is -1, expected words from 0, or -100 where none is asked for"),
+        (lambda labels: labels.masked_fill(torch.arange(40)[:, None] == 3, -100), r"none in rows \[3\]', expected"),
+        (lambda labels: labels + VOCABULARY * (labels > 40), f"expected words below the model's {VOCABULARY}"),
+    ],
+)  # fmt: skip
+def test_texts_to_write_ask_for_words_that_the_model_has(spoil, named, monkeypatch):
+    monkeypatch.setattr(Trainer, "advance", lambda *_: pytest.fail("a step was taken"))
+    data = task("generation")
+    data.train.labels = spoil(data.train.labels)
+    with pytest.raises(ValueError, match=named):
+        cd.fine_tune(t5(), [cd.FineTuningRun(config("thin"), 1e-2)], data, 2, 4, show_progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be stacked")
+@pytest.mark.parametrize("given", [lora(), lora(use_dora=True), lora(init_lora_weights="pissa"), config("thin")])
+def test_a_seed_of_numpy_is_that_of_python(given):
+    runs = [cd.FineTuningRun(given, 1e-2, kind(1), start=None) for kind in (int, np.int64, np.uint8)]
+    expected, *found = cd.fine_tune(bert(3).float(), runs, task("classification"), 2, 4, show_progress=False)
+    for each in found:
+        np.testing.assert_array_equal(each.losses, expected.losses)
+    assert found[0].model() is not None
+
+
+@pytest.mark.parametrize("head", [None, "SEQ_CLS"])
+def test_a_rate_of_heads_is_said_to_be_idle_where_none_is_trained(head):
+    runs = [cd.FineTuningRun(config("thin", task_type=head), 1e-2, head_lr=1e-3, label="named")]
+    runs += [cd.FineTuningRun(config("thin", task_type=head), 1e-2)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cd.fine_tune(bert(), runs, own(), 1, 4, show_progress=False)
+    said = [str(each.message) for each in told if "head_lr" in str(each.message)]
+    assert said == ([] if head else [f"head_lr of runs named is not used, since nothing is trained whole: {TODO}"])

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from compressible.runtime.checks import expect
+
 
 def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Pearson's correlation of outputs and labels, each (N,) or (N, 1); 0 if one is constant, NaN if not finite."""
     from scipy.stats import pearsonr
 
+    for name, value in (("outputs", outputs), ("labels", labels)):
+        expect(name, np.shape(value), np.size(value) == len(labels), f"one a row, {len(labels)}, for a correlation")
     labels = labels.reshape(len(labels))
     found = outputs.reshape(len(labels)).astype(np.float64)
     if not np.isfinite(found).all():

@@ -1,8 +1,9 @@
-"""What `fine_tune` refuses before work starts; what only a pass through the model shows is in dry_run.py."""
+"""What `fine_tune` refuses before work starts; tasks are in task_checks.py, what only a pass shows is in dry_run.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
-from compressible.data.tasks import IGNORED, Task
-from compressible.finetuning.batches import ExamplesLike, TaskLike
-from compressible.finetuning.losses import KINDS, WRITTEN
 from compressible.finetuning.peft_models import DRAWN, GradientStart, starts_compressed
 from compressible.finetuning.run import FineTuningRun
-from compressible.runtime.checks import expect, is_integer, is_number
+from compressible.runtime.checks import expect, expect_flag, is_integer, is_number
 
-METRICS_OF = {"regression": ("pearson",), "classification": ("accuracy", "matthews")}
-PLACES = ("position_embeddings", "wpe")  # ends of the names of tables that have a row a place
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
@@ -37,8 +33,18 @@ def check_settings(
     expect("precision", precision, precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
 
+def check_choices(flags: Mapping[str, Any], choices: Mapping[str, Any], watch: Any, watched: bool) -> None:
+    """Raise ValueError unless flags are truth values, choices these or None, and watch a function where steps ask."""
+    for name, value in {**flags, **{name: value for name, value in choices.items() if value is not None}}.items():
+        expect_flag(name, value)
+    wanted = "a function, since watch_at names steps" if watched else "a function, or None"
+    expect("watch", watch, callable(watch) or (watch is None and not watched), wanted)
+
+
 def check_surroundings(model: nn.Module, checkpoint: str | Path | None) -> None:
-    """Raise ValueError where gradients are off or autocast is on around a call, or its file is a folder."""
+    """Raise ValueError where gradients are off or autocast is on around a call, or its file is a folder or no name."""
+    named = checkpoint is None or isinstance(checkpoint, str | os.PathLike)
+    expect("checkpoint", checkpoint, named, "a file's name, or None")
     off, device = not torch.is_grad_enabled(), next(model.parameters()).device.type
     expect("the mode of gradients", "no_grad or inference_mode", not off, "gradients, which training takes")
     precise = not torch.is_autocast_enabled(device)
@@ -55,98 +61,6 @@ def checked_marks(name: str, marks: Iterable[int], steps: int) -> list[int]:
     expect(name, listed, all(is_integer(mark) for mark in listed), "integers")
     expect(name, listed, all(0 <= mark <= steps for mark in listed), f"steps from 0 to {steps}")
     return sorted({int(mark) for mark in listed})
-
-
-def check_task(task: TaskLike, scored: bool) -> None:
-    """Raise ValueError for labels that no loss is of; of the validation set, too, if it is to be `scored`."""
-    expect("task.kind", task.kind, task.kind in KINDS, f"one of {', '.join(KINDS)}")
-    parts = {"train": task.train} | ({"validation": task.validation} if scored else {})
-    if scored and isinstance(task, Task) and task.kind not in WRITTEN:
-        metrics = METRICS_OF[task.kind]
-        expect("task.metric", task.metric, task.metric in metrics, f"of a {task.kind} one of {', '.join(metrics)}")
-    for name, part in parts.items():
-        _check_rows(f"task.{name}", part)
-        labels = part.labels
-        if task.kind == "regression":
-            spoilt = (~torch.isfinite(labels.reshape(len(labels), -1)).all(1)).nonzero().flatten().tolist()
-            expect(f"task.{name}.labels", f"not finite in rows {spoilt[:5]}", not spoilt, "finite labels")
-        else:
-            whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool)
-            expect(f"task.{name}.labels", labels.dtype, whole, "integers")
-        if task.kind == "causal":
-            _check_words(name, part)
-        if task.kind == "classification":
-            found = tuple(labels.shape), int(labels.min())
-            expect(f"task.{name}.labels", found, labels.dim() == 1 and found[1] >= 0, "shape (N,), classes from 0")
-
-
-def _check_rows(name: str, part: ExamplesLike) -> None:
-    """Raise ValueError unless labels and tokens are tensors of the same rows, each with a token."""
-    given = {f"{name}.labels": part.labels} | {f"{name}.tokens[{key!r}]": each for key, each in part.tokens.items()}
-    for key, value in given.items():
-        expect(key, type(value).__name__, isinstance(value, Tensor), "a tensor, by torch.as_tensor")
-    rows = len(part.labels)
-    expect(name, f"{rows} rows", rows > 0, "at least one")
-    for key, value in given.items():
-        expect(key, f"{len(value)} rows", len(value) == rows, f"{rows}, one a label")
-    mask = part.tokens.get("attention_mask")
-    empty = [] if mask is None else (~(mask != 0).flatten(1).any(1)).nonzero().flatten().tolist()
-    expect(f"{name}.tokens['attention_mask']", f"without a token in rows {empty[:5]}", not empty, "one in every row")
-
-
-def check_ids(model: nn.Module, task: TaskLike) -> None:
-    """Raise ValueError for ids, types or places of tokens that the model's tables have no row for.
-
-    A GPU stops the whole process there, in the middle of a run.
-    """
-    words, named = _words_of(model), dict(model.named_modules())
-    types = [table for name, table in named.items() if name.endswith("token_type_embeddings")]
-    for name, part in (("train", task.train), ("validation", task.validation)):
-        for key, tables in (("input_ids", [words]), ("token_type_ids", types)):
-            for table in tables if key in part.tokens and len(part.tokens[key]) else ():
-                _check_below(f"task.{name}.tokens[{key!r}]", part.tokens[key], table)
-        for table in (table for end, table in named.items() if end.endswith(PLACES)):
-            _check_places(f"task.{name}", part, table)
-
-
-def _words_of(model: Any) -> nn.Module | None:
-    try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # as of models of no words
-        return None
-
-
-def _check_below(name: str, ids: Tensor, table: Any) -> None:
-    if isinstance(table, nn.Embedding):
-        low, high = int(ids.min()), int(ids.max())
-        known = f"from 0 to {table.num_embeddings - 1}, which the model's embedding has"
-        expect(name, f"from {low} to {high}", low >= 0 and high < table.num_embeddings, known)
-
-
-def _check_places(name: str, part: ExamplesLike, table: Any) -> None:
-    ids, mask = part.tokens.get("input_ids"), part.tokens.get("attention_mask")
-    if type(table) is nn.Embedding and ids is not None and len(ids):
-        first = 0 if table.padding_idx is None else table.padding_idx + 1  # as RoBERTa counts
-        longest, room = ids.shape[-1] if mask is None else int(mask.sum(-1).max()), table.num_embeddings - first
-        expect(name, f"a row of {longest} tokens", longest <= room, f"at most {room}, as the model has positions")
-
-
-def _check_words(name: str, part: ExamplesLike) -> None:
-    """Raise ValueError for labels (N, T) of a causal language model that ask for no word, or for one of the padding."""
-    labels, tokens = part.labels, part.tokens
-    ids = tokens.get("input_ids")
-    shape = None if ids is None else tuple(ids.shape)
-    expect(f"task.{name}.labels", tuple(labels.shape), tuple(labels.shape) == shape, f"the input_ids' shape, {shape}")
-    asked = labels != IGNORED
-    fits = bool((labels[asked] >= 0).all())
-    expect(f"task.{name}.labels", int(labels.min()), fits, f"words from 0, or {IGNORED} where none is asked for")
-    mask = tokens.get("attention_mask")
-    own = shape if mask is None else tuple(mask.shape)
-    expect(f"task.{name}.tokens['attention_mask']", own, own == shape, f"the input_ids' shape, {shape}")
-    padded = [] if mask is None else (asked & (mask == 0)).any(1).nonzero().flatten().tolist()
-    expect(f"task.{name}.labels", f"words in the padding of rows {padded[:5]}", not padded, f"{IGNORED} there")
-    empty = (~asked[:, 1:].any(1)).nonzero().flatten().tolist()
-    expect(f"task.{name}.labels", f"none in rows {empty[:5]}", not empty, "a word after the first token in every row")
 
 
 def check_runs(runs: Sequence[FineTuningRun], rows: int, batch_size: int) -> None:
@@ -183,6 +97,8 @@ def _check_config(run: FineTuningRun) -> None:
 
 def check_model(model: nn.Module, dropout: bool) -> None:
     """Raise ValueError for a model whose pass is not the sum of its runs' own."""
+    expect("model", type(model).__name__, isinstance(model, nn.Module), "a torch.nn.Module, such as transformers has")
+    expect("model", type(model).__name__, any(True for _ in model.parameters()), "one that has parameters")
     if any(parameter.dtype is torch.float16 for parameter in model.parameters()):
         raise ValueError("the model is in float16, expected float32 or bfloat16: eps^L = 1e-9 underflows there")
     for name, module in model.named_modules():

@@ -12,6 +12,7 @@ from torch import Tensor
 from compressible.finetuning.batches import LENGTHS
 from compressible.finetuning.causal import writer
 from compressible.finetuning.drawing import random_states, undrawn
+from compressible.finetuning.losses import WRITTEN
 from compressible.finetuning.mixing import Trial
 from compressible.finetuning.stacked.alone import AloneModel
 from compressible.finetuning.stacked.layers import stacked_adapters
@@ -28,8 +29,9 @@ def try_out(stacked: StackedPass) -> None:
     passes; RuntimeError where they depend on random numbers that the model draws itself.
     """
     with _forgetting(stacked):
-        if stacked.words is not None:
+        if stacked.task.kind in WRITTEN:
             _check_words(stacked)
+        if stacked.words is not None:
             Trial(stacked).settle()
         logits, labels = _tried(stacked)
         if stacked.task.kind == "classification":

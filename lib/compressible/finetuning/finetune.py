@@ -19,20 +19,19 @@ from torch import nn
 
 from compressible.finetuning.batches import RunsMixError, TaskLike
 from compressible.finetuning.checks import (
-    check_ids,
+    check_choices,
     check_model,
     check_runs,
     check_settings,
     check_surroundings,
-    check_task,
     checked_marks,
 )
 from compressible.finetuning.devices import Pass, device_names, split
 from compressible.finetuning.run import FineTuningRun, RunHistory
 from compressible.finetuning.stackable import Structure, structure
 from compressible.finetuning.stacked_pass import PassSnapshot, StackedPass
+from compressible.finetuning.task_checks import check_ids, check_task
 from compressible.finetuning.trainer import Looks, Trainer
-from compressible.runtime.checks import expect
 
 SHOWN = 6  # runs of a pass that a message names
 FULL_COST = 3.0  # of a run of wide factors, in runs of narrow ones
@@ -120,7 +119,8 @@ def fine_tune(
     """
     check_settings(steps, batch_size, decay_ratio, precision, max_stack, checkpoint_every)
     evaluate_at, watch_at = checked_marks("evaluate_at", evaluate_at, steps), checked_marks("watch_at", watch_at, steps)
-    expect("watch", watch, watch is not None or not watch_at, "a function, since watch_at names steps")
+    flags = {"dropout": dropout, "compiled": compiled, "keep_factors": keep_factors}
+    check_choices(flags, {"graphed": graphed, "show_progress": show_progress}, watch, bool(watch_at))
     check_task(task, scored=bool(evaluate_at))
     check_runs(runs, len(task.train.labels), batch_size)
     check_model(model, dropout)
@@ -211,6 +211,7 @@ def _passes(model: nn.Module, runs: Sequence[FineTuningRun], max_stack: int | No
             found[key] = structure(model, run.config, run.start)
     structures = [found[key] for key in keys]
     _tell(found.values())
+    _tell_of_rates(runs, structures)
     groups: dict[tuple, list[int]] = {}
     for at, own in enumerate(structures):
         groups.setdefault((at,) if own.alone else own.key, []).append(at)
@@ -226,3 +227,13 @@ def _tell(structures: Iterable[Structure]) -> None:
     if reasons:
         slow = "such runs go one at a time through peft.get_peft_model, as they would alone but slower"
         warnings.warn(f"{', '.join(reasons)} cannot be stacked: {slow}", stacklevel=4)
+
+
+def _tell_of_rates(runs: Sequence[FineTuningRun], structures: Sequence[Structure]) -> None:
+    """Warn of rates of heads where none is trained."""
+    pairs = zip(runs, structures, strict=True)
+    idle = [str(run.label or at) for at, (run, own) in enumerate(pairs) if run.head_lr is not None and not own.heads]
+    if idle:
+        shown = ", ".join(idle if len(idle) <= SHOWN else [*idle[:SHOWN], "..."])
+        todo = "task_type or modules_to_save in their config would"
+        warnings.warn(f"head_lr of runs {shown} is not used, since nothing is trained whole: {todo}", stacklevel=4)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressible.adapters.layer import DeepLoraLayer, Embedding
 from compressible.runtime.chain import product
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, expect_generator
 from compressible.runtime.module_names import plain_name
 from compressible.runtime.paths import atomic_path
 from compressible.runtime.ranks import whole
@@ -55,6 +55,7 @@ def paper_lora_start(model: nn.Module, generator: torch.Generator | None = None,
     Reference:
         P1 (Yaras et al. 2024), section 4, its LoRA baseline (papers' trap T2).
     """
+    expect_generator(generator)
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and adapter_name in layer.r]
     expect("adapter_name", adapter_name, bool(layers), "the name of a LoRA adapter of the model")
     for layer in layers:

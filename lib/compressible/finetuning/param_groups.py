@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from compressible.adapters.layer import DeepLoraLayer
-from compressible.runtime.checks import expect
+from compressible.runtime.checks import expect, is_number
 
 
 def param_groups(model: nn.Module, lr: float) -> list[dict]:
@@ -37,7 +36,9 @@ def param_groups(model: nn.Module, lr: float) -> list[dict]:
     Reference:
         P1 (Yaras et al. 2024), section 4: outer factors take smaller steps, since they begin where they should end.
     """
-    expect("lr", lr, 0 < lr < math.inf, "a finite number > 0")
+    expect("lr", lr, is_number(lr, above=0), "a finite number > 0")
+    known = isinstance(model, nn.Module)
+    expect("the model", type(model).__name__, known, "one of peft.get_peft_model with a DeepLoraConfig")
     rates: dict[int, tuple[str, float]] = {}
     for layer in model.modules():
         if isinstance(layer, DeepLoraLayer):
@@ -75,7 +76,7 @@ def create_deep_lora_optimizer(
         The optimiser; a scheduler scales the rates of all groups alike.
 
     Raises:
-        ValueError: as `param_groups`.
+        ValueError: as `param_groups`, and for an optimizer_cls that cannot be called.
 
     Example:
         >>> import compressible as cd
@@ -90,4 +91,6 @@ def create_deep_lora_optimizer(
     Reference:
         As peft's create_loraplus_optimizer; P1 (Yaras et al. 2024), section 4.
     """
+    wanted = "one of torch.optim's classes, such as torch.optim.AdamW"
+    expect("optimizer_cls", optimizer_cls, callable(optimizer_cls), wanted)
     return optimizer_cls(param_groups(model, lr), **kwargs)  # type: ignore[call-arg]  # every optimiser has more

@@ -54,12 +54,12 @@ def adapted_by_peft(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings(), place:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU of the caller's, too
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would seed every GPU of the caller's, too
         if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(seed)
+            torch.cuda.default_generators[device.index].manual_seed(int(seed))
         adapted = peft.get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=empty)
     if start is not None:
-        start(adapted, torch.Generator().manual_seed(seed))
+        start(adapted, torch.Generator().manual_seed(int(seed)))
     return adapted
 
 
