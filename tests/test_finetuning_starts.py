@@ -225,6 +225,4 @@ def test_first_batches_of_fewer_rows_than_directions_are_told_of(count):
             warnings.simplefilter("always")
             cd.fine_tune(bert(2), runs, task("classification"), 1, size, show_progress=False)
         said = [str(each.message) for each in found if "directions" in str(each.message)]
-        assert ["has rank 3, of which r / 2 = 4 directions are taken" in each for each in said] == [
-            True
-        ] * told
+        assert ["has rank 3, of which r / 2 = 4 directions are taken" in each for each in said] == [True] * told

@@ -22,6 +22,7 @@ from torch.nn import functional
 from compressible.data import metrics
 from compressible.data.text import SETS, SPLITS, Rows, read_rows
 from compressible.runtime import checks
+from compressible.runtime.token_rows import along_rows
 
 PROTOCOLS = ("clean", "authors")
 IGNORED = -100  # label where no word is asked for, as PyTorch's cross entropy has it
@@ -255,18 +256,6 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
     filled = np.full((len(rows), lengths.max()), value, dtype=np.int64)
     filled[np.arange(lengths.max()) < lengths[:, None]] = np.concatenate(rows)
     return torch.from_numpy(filled)
-
-
-def along_rows(tokens: dict[str, Tensor]) -> list[str]:
-    """The names of the tokens that lie along a row, as attention_mask (N, T) does, and are cut and padded with it.
-
-    None without a mask of two axes; what a decoder is given lies along another row.
-    """
-    mask = tokens.get("attention_mask")
-    if mask is None or mask.dim() != 2:
-        return []
-    wide = [name for name, value in tokens.items() if value.dim() > 1 and value.shape[1] == mask.shape[1]]
-    return [name for name in wide if not name.startswith("decoder_")]
 
 
 def _fit(values: Tensor, width: int, value: int) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.data.tasks import along_rows
+from compressible.runtime.token_rows import along_rows
 
 LENGTHS = {"cpu": 8, "cuda": 32}  # padded lengths are multiples: few graphs, little padding
 
