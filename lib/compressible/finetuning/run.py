@@ -36,7 +36,7 @@ class FineTuningRun:
         config: what is adapted and how, a DeepLoraConfig, LoraConfig or any other of peft's. What peft trains whole,
             such as a task_type's head, starts from fresh N(0, .02^2) weights where it is linear.
         lr: peak step size of the inner factors, > 0 (P1: 1e-2 compressed, else 1e-4).
-        seed: >= 0; draws factors, head, data order and dropout.
+        seed: >= 0; draws factors, head, data order, dropout and what a method of peft draws in training.
         subset: numbers (k,) of the training rows that it sees, by default all.
         head_lr: peak step size of what is trained whole, by default lr.
         label: its name in messages.
