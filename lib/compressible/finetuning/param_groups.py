@@ -84,7 +84,8 @@ def create_deep_lora_optimizer(
         >>> import torch
         >>> config = cd.DeepLoraConfig(r=2, variant="thin", lr_ratio=0.5)
         >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 4)), config)
-        >>> optimizer = cd.create_deep_lora_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+        >>> adam = {"lr": 1e-2, "eps": 1e-6, "weight_decay": 0.0}  # P1's; torch's eps is 1e-8
+        >>> optimizer = cd.create_deep_lora_optimizer(model, torch.optim.AdamW, **adam)
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.01, 0.005]
 
