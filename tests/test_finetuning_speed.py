@@ -64,7 +64,20 @@ def test_claims_come_first_and_no_case_twice():
     stock = ["peft", "peft", "peft-compressed", "peft-thin"]
     assert needed[:4] == [(method, 1, ("eager",)) for method in stock]
     assert needed[4:6] == [("compressed", 1, ("eager", "graph")), ("compressed", 20, ("graph",))]
-    assert needed[6] == ("compressed", 20, ("compiled",))
+    assert needed[6] == ("peft", 1, ("compiled",))
+    assert ("compressed", 20, ("compiled",)) in {(case.method, case.runs, case.modes) for case in cases}
+
+
+def test_peft_is_timed_as_torch_compiles_it_too_and_goals_keep_the_two_apart(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: asked.append(mode) or model)
+    both = speed.Case("tiny", "float32", "peft", modes=("eager", "compiled"))
+    out = survey(monkeypatch, [both])
+    assert asked == ["reduce-overhead"]
+    for mode in both.modes:
+        steps = out[f"{both.name}/{mode}/steps"]
+        assert speed.fastest_peft(out, "tiny", ["float32"], mode) == pytest.approx(1 / steps)
+    assert np.isnan(speed.fastest_peft(out, "tiny", ["tf32"], "compiled")).all()
 
 
 def test_deep_lora_is_held_against_lora_of_peft_by_steps_and_memory():

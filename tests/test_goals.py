@@ -46,5 +46,9 @@ def test_goals_of_finetuning_are_over_pefts_fastest_precision(card):
     assert set(found) == {"m many rate", "m many over peft"}
     np.testing.assert_allclose(found["m many rate"], [200, 100])
     np.testing.assert_allclose(found["m many over peft"], [10, 5])
+    compiled = out | {"m/bfloat16/1 x peft/compiled/steps": np.array([0.01])}
+    found = goals.finetuning_goals(compiled, "cuda", ["m"], ["bfloat16", "float32"])
+    np.testing.assert_allclose(found["m many over peft"], [10, 5])
+    np.testing.assert_allclose(found["m many over compiled peft"], [2, 1])
     alone = goals.finetuning_goals({"m/bfloat16/1 x compressed/graph/steps": np.ones(1)}, "cuda", ["m"], ["bfloat16"])
     assert set(alone) == {"m one rate"}  # nothing to compare with

@@ -69,8 +69,8 @@ def cases(
     """Yield the cases of a survey, those that tell most first.
 
     Per encoder: peft in all precisions; Deep LoRA as a method of peft in the first one; there, too, compressed with the
-    fewest runs and GOAL (or the most). What takes long to compile comes after that, sweeps over run_counts in the first
-    two precisions last.
+    fewest runs and GOAL (or the most). What takes long to compile comes after that, peft compiled first, sweeps over
+    run_counts in the first two precisions last.
     """
     few, first = min(run_counts), precisions[0]
     target = GOAL if GOAL in run_counts else max(run_counts)
@@ -81,6 +81,7 @@ def cases(
         yield Case(encoder, first, "compressed", few, ("eager", "graph"), real=True)
         yield from (Case(encoder, first, "compressed", count, real=True) for count in goals)
     if compiled:
+        yield from (Case(encoder, first, "peft", modes=("compiled",)) for encoder in encoders)
         yield from (Case(encoder, first, "compressed", target, ("compiled",)) for encoder in encoders)
     for encoder in encoders:
         yield from (Case(encoder, first, "compressed", count) for count in run_counts if count not in (few, target))
@@ -153,9 +154,9 @@ def rate(out: dict, name: str, modes: Sequence[str] = MODES) -> tuple[str, np.nd
     return best, ran.get(best, np.array([]))
 
 
-def fastest_peft(out: dict, encoder: str, precisions: Sequence[str]) -> np.ndarray:
+def fastest_peft(out: dict, encoder: str, precisions: Sequence[str], mode: str = "eager") -> np.ndarray:
     """Return the steps per second (T,) of peft's LoRA in the precision that suits it best; NaN if none ran."""
-    rates = [rate(out, f"{encoder}/{precision}/1 x peft")[1] for precision in precisions]
+    rates = [rate(out, f"{encoder}/{precision}/1 x peft", [mode])[1] for precision in precisions]
     return max((values for values in rates if len(values)), key=np.median, default=np.array([np.nan]))
 
 
@@ -207,7 +208,10 @@ def _time_stacked(
 def time_peft(
     case: Case, modes: Sequence[str], model: nn.Module, task: Task, batch_size: int, seconds: float, trials: int
 ) -> Iterator[tuple[str, Timing]]:
-    """LoRA or Deep LoRA as peft's users run it: AdamW (fused on a GPU), batches on the device beforehand."""
+    """LoRA or Deep LoRA as peft's users run it: AdamW (fused on a GPU), batches on the device beforehand.
+
+    Compiled, forward and backward pass are torch.compile's, on a GPU as CUDA graphs ("reduce-overhead").
+    """
     device = next(model.parameters()).device
     began = time.perf_counter()
     base = copy.deepcopy(model).to(torch.bfloat16 if case.precision == "bfloat16" else torch.float32)
@@ -219,19 +223,23 @@ def time_peft(
     tokens = {key: value[:batch_size].to(device) for key, value in task.train.tokens.items()}
     labels = task.train.labels[:batch_size].to(device)
 
-    def loss() -> Tensor:
-        if task.kind == "causal":
-            return adapted(**tokens, labels=labels, use_cache=False).loss
-        return run_losses("regression", first_output(adapted(**tokens)), labels, 1).sum()
-
-    def step() -> None:
-        loss().backward()
+    def step(adapted: Callable[..., Any]) -> None:
+        _peft_loss(adapted, task.kind, tokens, labels).backward()
         adam.step()
         adam.zero_grad()
 
     setup = time.perf_counter() - began
     for mode in modes:
-        yield mode, _steady(step, str(device), case.precision, setup, mode, seconds, trials)
+        taken = torch.compile(adapted, mode="reduce-overhead") if mode == "compiled" else adapted
+        yield mode, _steady(partial(step, taken), str(device), case.precision, setup, mode, seconds, trials)
+        if mode == "compiled":
+            torch.compiler.reset()
+
+
+def _peft_loss(adapted: Callable[..., Any], kind: str, tokens: dict[str, Tensor], labels: Tensor) -> Tensor:
+    if kind == "causal":
+        return adapted(**tokens, labels=labels, use_cache=False).loss
+    return run_losses("regression", first_output(adapted(**tokens)), labels, 1).sum()
 
 
 def _steady(
@@ -240,7 +248,8 @@ def _steady(
     wait = partial(devices.synchronize, device)
     with devices.peak_inside(device) as peak, matmul_precision(precision):
         began = time.perf_counter()
-        step()
+        for _ in range(3 if mode == "compiled" else 1):  # torch.compile's graphs warm up, are recorded, are replayed
+            step()
         wait()
         compilation = time.perf_counter() - began
         steps = time_calls(step, wait, seconds, trials)

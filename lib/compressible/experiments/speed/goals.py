@@ -54,8 +54,8 @@ def finetuning_goals(
 ) -> dict[str, np.ndarray]:
     """Return the goals of a survey of fine-tuning, by trial (T,), in bfloat16; rates are of CARD alone.
 
-    "<encoder> one rate" and "... many rate", steps of a run per second of one and of GOAL compressed runs, and
-    "... over peft", which takes its fastest precision; on any card what `over_lora` gives.
+    "<encoder> one rate" and "... many rate", steps of a run per second of one and of GOAL compressed runs,
+    "... over peft", eager in its fastest precision, and "... over compiled peft"; on any card what `over_lora` gives.
     """
     found = over_lora(out, encoders, precisions[0])
     if CARD not in devices.device_name(device) or precisions[0] != "bfloat16":
@@ -65,7 +65,8 @@ def finetuning_goals(
             ours = rate(out, f"{encoder}/{precisions[0]}/{count} x compressed")[1]
             if len(ours):
                 found[f"{encoder} {key} rate"] = ours
-                found[f"{encoder} {key} over peft"] = ours / fastest_peft(out, encoder, precisions)
+                for mode, name in {"eager": "peft", "compiled": "compiled peft"}.items():
+                    found[f"{encoder} {key} over {name}"] = ours / fastest_peft(out, encoder, precisions, mode)
     return {name: values for name, values in found.items() if np.isfinite(values).all()}
 
 
