@@ -19,7 +19,7 @@ _HOME = {
     "SparseCompletion": "recovery.sparse",
     "stack_problems": "recovery.problems",
     "low_rank_target": "recovery.synthetic",
-    "random_mask": "recovery.synthetic",
+    "random_mask": "recovery.masks",
     "sparse_low_rank": "recovery.synthetic",
     "gaussian_operators": "recovery.synthetic",
     "orthogonal_factors": "recovery.factors",
