@@ -43,7 +43,7 @@ _HOME = {
     "FactoredConv2d": "networks.layers",
     "FactoredLinear": "networks.layers",
     "factorize": "networks.factorize",
-    "Examples": "data.tasks",
+    "Examples": "data.examples",
     "Task": "data.tasks",
     "load_task": "data.tasks",
     "load_causal_task": "data.prompts",
