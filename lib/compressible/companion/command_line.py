@@ -14,7 +14,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from compressible.companion import batch, build, gpu_slots, index, kernels, label_guard, notebooks, publishing
+from compressible.companion import (
+    batch,
+    build,
+    freshness,
+    gpu_slots,
+    index,
+    kernels,
+    label_guard,
+    notebooks,
+    publishing,
+)
 from compressible.companion.parameters import ParameterError
 from compressible.runtime import checks, paths
 
@@ -198,8 +208,8 @@ def _list(arguments: argparse.Namespace) -> int:
     for id in notebooks.ids():
         for label, preset in notebooks.presets(id).items():
             gpu = "yes" if preset.gpu else "no"
-            rows.append((id, label, f"{preset.minutes:g}", gpu, notebooks.state(id, label)))
-        rows += [(id, label, "-", "-", notebooks.state(id, label)) for label in notebooks.own_labels(id)]
+            rows.append((id, label, f"{preset.minutes:g}", gpu, freshness.state(id, label)))
+        rows += [(id, label, "-", "-", freshness.state(id, label)) for label in freshness.own_labels(id)]
     _print_table(rows)
     return 0
 

@@ -121,7 +121,7 @@ def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
     `function` is the digest of the function that did it, `computed_in` that of the notebook, and `reached` that of the
     sources which it can reach of those that `library` counts, both where a batch told them; None from an older cache.
     `notebook` is the digest of the notebook that draws the figure: of the code that the batch began to execute, or, in
-    an interactive session, of the file as it is saved. By these `notebooks.state` tells a stale figure.
+    an interactive session, of the file as it is saved. By these `freshness.state` tells a stale figure.
     """
     return {
         "id": id,
