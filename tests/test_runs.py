@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import compressible
-from compressible.companion import freshness, library, notebooks, provenance, run_cache, runs
+from compressible.companion import freshness, library, notebooks, provenance, run_cache, run_key, runs
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
@@ -552,7 +552,7 @@ def test_an_edit_of_the_library_makes_a_figure_stale_and_the_run_another(
     id, root = add_notebook("01_good"), checkout / "lib" / "compressible"
 
     def use_library() -> None:
-        for module in (runs, freshness):
+        for module in (runs, run_key, freshness):
             monkeypatch.setattr(module, "LIBRARY", library.library_digest(root))
 
     use_library()
