@@ -25,7 +25,7 @@ class Examples:
 
     Args:
         tokens: (N, T) int64 by name, "attention_mask" among them, padded at the end to the longest row. What is not as
-            wide as the mask, or named "decoder_...", such as features (N, k), is no part of the row and never cut.
+            wide as the mask, or named `decoder_...`, such as features (N, k), is no part of the row and never cut.
         labels: (N,) float32 of a regression, (N,) int64 classes, (N, T') int64 of texts to write, -100 beyond their
             end, or of a causal language model (N, T) int64, the row's own tokens where they are asked for, else -100.
         texts: N tuples, the texts of each row.
