@@ -18,7 +18,7 @@ import nbformat
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.companion import batch, gpu_slots, library, notebooks
+from compressible.companion import batch, freshness, gpu_slots, library, notebooks
 from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
@@ -203,12 +203,12 @@ def test_a_failed_run_tells_what_its_preset_needs(add_notebook, capsys):
 
 def test_run_publishes_figure_record_and_executed_notebook(add_notebook, capsys):
     add_notebook("01_good", SAVE.format(id=ID), TRANSPORT)
-    assert main(["run", ID, "--check"]) == 0 and notebooks.state(ID, "quick") == "missing"
+    assert main(["run", ID, "--check"]) == 0 and freshness.state(ID, "quick") == "missing"
     assert main(["run", ID, "-p", "step_size", "5", "--gpus", "0"]) == 0
     assert record() == {"rank": 2, "step_size": 5.0, "ranks": [1, 2], "gpus": ""}
     executed = nbformat.read("figures/quick/executed/kwon2024/01_good.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "ipc\n"
-    assert notebooks.state(ID, "quick") == "unknown"  # this notebook writes its record itself, without digests
+    assert freshness.state(ID, "quick") == "unknown"  # this notebook writes its record itself, without digests
     assert not list(Path("figures/quick").glob(".staging*"))
     assert main(["run", ID, "--preset", "paper", "--label", "mine"]) == 0
     assert record("mine")["rank"] == 5
@@ -221,7 +221,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
     later = file.stat().st_mtime + 5
     os.utime(f"notebooks/{ID}.ipynb", (later, later))
     known = {"rank": 2, "step_size": 0.1, "ranks": [1, 2]}
-    code = {"notebook": notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": notebooks.LIBRARY}
+    code = {"notebook": notebook_digest(Path(f"notebooks/{ID}.ipynb")), "library": freshness.LIBRARY}
     for record, expected in (
         ({}, "unknown"),
         ({"parameters": known}, "unknown"),
@@ -234,7 +234,7 @@ def test_the_state_is_told_by_content_not_by_time(add_notebook, capsys):
         (code | {"library": "another"}, "stale"),
     ):
         file.write_text(json.dumps(record))
-        assert notebooks.state(ID, "quick") == expected, record
+        assert freshness.state(ID, "quick") == expected, record
     main(["list"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [ID, "quick", "0.1", "no", "stale"] in lines and [ID, "paper", "2", "no", "missing"] in lines
@@ -265,7 +265,7 @@ def test_a_file_that_is_no_record_stops_no_command(content, add_notebook, capsys
     assert capsys.readouterr().out.startswith(f"{ID}, mine: ")
     assert main(["redraw", ID, "--preset", "mine"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert notebooks.state(ID, "mine") in ("unknown", "done")
+    assert freshness.state(ID, "mine") in ("unknown", "done")
 
 
 @pytest.mark.parametrize("field", ['"wall_seconds": "1"', '"commit": 3', '"device": {}', '"arrays": [{}]'])
@@ -297,7 +297,7 @@ def test_failure_is_kept_and_earlier_figure_stays_as_it_was(add_notebook, checko
     told = Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
     assert "RuntimeError: rank 9 is too much" in told and "\x1b" not in told
     assert Path("figures/quick/failed/kwon2024/01_good.ipynb").exists()
-    assert record()["rank"] == 2 and notebooks.state(ID, "quick") == "failed"
+    assert record()["rank"] == 2 and freshness.state(ID, "quick") == "failed"
     shutil.copy("good.ipynb", f"notebooks/{ID}.ipynb")
     assert main(["run", ID]) == 0
     assert not list(Path("figures/quick/failed/kwon2024").iterdir())
@@ -311,7 +311,7 @@ def test_dead_kernel_and_missing_figure_are_failures(cell, told, add_notebook):
     add_notebook("01_good", cell)
     assert main(["run", ID]) == 1
     assert told in Path("figures/quick/failed/kwon2024/01_good.txt").read_text()
-    assert notebooks.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
+    assert freshness.state(ID, "quick") == "failed" and not Path(f"figures/quick/{ID}.json").exists()
 
 
 PLACED = """\
@@ -347,8 +347,8 @@ def test_a_record_of_another_library_is_refused(add_notebook, capsys, monkeypatc
     add_notebook("01_good", SAVE.format(id=ID), of_another)
     assert main(["run", ID]) == 1
     told = capsys.readouterr().err
-    assert f"computed with library {'f' * 12}, expected {notebooks.LIBRARY[:12]}" in told and "Traceback" not in told
-    assert record()["rank"] == 2 and notebooks.state(ID, "quick") == "failed"
+    assert f"computed with library {'f' * 12}, expected {freshness.LIBRARY[:12]}" in told and "Traceback" not in told
+    assert record()["rank"] == 2 and freshness.state(ID, "quick") == "failed"
     monkeypatch.setattr(batch, "LIBRARY", "f" * 64)
     assert main(["run", ID]) == 0 and record() == {"library": "f" * 64}
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, SAVE, write_notebook
 
-from compressible.companion import build, kernels, notebooks
+from compressible.companion import build, freshness, kernels
 from compressible.companion.command_line import main
 
 
@@ -238,12 +238,12 @@ def test_the_list_shows_one_s_own_labels(batch_of, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [good, "mine", "-", "-", "unknown"] in rows and [batch_of[0], "other", "-", "-", "failed"] in rows
     record = Path(f"figures/mine/{good}.json")
-    code = {"notebook": "f" * 64, "library": notebooks.LIBRARY, "parameters": {"rank": 4}}
+    code = {"notebook": "f" * 64, "library": freshness.LIBRARY, "parameters": {"rank": 4}}
     record.write_text(json.dumps(code))
-    assert notebooks.state(good, "mine") == "stale"
-    code["notebook"] = notebooks.notebook_digest(Path(f"notebooks/{good}.ipynb"))
+    assert freshness.state(good, "mine") == "stale"
+    code["notebook"] = freshness.notebook_digest(Path(f"notebooks/{good}.ipynb"))
     record.write_text(json.dumps(code))
-    assert notebooks.state(good, "mine") == "done"
+    assert freshness.state(good, "mine") == "done"
 
 
 def write_kernel(folder: Path, name: str, content: str) -> None:
@@ -327,7 +327,7 @@ def test_resuming_makes_figures_of_other_values_anew(batch_of, monkeypatch, capf
     record = Path(f"figures/mine/{good}.json")
     record.parent.mkdir(parents=True)
     values = {"rank": 3, "step_size": 0.1, "ranks": [1, 2]}
-    code = {"notebook": notebooks.notebook_digest(Path(f"notebooks/{good}.ipynb")), "library": notebooks.LIBRARY}
+    code = {"notebook": freshness.notebook_digest(Path(f"notebooks/{good}.ipynb")), "library": freshness.LIBRARY}
     record.write_text(json.dumps(code | {"parameters": values}))
     stamp = Path("figures/mine/.batch", good)
     stamp.parent.mkdir(parents=True)
@@ -343,8 +343,8 @@ def test_resuming_leaves_figures_whose_records_are_of_this_code(batch_of, monkey
     bad, good = batch_of
     asked = []
     monkeypatch.setattr(build, "build", lambda ids, *_: asked.append(list(ids)) or 0)
-    monkeypatch.setattr(notebooks, "state", lambda id, label: "done" if id == good else "missing")
-    monkeypatch.setattr(notebooks, "has_values", lambda *_: True)
+    monkeypatch.setattr(freshness, "state", lambda id, label: "done" if id == good else "missing")
+    monkeypatch.setattr(freshness, "has_values", lambda *_: True)
     assert main(["build", "--resume"]) == 0 and asked == [[bad]]
     assert main(["build", good, "--resume"]) == 0 and asked == [[bad]]
     assert capfd.readouterr().out == "all figures of quick are of the code that is here\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from compressible.companion import batch, committed, imports, library, notebooks, reached, runs, verification
+from compressible.companion import batch, committed, freshness, imports, library, notebooks, reached, runs, verification
 from compressible.companion import git as asked
 from compressible.companion.command_line import main
 from compressible.companion.library import ROOT, computing_sources, library_digest, notebook_digest
@@ -260,13 +260,13 @@ def state_after(edited: str, record: dict[str, Any], monkeypatch: pytest.MonkeyP
     file = committed.ROOT / edited
     before = file.read_text()
     file.write_text(before + "\nOTHER = 1\n")
-    monkeypatch.setattr(notebooks, "LIBRARY", library_digest(committed.ROOT))
+    monkeypatch.setattr(freshness, "LIBRARY", library_digest(committed.ROOT))
     path = notebooks.record_path(record["id"], "mine")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
-    state = notebooks.state(record["id"], "mine")
+    state = freshness.state(record["id"], "mine")
     file.write_text(before)
-    assert record["library"] != notebooks.LIBRARY
+    assert record["library"] != freshness.LIBRARY
     return state
 
 
@@ -330,9 +330,9 @@ def test_the_archive_of_a_commit_is_made_once(record, monkeypatch):
 
 def test_a_record_of_the_present_library_asks_git_for_nothing(record, monkeypatch):
     monkeypatch.setattr(asked, "output", lambda *given, **more: pytest.fail(f"git {given}"))
-    monkeypatch.setattr(notebooks, "LIBRARY", record["library"])
-    assert notebooks.differences(record["id"], "mine", record) == []
-    assert notebooks.differences(record["id"], "mine", record | {"notebook": "f", "library": "f"}) == [
+    monkeypatch.setattr(freshness, "LIBRARY", record["library"])
+    assert freshness.differences(record["id"], "mine", record) == []
+    assert freshness.differences(record["id"], "mine", record | {"notebook": "f", "library": "f"}) == [
         "notebook has changed since", "library has changed since",
     ]  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.companion import notebooks, records, runs
+from compressible.companion import freshness, records, runs
 from compressible.companion.command_line import main
 from compressible.companion.drawing_cells import ASIDE
 
@@ -66,8 +66,8 @@ def test_a_figure_is_redrawn_from_its_record_alone(write: Callable[..., None], c
     shutil.rmtree("cache")
     assert redraw() == 0 and files() == first, "the same notebook gives the same bytes"
     write("red", RUN, AFTER)
-    assert notebooks.state(ID, "quick") == "stale" and redraw() == 0
-    assert notebooks.state(ID, "quick") == "done", "drawn by the notebook that is here, computed by its function"
+    assert freshness.state(ID, "quick") == "stale" and redraw() == 0
+    assert freshness.state(ID, "quick") == "done", "drawn by the notebook that is here, computed by its function"
     again, old, new = files(), json.loads(first[".json"]), json.loads(files()[".json"])
     assert again[".npz"] == first[".npz"] and again[".png"] != first[".png"] and again[".pdf"] != first[".pdf"]
     assert {name for name in old | new if old.get(name) != new.get(name)} == {"pictures", "notebook"}

@@ -26,7 +26,7 @@ import pytest
 import torch
 
 import compressible
-from compressible.companion import library, notebooks, provenance, run_cache, runs
+from compressible.companion import freshness, library, notebooks, provenance, run_cache, run_key, runs
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import notebook_digest
 from compressible.companion.parameters import ParameterError
@@ -552,7 +552,7 @@ def test_an_edit_of_the_library_makes_a_figure_stale_and_the_run_another(
     id, root = add_notebook("01_good"), checkout / "lib" / "compressible"
 
     def use_library() -> None:
-        for module in (runs, notebooks):
+        for module in (runs, run_key, freshness):
             monkeypatch.setattr(module, "LIBRARY", library.library_digest(root))
 
     use_library()
@@ -561,10 +561,10 @@ def test_an_edit_of_the_library_makes_a_figure_stale_and_the_run_another(
     path = notebooks.record_path(id, "quick")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
-    assert notebooks.state(id, "quick") == "done"
+    assert freshness.state(id, "quick") == "done"
     (root / "recovery" / "compression.py").write_text("def compress_spectral(): return 0")
     use_library()
-    assert notebooks.state(id, "quick") == "stale"
+    assert freshness.state(id, "quick") == "stale"
     assert not runs.run(work, rank=2).cached
 
 

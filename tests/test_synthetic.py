@@ -5,7 +5,7 @@ import torch
 
 import compressible as cd
 from compressible.recovery import als
-from compressible.recovery.synthetic import _floor, inclusion_probability
+from compressible.recovery.masks import _floor, inclusion_probability
 
 
 def test_weighted_mask_prefers_the_heavy_entries_and_keeps_the_count():

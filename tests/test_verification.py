@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compressible.companion import notebooks, pins, records, verification
+from compressible.companion import freshness, notebooks, pins, records, verification
 from compressible.companion.command_line import main
 from compressible.companion.library import notebook_digest
 
@@ -49,7 +49,7 @@ def record(checkout: Path, add_notebook: Callable[..., str]) -> dict[str, Any]:
     pinned = {"pinned": "constraints.txt", "sha256": pins.sha256(Path("constraints.txt").read_bytes()), "differs": []}
     made = {
         "id": ID, "preset": "paper", "parameters": {n: v for n, v in known.items() if n != "preset"},
-        "commit": git("rev-parse", "HEAD"), "dirty": False, "library": notebooks.LIBRARY, "notebook": notebook,
+        "commit": git("rev-parse", "HEAD"), "dirty": False, "library": freshness.LIBRARY, "notebook": notebook,
         "computed_in": notebook, "function": "a" * 64, "run": "b" * 64,
         "data": {"mnist-5k/mnist_5k.csv.gz": _known_digest()}, "environment": pinned,
         "metrics": {"x": [0.0, None, 2.0]}, "not_finite": {"x": "[0.0, NaN, 2.0]"}, "arrays": arrays,
@@ -140,7 +140,7 @@ def test_a_file_of_pins_written_since_names_an_environment_only_to_the_last_vers
 
 def test_a_library_that_nobody_committed_is_told(record, monkeypatch):
     """Record and checkout agree, and the commit that the record names has other code than both."""
-    monkeypatch.setattr(notebooks, "LIBRARY", "e" * 64)
+    monkeypatch.setattr(freshness, "LIBRARY", "e" * 64)
     keep(record | {"library": "e" * 64})
     (told,) = verification.reasons(ID, "paper")
     assert told.startswith("library is not the digest of commit ")

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 
-from compressible.companion import notebooks
+from compressible.companion import freshness, notebooks
 
 
 def wanted(presets: Sequence[str], leave: Sequence[str]) -> list[tuple[float, str, str, str]]:
@@ -25,7 +25,7 @@ def wanted(presets: Sequence[str], leave: Sequence[str]) -> list[tuple[float, st
     for id in notebooks.ids():
         for label, preset in notebooks.presets(id).items():
             left = any(fnmatch(_name(id, label), each) for each in leave)
-            if label in presets and not left and notebooks.state(id, label) != "done":
+            if label in presets and not left and freshness.state(id, label) != "done":
                 found.append((preset.minutes, "gpu" if preset.gpu else "core", id, label))
     return sorted(found, reverse=True)
 

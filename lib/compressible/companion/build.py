@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from compressible.companion import batch, guard, index, notebooks
+from compressible.companion import batch, freshness, guard, index, notebooks
 from compressible.runtime import checks, paths
 
 # What `python -m compressible run` says at its end, snakemake at a job's start, and its table of the jobs to come.
@@ -121,7 +121,7 @@ def not_done(
     found = []
     for id in chosen(ids, preset):
         values = notebooks.plan(id, preset, files, overrides, label)
-        if notebooks.state(id, label) != "done" or not notebooks.has_values(id, label, values):
+        if freshness.state(id, label) != "done" or not freshness.has_values(id, label, values):
             found.append(id)
             (paths.figures_dir() / label / ".batch" / id).unlink(missing_ok=True)
     return found

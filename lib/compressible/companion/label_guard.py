@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from compressible.companion import committed, notebooks, parameter_cells, parameters, rules
+from compressible.companion import committed, freshness, notebooks, parameter_cells, parameters, rules
 from compressible.runtime import checks
 from compressible.runtime.kernel_bar import kernel
 
@@ -22,7 +22,7 @@ def expect_own_label(id: str, label: str, values: Mapping[str, Any]) -> None:
     """Raise ParameterError where a figure of these values would be kept under the name of a preset that has others."""
     if label == notebooks.UNCOMMITTED or id not in _ids():
         return
-    if others := notebooks.other_values(id, label, values, committed.values_of(id)):
+    if others := freshness.other_values(id, label, values, committed.values_of(id)):
         told = ", ".join(f"{name} {given} for {expected}" for name, given, expected in others)
         raise parameters.ParameterError(
             f"preset: got {label!r}, whose figure this would replace with one of other values ({told}); expected a "

@@ -1,4 +1,4 @@
-"""The catalogue: which notebooks exist, what a preset sets, which values a run gets, how fresh its figure is.
+"""The catalogue: which notebooks exist, what a preset sets, which values a run gets, where its figure goes.
 
 A notebook is named by its id, `<paper>/<name>`, in every function here. Presets are kept beside the
 notebooks in `notebooks/<paper>/presets.yaml`: {name: {preset: {minutes, gpu, needs, parameters}}}.
@@ -19,10 +19,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from compressible.companion import committed, rules
 from compressible.companion import parameters as vocabulary
-from compressible.companion.library import notebook_digest, notebook_sources
-from compressible.companion.provenance import LIBRARY
+from compressible.companion import rules
+from compressible.companion.library import notebook_sources
 from compressible.companion.yaml_files import BatchError, read_yaml
 from compressible.runtime import checks, paths
 
@@ -145,7 +144,7 @@ def plan(
 
 def _expect_set_by(preset: str, values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse other values than a preset's: the figure would stand in the place of the one that its claims judge."""
-    if told := [f"{name} is {checks.shown(given[name])}" for name in _unlike(values, given)]:
+    if told := [f"{name} is {checks.shown(given[name])}" for name in unlike(values, given)]:
         these = f"{', '.join(told)}, other than in preset {preset}, whose figure this would replace"
         raise BatchError(f"{these}; expected a label of your own: --label NAME, or LABEL=NAME for make")
 
@@ -205,84 +204,7 @@ def failed_path(id: str, label: str) -> Path:
     return paths.figures_dir() / label / "failed" / f"{id}.ipynb"
 
 
-def own_labels(id: str) -> list[str]:
-    """Labels that are no preset's name and under which a figure of a notebook lies, or has failed; sorted."""
-    root = paths.figures_dir()
-    files = [*root.glob(f"*/{id}.json"), *root.glob(f"*/failed/{id}.txt")]
-    return sorted({file.relative_to(root).parts[0] for file in files} - presets(id).keys())
-
-
-def state(id: str, label: str) -> str:
-    """How fresh a figure is, in one word.
-
-    done     its record was made by the code that is here, as far as the notebook can reach it by imports, with the
-             values that the preset sets, if the label is one's
-    stale    it was made by other code, or with other values
-    unknown  its record does not say by which code: no digest of the notebook or of the library, or no record at all
-    failed   the last run ended with an error, after whatever figure there is
-    missing  there is no record
-    """
-    record, failed = record_path(id, label), failed_path(id, label).with_suffix(".txt")
-    made = record.stat().st_mtime if record.exists() else -1.0
-    if failed.exists() and failed.stat().st_mtime >= made:
-        return "failed"
-    if made < 0:
-        return "missing"
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # half a file, which a full disk left, say
-        return "unknown"
-    if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict):
-        return "unknown"
-    if differences(id, label, content):
-        return "stale"
-    return "done" if content.get("notebook") and content.get("library") else "unknown"
-
-
-def differences(id: str, label: str, record: Mapping[str, Any]) -> list[str]:
-    """In what a record differs from what would be made now: by other code, or with other values than the preset sets.
-
-    Told by content, since a fresh clone gives all files one time. Code counts as far as the record has its digests.
-    An edit of the library counts where the notebook reaches it, which is asked only where nothing else differs.
-    """
-    notebook = notebook_path(id)
-    code = ["notebook has changed since"] if record.get("notebook") not in (None, notebook_digest(notebook)) else []
-    others = other_values(id, label, record["parameters"]) if "parameters" in record else []
-    values = [f"{name} was {was}, now {now}" for name, was, now in others]
-    if record.get("library") not in (None, LIBRARY) and (
-        code or values or not committed.reaches_the_same(record, notebook)
-    ):
-        code.append("library has changed since")
-    return code + values
-
-
-def other_values(
-    id: str, label: str, given: Mapping[str, Any], own: Mapping[str, Any] | None = None
-) -> list[tuple[str, str, str]]:
-    """Parameters that are other than a preset sets them: name, as given, as set. None where a label is no preset's.
-
-    What the preset does not set is the notebook's own: as its file says it, or `own` where that has the name.
-    """
-    if label not in presets(id):  # one's own values, which nothing sets
-        return []
-    here = defaults(notebook_path(id))
-    here |= {name: value for name, value in (own or {}).items() if name in here}
-    values = vocabulary.validate(here | chosen(id, label).parameters)
-
-    def shown(name: str, of: Mapping[str, Any]) -> str:
-        return checks.shown(of[name]) if name in of else "no parameter"
-
-    return [(name, shown(name, given), shown(name, values)) for name in _unlike(values, given)]
-
-
-def has_values(id: str, label: str, values: Mapping[str, Any]) -> bool:
-    """Whether a figure's record has these values, those of `plan`, and the notebook's own beside them."""
-    record = json.loads(record_path(id, label).read_text(encoding="utf-8"))
-    wanted = vocabulary.validate(defaults(notebook_path(id)) | dict(values))
-    return not _unlike(wanted, record.get("parameters", {}))
-
-
-def _unlike(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+def unlike(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Names that are in one alone, or differ; what a figure is kept under is no value of its run."""
     names = sorted((values.keys() | given.keys()) - {"preset"})
     return [name for name in names if name not in given or name not in values or given[name] != values[name]]

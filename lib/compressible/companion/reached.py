@@ -1,4 +1,4 @@
-"""Which sources that compute a notebook can reach by imports, and their digest, by which `notebooks.state` tells stale.
+"""Which sources that compute a notebook can reach by imports, and their digest, by which `freshness.state` tells stale.
 
 Never too few: what imports.py cannot tell, or what is not where it is asked for, makes it all sources. Companion files
 are gone through, since they import some that compute, and are not counted, as nowhere.

@@ -1,22 +1,17 @@
 """A run is (function, parameters) -> arrays and metrics, computed once and kept on disk.
 
-The key of a run is the sha256 of: the function's source with what it reads from outside itself (code_digest.py), the
-parameters, the library (version and sources that compute), torch, the device, and the data digests. So a
-colour can change for free, and nothing that moves a number can. An entry is written atomically and every
-array carries its digest; whatever does not match is dropped with a warning and computed again. What was true when
-the numbers were computed (commit, digests of the code, versions, times) is kept with them and never asked again.
+The key of a run, by which it is found again, is made in run_key.py. An entry is written atomically and every array
+carries its digest; whatever does not match is dropped with a warning and computed again. What was true when the numbers
+were computed (commit, digests of the code, versions, times) is kept with them and never asked again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from compressible.companion import parameters, records, run_cache
+from compressible.companion import records, run_cache
 from compressible.companion.code_digest import source_digest
 from compressible.companion.library import NOTEBOOK, REACHED, notebook_digest
 from compressible.companion.provenance import LIBRARY, environment, git_state
 from compressible.companion.run_cache import Result
+from compressible.companion.run_key import Data, arguments_of, digests_of, key_of
 from compressible.runtime import checks, devices, paths
 
-Data = Iterable[str] | Mapping[str, str]
 _PLACE: ContextVar[Path | None] = ContextVar("place of the checkpoint of the run in progress", default=None)
 _SPARED: ContextVar[list[float] | None] = ContextVar("seconds that the cache spared the run in progress", default=None)
 
@@ -60,14 +55,14 @@ def run(
     record was made with other parameters or by another function.
     """
     preset = values.get("preset")
-    values, digests = _arguments(function, values), _digests(data)
+    values, digests = arguments_of(function, values), digests_of(data)
     if place := records.redrawn_from():
         return _recorded(place, function, values, reads)
     if preset and not os.environ.get(NOTEBOOK):
         from compressible.companion import label_guard
 
         label_guard.expect_to_run(preset, values, function)
-    key = _key(function, values, digests, reads) if cache else ""
+    key = key_of(function, values, digests, reads) if cache else ""
     result = run_cache.load(run_cache.entry(key), key) if cache else None
     if result is not None:
         _spare(result.seconds)
@@ -121,7 +116,7 @@ def provenance(result: Result, preset: str, id: str) -> dict[str, Any]:
     `function` is the digest of the function that did it, `computed_in` that of the notebook, and `reached` that of the
     sources which it can reach of those that `library` counts, both where a batch told them; None from an older cache.
     `notebook` is the digest of the notebook that draws the figure: of the code that the batch began to execute, or, in
-    an interactive session, of the file as it is saved. By these `notebooks.state` tells a stale figure.
+    an interactive session, of the file as it is saved. By these `freshness.state` tells a stale figure.
     """
     return {
         "id": id,
@@ -148,21 +143,6 @@ def drawn_in(id: str) -> str | None:
     return os.environ.get(NOTEBOOK) or notebook_digest(paths.repository() / "notebooks" / f"{id}.ipynb")
 
 
-def _arguments(function: Callable[..., dict], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Validated arguments of the function, its own defaults included."""
-    signature = inspect.signature(function).parameters
-    names = [name for name, item in signature.items() if item.kind is not item.VAR_KEYWORD]
-    defaults = {n: p.default for n, p in signature.items() if p.default is not p.empty}
-    given = {name: value for name, value in values.items() if name != "preset" or name in names}
-    open_ended = len(names) < len(signature)
-    merged = {**defaults, **given}
-    ordered = {name: merged[name] for name in names if name in merged}
-    checked = parameters.validate({**ordered, **merged}, allowed=None if open_ended else names)
-    if missing := [name for name in names if name not in checked]:
-        raise parameters.ParameterError(f"{function.__qualname__}: expected a value for {', '.join(missing)}")
-    return checked
-
-
 def _recorded(
     place: Path, function: Callable[..., dict], values: dict[str, Any], reads: Mapping[str, str] | None
 ) -> Result:
@@ -179,47 +159,6 @@ def _recorded(
         values, arrays, metrics, record["run"], True, record["wall_seconds"], record["peak_memory_bytes"],
         record.get("started", ""), record.get("ended", ""), record["device"], record["threads"], {}, record["data"],
     )  # fmt: skip
-
-
-def _digests(data: Data) -> dict[str, str]:
-    if isinstance(data, str):
-        data = (data,)
-    named = dict(data) if isinstance(data, Mapping) else {name: name for name in data}
-    return {name: value if _is_digest(value) else _manifest_digest(value) for name, value in named.items()}
-
-
-def _is_digest(text: str) -> bool:
-    return re.fullmatch("[0-9a-f]{64}", text) is not None
-
-
-def _manifest_digest(name: str) -> str:
-    from compressible.data import manifest
-
-    entries = manifest.load_manifest()
-    if name not in entries:
-        raise parameters.ParameterError(
-            f"data: got {name!r}, expected a name in the manifest{checks.closest(name, entries)}"
-        )
-    return entries[name].sha256
-
-
-def _key(
-    function: Callable[..., dict],
-    values: Mapping[str, Any],
-    digests: Mapping[str, str],
-    reads: Mapping[str, str] | None,
-) -> str:
-    from compressible import __version__
-
-    parts = {
-        "function": source_digest(function, reads),
-        "parameters": values,
-        "library": [__version__, LIBRARY],
-        "torch": torch.__version__,
-        "device": devices.device_name(values.get("device", "cpu")),
-        "data": sorted(digests.values()),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _made() -> dict[str, Any]:

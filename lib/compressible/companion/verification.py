@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from compressible.companion import committed, notebooks, pins, records
+from compressible.companion import committed, freshness, notebooks, pins, records
 from compressible.data import manifest
 from compressible.runtime import checks, paths
 
@@ -25,7 +25,7 @@ HELD = ("library", "notebook", "function", "computed_in", "run")
 
 def labels(id: str) -> list[str]:
     """Labels under which a notebook has a record, but for `quick`, which is never committed."""
-    known = [*notebooks.presets(id), *notebooks.own_labels(id)]
+    known = [*notebooks.presets(id), *freshness.own_labels(id)]
     return [label for label in known if label != "quick" and notebooks.record_path(id, label).is_file()]
 
 
@@ -43,7 +43,7 @@ def _reasons(id: str, label: str) -> list[str]:
     path = notebooks.record_path(id, label)
     record = records.read(path, id, label)
     told = [f"does not hold the digest {name!r}" for name in HELD if not DIGEST.fullmatch(str(record.get(name)))]
-    other = notebooks.differences(id, label, record)
+    other = freshness.differences(id, label, record)
     told += [*other, *_data(record), *_environment(record), *_files(path, record)]
     return told + _commit(record, compare=not told)
 

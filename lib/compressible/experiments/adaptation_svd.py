@@ -30,7 +30,8 @@ from compressible.finetuning.finetune import fine_tune
 from compressible.finetuning.peft_models import base_of, set_chain, tuner_layers
 from compressible.finetuning.run import FineTuningRun, RunHistory
 from compressible.finetuning.stacked.starts import of_peft
-from compressible.recovery.spectra import leading_share, principal_angles, vector_angles
+from compressible.recovery.spectra import leading_share
+from compressible.recovery.subspaces import principal_angles, vector_angles
 from compressible.runtime.chain import product
 
 READINGS = ("added", "taken off")

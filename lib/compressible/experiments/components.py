@@ -17,7 +17,7 @@ from compressible.experiments.outcomes import first_below, stays_above
 from compressible.experiments.trajectories import first_passage, iterates, pairs_in_order
 from compressible.recovery.factors import Factors, product, stack_factors
 from compressible.recovery.problems import Problem, stack_problems
-from compressible.recovery.spectra import alignment, svd_evolution
+from compressible.recovery.subspaces import alignment, svd_evolution
 
 Look = Callable[[Factors, Tensor], dict[str, Tensor]]
 

@@ -24,7 +24,7 @@ from compressible.experiments.edges import (
 )
 from compressible.recovery.factors import Factors, orthogonal_factors, product
 from compressible.recovery.problems import MatrixFactorization
-from compressible.recovery.spectra import svd_evolution
+from compressible.recovery.subspaces import svd_evolution
 from compressible.recovery.theory.edges import energy_outside, frozen_floor
 
 Found = dict[str, np.ndarray]

@@ -20,7 +20,7 @@ from compressible.recovery.compression import invariant_directions
 from compressible.recovery.factors import Factors, product
 from compressible.recovery.problem_base import pick
 from compressible.recovery.problems import DenseProblem, MatrixFactorization
-from compressible.recovery.spectra import principal_angles
+from compressible.recovery.subspaces import principal_angles
 from compressible.recovery.theory import edges as theory
 from compressible.recovery.theory.invariants import compression_gap
 

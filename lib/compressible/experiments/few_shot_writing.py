@@ -18,8 +18,9 @@ from torch import nn
 
 from compressible.adapters.config import DeepLoraConfig
 from compressible.data import pretrained, prompts
+from compressible.data.examples import Examples
 from compressible.data.metrics import bleu
-from compressible.data.tasks import Examples, Task, load_task
+from compressible.data.tasks import Task, load_task
 from compressible.data.written_metrics import METRICS, without_meteor, written_scores
 from compressible.experiments.few_shot import Method
 from compressible.experiments.tiny_writer import TINY, tiny_writer

@@ -19,9 +19,9 @@ from compressible.descent.history import History
 from compressible.experiments.compare import Start, stacking_gain
 from compressible.experiments.outcomes import prefixed
 from compressible.recovery.factors import Factors
+from compressible.recovery.masks import inclusion_probability, random_mask
 from compressible.recovery.problems import DenseProblem, MatrixCompletion
-from compressible.recovery.spectra import leading_angle
-from compressible.recovery.synthetic import inclusion_probability, random_mask
+from compressible.recovery.subspaces import leading_angle
 
 LEVEL = 1e-6  # recovery error at which a matrix counts as recovered
 Found = Mapping[str, np.ndarray]

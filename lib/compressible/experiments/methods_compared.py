@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from compressible.adapters.config import DeepLoraConfig
+from compressible.data.examples import Examples
 from compressible.data.pretrained import head_layers
-from compressible.data.tasks import Examples, Task
+from compressible.data.tasks import Task
 from compressible.experiments.fine_tuning_methods import (
     METHODS,
     Prepared,

@@ -13,8 +13,9 @@ import torch
 from compressible.experiments.compare import Start
 from compressible.recovery.compression import compress_spectral
 from compressible.recovery.factors import orthogonal_factors
+from compressible.recovery.masks import random_mask
 from compressible.recovery.problems import MatrixCompletion, Problem
-from compressible.recovery.synthetic import low_rank_target, random_mask
+from compressible.recovery.synthetic import low_rank_target
 
 
 def random_completion(dimension: int, rank: int, observed: float, generator: torch.Generator) -> MatrixCompletion:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from compressible.data.examples import Examples
 from compressible.data.prompts import continued, prompts
-from compressible.data.tasks import Examples
 from compressible.data.text import Rows, read_rows
 
 TINY = "tiny"

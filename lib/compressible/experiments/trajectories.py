@@ -15,7 +15,7 @@ from compressible.experiments.compare import Build, Start
 from compressible.experiments.outcomes import Curves, first_below
 from compressible.recovery.factors import Factors, product
 from compressible.recovery.problems import DenseProblem, Problem
-from compressible.recovery.spectra import principal_coordinates
+from compressible.recovery.subspaces import principal_coordinates
 from compressible.runtime.progress import progress
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compressible.data.tasks import IGNORED
+from compressible.data.examples import IGNORED
 from compressible.finetuning.losses import first_output, widened
 from compressible.finetuning.peft_models import base_of
 from compressible.runtime.checks import expect

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressible.data.tasks import IGNORED
+from compressible.data.examples import IGNORED
 from compressible.finetuning.batches import LENGTHS, DeviceRows, RunsMixError
 from compressible.finetuning.causal import Words, goes_on
 from compressible.finetuning.dropout.per_run import PerRunDropout

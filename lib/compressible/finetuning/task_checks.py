@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressible.data.tasks import IGNORED, Task
+from compressible.data.examples import IGNORED
+from compressible.data.tasks import Task
 from compressible.finetuning.batches import ExamplesLike, TaskLike
 from compressible.finetuning.losses import KINDS, WRITTEN
 from compressible.runtime.checks import expect

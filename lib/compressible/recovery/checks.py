@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressible.runtime.checks import expect, expect_integer, expect_number
+from compressible.runtime.checks import expect, expect_generator, expect_integer, expect_number
 
 Dtypes = Sequence[torch.dtype]
 
@@ -78,6 +78,14 @@ def expect_device(device: Any) -> None:
 def expect_entries(names: str, sizes: Sequence[int], most: int = LARGEST) -> None:
     """Raise ValueError where an array of these sizes has more entries than any machine can hold."""
     expect(f"size by {names}", tuple(sizes), math.prod(sizes) <= most, f"at most {most:g} entries")
+
+
+def expect_draw(sizes: Sequence[int], generator: Any, dtype: object, device: Any, dtypes: Dtypes = PRECISIONS) -> None:
+    """Raise ValueError unless entries of these sizes, this type and on this device can be drawn by the generator."""
+    expect_entries("batch_shape or count, and shape", sizes)
+    expect_generator(generator)
+    expect_dtype("dtype", dtype, dtypes)
+    expect_device(device)
 
 
 def expect_depth(depth: Any, least: int = 2) -> int:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from compressible.data.examples import Examples
 from compressible.data.pretrained import load_encoder
-from compressible.data.tasks import Examples, Task
+from compressible.data.tasks import Task
 
 SHAPE = "bert-base"  # BertConfig's defaults, random weights; a name that is none of ours is load_encoder's
 _QWEN: dict[str, Any] = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}

@@ -10,9 +10,10 @@ import torch
 from compressible.experiments.speed.roofline import Work, count_sparse_step, count_step
 from compressible.recovery.compression import compress_spectral
 from compressible.recovery.factors import Factors, orthogonal_factors
+from compressible.recovery.masks import random_mask
 from compressible.recovery.problems import MatrixCompletion, Problem
 from compressible.recovery.sparse import SparseCompletion
-from compressible.recovery.synthetic import low_rank_target, random_mask, sparse_low_rank
+from compressible.recovery.synthetic import low_rank_target, sparse_low_rank
 
 DEPTH, SCALE, STEP = 3, 1e-2, 10.0  # P2's factors, start and step at d = 100
 
