@@ -58,7 +58,7 @@ def test_a_blocked_module_is_waited_for(module, monkeypatch):
 
 def test_the_library_is_imported_where_peft_is_blocked():
     code = "import sys; sys.modules['peft'] = None; import compressible as cd; print(cd.spectra.effective_rank)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0 and "effective_rank" in done.stdout, done.stderr
 
 
