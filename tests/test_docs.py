@@ -1,11 +1,17 @@
 """The pages in docs: their code runs; that of README and usage, which takes minutes or a hub, names what exists."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from compressible.companion import pins
 
 DOCS = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = Path(__file__).parent.parent
 USAGE = Path(__file__).parent.parent / "docs" / "usage.md"
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -49,3 +55,16 @@ def test_the_page_for_users_of_peft_names_fields_and_functions_that_exist():
     assert names <= set(cd.__all__)
     options = re.search(r"cd\.DeepLoraConfig\(([^)]*), \.\.\.\)", text)[1].split(", ")
     assert set(options) <= set(cd.DeepLoraConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", ["constraints-gpu.txt", "constraints-gpu-gemma.txt"])
+def test_a_host_is_set_up_by_one_command_wherever_it_is_told(name):
+    """pins' heads and usage name the same packages, which the file pins, and extras without what it cannot have."""
+    told = re.compile(rf'pip install -c {name} -e "\.\[([a-z,]+)\]" ([a-z ]+)')
+    extras, packages = told.search((ROOT / name).read_text()).groups()
+    assert (extras, packages) == re.compile(told.pattern.replace("-gemma", "")).search(USAGE.read_text()).groups()
+    pinned = pins.read(ROOT / name)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = [Requirement(each) for extra in extras.split(",") for each in wanted[extra]]
+    needed += map(Requirement, packages.split())
+    assert needed and all(each.specifier.contains(pinned[canonicalize_name(each.name)]) for each in needed)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from compressible.companion import figures, runs
+from compressible.companion import figures, records, runs
 from compressible.companion.claims import rules as claims
 from compressible.companion.parameters import ParameterError
 
@@ -72,6 +72,7 @@ def test_save_writes_two_pictures_arrays_and_a_record(places: Path, result: runs
     plain = {"ratio": 0.5, "gap": None, "names": ["a"], "many": [1.0, None]}
     assert record["metrics"] == plain | {"loss": [1.0, 1.0, 1.0]}, "curves are in the file of arrays alone"
     assert record["not_finite"] == {"gap": "Infinity", "many": "[1.0, NaN]"}
+    assert record["metrics_digest"] == records.metrics_digest(record), "of what is read again"
     assert (record["id"], record["preset"], record["run"]) == (ID, "quick", result.key)
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import write_manifest, write_wordnet
-from text_helpers import save_t5, tiny_unigram
+from text_helpers import save_bert, save_t5, tiny_unigram
 
 import compressible as cd
-from compressible.data import gguf_files, prompts, tasks, text, written_metrics
+from compressible.data import gguf_files, prompts, tasks, text, word_pieces, written_metrics
 from compressible.data.manifest import DataError, find, load_manifest
 from compressible.finetuning.writing import merged_model, written_texts
 
@@ -99,6 +99,34 @@ def test_a_gguf_file_is_read_once_and_then_from_what_was_kept(tmp_path, own_cach
             cd.load_causal_lm(str(folder))
     whole, _ = cd.load_causal_lm(str(folder))
     assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
+
+
+def test_what_another_version_of_transformers_widened_is_not_read(tmp_path, own_cache, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_gguf(folder / "tiny.gguf")
+    ours = gguf_files.readable(str(folder))
+    monkeypatch.setattr(gguf_files, "version", {"transformers": "5.17.0"}.get)
+    theirs = gguf_files.readable(str(folder))
+    assert ours != theirs and theirs.endswith("-transformers-5.17.0")
+    monkeypatch.undo()
+    monkeypatch.setenv("COMPRESSIBLE_CACHE", str(own_cache))
+    monkeypatch.setattr(gguf_files, "_write", lambda *_: pytest.fail("widened anew"))
+    assert gguf_files.readable(str(folder)) == ours
+
+
+def test_a_file_whose_merges_are_lost_is_not_kept(tmp_path, own_cache, monkeypatch):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_gguf(folder / "tiny.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: letters(5000))
+        with pytest.raises(DataError, match=r"^the tokenizer, of 5000 entries.*merges are lost.*transformers>=5\.18"):
+            cd.load_encoder(str(folder), 2)
+    assert not list(own_cache.glob("widened/*/"))
+    assert cd.load_encoder(str(folder), 2)[0].config.num_labels == 2  # since the guard had kept nothing
 
 
 def test_a_cache_that_cannot_be_written_is_said_before_a_file_is_widened(tmp_path, monkeypatch):
@@ -197,6 +225,24 @@ def test_a_tokenizer_that_lost_its_merges_is_refused(own_cache):
     with pytest.raises(DataError, match=told):
         prompts.continued(ROWS, letters(5000), "clean", 64)
     assert len(prompts.continued(ROWS, letters(96), "clean", 64)) == len(ROWS.labels)  # characters by design
+
+
+def test_a_classifier_whose_tokenizer_lost_its_merges_is_refused(tmp_path, own_cache):
+    save_bert(tmp_path / "bert")
+    cd.load_encoder(str(tmp_path / "bert"), 2)
+    letters(5000).save_pretrained(tmp_path / "bert")
+    for load in (cd.load_tokenizer, lambda name: cd.load_encoder(name, 2)):
+        with pytest.raises(DataError, match=r"of 5000 entries, cuts texts of \d+ characters into \d+ pieces"):
+            load(str(tmp_path / "bert"))
+
+
+def test_vocabularies_of_many_single_characters_are_no_lost_merges():
+    """A tokenizer of characters by design, as CANINE's, has no entry that it could have kept whole."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    known = {chr(0x4E00 + at): at for at in range(3000)}
+    word_pieces.expect_words(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(known, []))))
 
 
 @pytest.fixture

@@ -122,6 +122,18 @@ def test_an_altered_or_missing_file_of_arrays_is_refused_before_a_kernel_starts(
     assert redraw() == 2 and "01_drawn.npz is missing" in capsys.readouterr().err
 
 
+def test_altered_metrics_are_refused_and_a_record_of_before_their_digest_is_drawn(
+    write: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", ID]) == 0
+    place = Path(f"figures/quick/{ID}.json")
+    record = json.loads(place.read_text())
+    place.write_text(json.dumps(record | {"metrics": record["metrics"] | {"best": -1}}))
+    refused(files(), capsys, "its metrics are not those that it names by 'metrics_digest'")
+    place.write_text(json.dumps({name: value for name, value in record.items() if name != "metrics_digest"}))
+    assert redraw() == 0 and "metrics_digest" not in json.loads(place.read_text())
+
+
 def test_an_older_record_offers_its_short_arrays_and_refuses_what_it_cannot_know(tmp_path: Path) -> None:
     metrics = {"ends": [1.0, None], "flags": [True, False], "best": 0.5, "names": ["a", "b"]}
     arrays, rest = records.read_arrays(tmp_path / "x.json", {"metrics": metrics})

@@ -122,6 +122,24 @@ def test_what_forbids_the_network_forbids_the_hub_and_not_its_cache(server, monk
     assert hub.model_folder("owner/name") == folder and len(server.asked) == asked
 
 
+@pytest.mark.parametrize("ours", [None, "yes"])
+@pytest.mark.parametrize("theirs", [None, "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_advice_names_what_forbids_the_network(server, monkeypatch, ours, theirs):
+    server.files.clear()
+    if ours:
+        monkeypatch.setenv("COMPRESSIBLE_OFFLINE", ours)
+    if theirs:
+        monkeypatch.setenv(theirs, "1")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    said = refused()
+    named = {name: value for name, value in (("COMPRESSIBLE_OFFLINE", ours), (theirs, "1")) if name and value}
+    for name in ("COMPRESSIBLE_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        assert (f"without {name}=" in said or f" and {name}=" in said) == (name in named), said
+    head, advice = said.partition(", tried:")[0], said.rpartition("what to do:")[2]
+    assert all(f"{name} is {value}" in head and f"{name}={value}" in advice for name, value in named.items())
+    assert ("(" in head or "(" in advice) == bool(named)
+
+
 def test_a_snapshot_comes_once_without_the_other_formats_and_serves_off_line_then(server, monkeypatch):
     folder = hub.model_folder("owner/name")
     files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

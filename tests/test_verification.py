@@ -52,9 +52,10 @@ def record(checkout: Path, add_notebook: Callable[..., str]) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"), "dirty": False, "library": freshness.LIBRARY, "notebook": notebook,
         "computed_in": notebook, "function": "a" * 64, "run": "b" * 64,
         "data": {"mnist-5k/mnist_5k.csv.gz": _known_digest()}, "environment": pinned,
-        "metrics": {"x": [0.0, None, 2.0]}, "not_finite": {"x": "[0.0, NaN, 2.0]"}, "arrays": arrays,
+        "metrics": {"x": [0.0, None, 2.0], "best": 0.5}, "not_finite": {"x": "[0.0, NaN, 2.0]"}, "arrays": arrays,
         "pictures": {"png": hashlib.sha256(b"picture").hexdigest()},
     }  # fmt: skip
+    made["metrics_digest"] = records.metrics_digest(made)
     keep(made)
     return made
 
@@ -84,6 +85,7 @@ ALTERED = {
     "pictures": ({"png": "f" * 64}, "01_good.png is missing, or is not the picture"),
     "not_finite": ({"x": "[0.0, NaN, 2.5]"}, "its metric 'x' is not the array of that name"),
     "metrics": ({"x": [[0.0], 1.0, 2.0]}, "its metric 'x' is not the array of that name"),
+    "metrics_digest": (None, "does not hold the digest 'metrics_digest'"),
     "arrays": ({"sha256": "f" * 64, "float32": [], "left_out": []}, "01_good.npz is not the file"),
 }
 
@@ -91,11 +93,28 @@ ALTERED = {
 @pytest.mark.parametrize("name", ALTERED)
 def test_what_is_altered_in_a_record_is_told(name, record, capsys):
     value, told = ALTERED[name]
-    keep(record | ({"not_finite": {}} if name == "metrics" else {}) | {name: value})
+    altered = record | ({"not_finite": {}} if name == "metrics" else {}) | {name: value}
+    if name in ("metrics", "not_finite"):  # by someone who writes their digest anew
+        altered["metrics_digest"] = records.metrics_digest(altered)
+    keep(altered)
     assert main(["list", "--check"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f"{ID}, paper: ") and told in lines[0], lines
     assert lines[1].startswith("0 of 1 records")
+
+
+@pytest.mark.parametrize("edited", [{"best": 0.51}, {"best": None}, {"more": 1}])
+def test_a_metric_that_no_array_mirrors_cannot_be_edited_unseen(edited, record, capsys):
+    keep(record | {"metrics": record["metrics"] | edited})
+    assert main(["list", "--check"]) == 1
+    told = "its metrics are not those that it names by 'metrics_digest'"
+    assert capsys.readouterr().out.startswith(f"{ID}, paper: {told}\n")
+
+
+def test_another_order_and_layout_is_the_same_metrics(record):
+    metrics = dict(reversed(record["metrics"].items()))
+    PATH.write_text(json.dumps(dict(reversed((record | {"metrics": metrics}).items())), indent=3, ensure_ascii=False))
+    assert verification.reasons(ID, "paper") == []
 
 
 @pytest.mark.parametrize("name", ["environment", "data", "commit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -42,6 +43,23 @@ def test_what_is_imported_already_is_followed_at_once(module):
     seen = []
     when_imported(module, lambda: seen.append(1))
     assert seen == [1]
+
+
+def test_a_blocked_module_is_waited_for(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    seen = []
+    when_imported(module, lambda: seen.append(1))
+    with pytest.raises(ModuleNotFoundError):
+        import_module(module)
+    assert find_spec(module) is None and seen == []
+    monkeypatch.delitem(sys.modules, module)
+    assert import_module(module).value == 3 and seen == [1]
+
+
+def test_the_library_is_imported_where_peft_is_blocked():
+    code = "import sys; sys.modules['peft'] = None; import compressible as cd; print(cd.spectra.effective_rank)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "effective_rank" in done.stdout, done.stderr
 
 
 def test_a_module_that_is_not_there_is_not_found(module):

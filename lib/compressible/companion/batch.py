@@ -105,6 +105,7 @@ def redraw(id: str, label: str, kernel: str = "python3") -> None:
     notebook, place = notebook_path(id), record_path(id, label)
     try:
         record = records.read(place, id, label)
+        records.expect_unaltered(record)
         records.read_arrays(place, record)
         with _staging(label) as folder:
             _redraw_in(folder, notebook, place, {**record["parameters"], "preset": label}, kernel)

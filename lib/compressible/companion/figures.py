@@ -121,12 +121,12 @@ def save(
 ) -> Path:
     """Write <figures>/<preset>/<id>.pdf, .png, .npz and .json; returns the record's path, that of the JSON file.
 
-    The record holds provenance, metrics, the verdicts on the figure's claims and the digests of the other three: two
-    pictures, and the result's arrays, from which the figure can be redrawn (records.py says which are rounded). It is
-    renamed last, so where it stands, the others are whole. In `python -m compressible redraw` the record stays as it
-    is but for the pictures and the notebook that drew them. Raises ValueError for a malformed id, ParameterError for a
-    malformed preset, and for the name of one whose values are others than the result's; OSError where nothing can be
-    written.
+    The record holds provenance, metrics and their digest, the verdicts on the figure's claims and the digests of the
+    other three: two pictures, and the result's arrays, from which the figure can be redrawn (records.py says which are
+    rounded). It is renamed last, so where it stands, the others are whole. In `python -m compressible redraw` the
+    record stays as it is but for the pictures and the notebook that drew them. Raises ValueError for a malformed id,
+    ParameterError for a malformed preset, and for the name of one whose values are others than the result's; OSError
+    where nothing can be written.
     """
     if not _ID.fullmatch(id):
         raise ValueError(f"id: got {id!r}, expected paper/NN_name such as 'kwon2024/05_completion'")
@@ -142,7 +142,9 @@ def save(
     judged = claims.judge(id, result) if verdicts is None else verdicts
     metrics = result.metrics | _per_seed(result.arrays)
     arrays, told = records.pack(result.arrays)
-    record = runs.provenance(result, preset, id) | {"metrics": metrics, "not_finite": records.not_finite(metrics)}
+    record = runs.provenance(result, preset, id)
+    record |= {"metrics": _strict(metrics), "not_finite": records.not_finite(metrics)}
+    record[records.DIGEST] = records.metrics_digest(record)
     _write(figure, path, record | {"claims": [asdict(verdict) for verdict in judged], "arrays": told}, arrays)
     return path
 

@@ -26,6 +26,7 @@ from compressible.runtime.checks import one_line
 
 LIMIT = 1_500_000  # bytes of one file of arrays, as a clone gets all of them
 SHORT = 1000  # values up to which an array is never rounded
+DIGEST = "metrics_digest"  # the field of a record that shows whether its metrics are those that were saved
 VARIABLE = "COMPRESSIBLE_REDRAW"  # the command `redraw` tells by it which record stands for the computation
 
 
@@ -143,6 +144,18 @@ def metrics(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(value: Any) -> Any:
     return [_numbers(part) for part in value] if isinstance(value, list) else float("nan") if value is None else value
+
+
+def metrics_digest(record: Mapping[str, Any]) -> str:
+    """The sha256 of the metrics as they stand in the record's JSON, in whatever order and layout."""
+    held = [record["metrics"], record.get("not_finite", {})]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def expect_unaltered(record: Mapping[str, Any]) -> None:
+    """Raise RecordError where the metrics are not those that were saved; a record without their digest is of before."""
+    if record.get(DIGEST) and record[DIGEST] != metrics_digest(record):
+        raise RecordError(f"its metrics are not those that it names by {DIGEST!r}")
 
 
 def read(path: Path, id: str | None = None, preset: str | None = None) -> dict[str, Any]:

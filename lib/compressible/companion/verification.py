@@ -1,9 +1,9 @@
 """Whether each record is what it says: of this code, these data and a pinned environment, whole, and of a commit here.
 
 What a record holds is held against the checkout: the digests of the notebook and of what it can reach of the library,
-the preset's values, the data manifest, the pinned environment, the pictures and arrays beside it. Its commit must lie
-behind HEAD, and the library and the notebook of that commit must have the very digests that the record names: a digest
-that is typed by hand, or of code that nobody committed, is told.
+the preset's values, the data manifest, the pinned environment, the pictures and arrays beside it; and its metrics
+against their own digest. Its commit must lie behind HEAD, and the library and the notebook of that commit must have the
+very digests that the record names: a digest that is typed by hand, or of code that nobody committed, is told.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compressible.data import manifest
 from compressible.runtime import checks, paths
 
 DIGEST = re.compile("[0-9a-f]{64}")
-HELD = ("library", "notebook", "function", "computed_in", "run")
+HELD = ("library", "notebook", "function", "computed_in", "run", records.DIGEST)
 
 
 def labels(id: str) -> list[str]:
@@ -77,6 +77,10 @@ def _files(path: Path, record: Mapping[str, Any]) -> list[str]:
         picture = path.with_suffix(f".{suffix}")
         if not picture.is_file() or pins.sha256(picture.read_bytes()) != digest:
             told.append(f"{picture.name} is missing, or is not the picture that was drawn")
+    try:
+        records.expect_unaltered(record)
+    except records.RecordError as error:
+        told.append(str(error))
     try:
         arrays, exact = records.read_arrays(path, record)[0], records.metrics(record)
     except records.RecordError as error:

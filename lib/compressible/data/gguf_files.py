@@ -2,7 +2,9 @@
 
 transformers reads such a file, but it walks through the file's vocabulary piece by piece three times, a minute and
 more for 262,144 word pieces; what is kept is read in a second. It is a folder as the hub has them, with the sha256 of
-each of its files, which are compared whenever the model is read.
+each of its files, which are compared whenever the model is read. Its name has the version of transformers, so that what
+a model reads depends on the version that is installed alone, not on the one that came first: versions differ in it. A
+tokenizer that lost its merges on the way is not kept.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 from compressible.data import hub
 from compressible.data.manifest import DataError, sha256
+from compressible.data.word_pieces import expect_words
 from compressible.runtime.checks import one_line
 from compressible.runtime.paths import cache_dir, unwritable, write_atomic
 
@@ -29,7 +33,7 @@ CONTENTS = "contents.json"  # sha256 by file
 def readable(place: str) -> str:
     """The place as it is, or, of a folder with nothing but a GGUF file for a model, the one in the cache made from it.
 
-    Raises DataError where there are several such files, or the file is none that transformers can read.
+    Raises DataError where there are several such files, transformers cannot read the file, or loses its merges by it.
     """
     folder = Path(place)
     if not folder.is_dir() or (folder / "config.json").is_file():
@@ -42,7 +46,7 @@ def readable(place: str) -> str:
 
 
 def _widened(file: Path) -> Path:
-    kept = cache_dir() / "widened" / sha256(file)[:16]
+    kept = cache_dir() / "widened" / f"{sha256(file)[:16]}-transformers-{version('transformers')}"
     if reason := unwritable(kept.parent):
         if _is_whole(kept):
             return kept
@@ -73,10 +77,13 @@ def _write(file: Path, folder: Path) -> None:
 
         with hub.quiet(), torch.random.fork_rng(devices=[]):
             AutoTokenizer.from_pretrained(**given).save_pretrained(folder)
+            expect_words(AutoTokenizer.from_pretrained(folder))  # as it will be read: merges are lost on the way
             _unquantised(AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32)).save_pretrained(folder)
     except ImportError as error:
         wanted = "pip install 'compressible-dynamics[adapters]', which has the package gguf"
         raise DataError(f"cannot read {file.name}: {one_line(error)}; what to do: {wanted}") from error
+    except DataError:
+        raise
     except Exception as error:  # a damaged file, a model that transformers does not know: each with its own
         raise DataError(f"cannot read {file}: {one_line(error)}") from error
     digests = {part.name: sha256(part) for part in sorted(folder.iterdir())}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from compressible.data.bounds import SourceError
+from compressible.data.bounds import SourceError, is_offline
 from compressible.data.manifest import DataError, fetch_all, load_manifest, sha256
 from compressible.data.snapshots import snapshot
 from compressible.runtime.checks import one_line
@@ -142,7 +142,22 @@ def quiet() -> Iterator[None]:
 
 def failure(what: str, tried: list[str], variable: str) -> str:
     """What could not be had, everything that was tried, and what to do; `variable` names the local folder's."""
-    offline = " (HF_HUB_OFFLINE is 1, so only its cache)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    forbidding = _forbidding()
+    offline = f" ({' and '.join(f'{name} is {value}' for name, value in forbidding.items())}, so only its cache)"
+    without = f" (without {' and '.join(f'{name}={value}' for name, value in forbidding.items())})"
+    if not forbidding:
+        offline = without = ""
     lines = [f"cannot get the {what}{offline}, tried:", *(f"  - {reason}" for reason in tried)]
-    lines.append(f"what to do: set {variable} to a folder that holds it, or go on-line and run again")
-    return "\n".join([*lines, "(without HF_HUB_OFFLINE=1); once fetched, the hub's cache serves it off-line."])
+    lines.append(f"what to do: set {variable} to a folder that holds it, or go on-line and run again{without};")
+    return "\n".join([*lines, "once fetched, the hub's cache serves it off-line."])
+
+
+def _forbidding() -> dict[str, str]:
+    """The variables that forbid the network, with their values: ours, and of the hub's two the one that it heeds."""
+    from huggingface_hub import constants
+
+    names = ["COMPRESSIBLE_OFFLINE"] if is_offline() else []
+    if constants.is_offline_mode():  # as it was when the hub's library was imported
+        only_theirs = "TRANSFORMERS_OFFLINE" in os.environ and not os.environ.get("HF_HUB_OFFLINE")
+        names.append("TRANSFORMERS_OFFLINE" if only_theirs else "HF_HUB_OFFLINE")
+    return {name: os.environ.get(name) or "1" for name in names}

@@ -1,6 +1,6 @@
 """Data files by name: a local folder first, then the cache, then the sources of the manifest in order.
 
-Every file that leaves this module has the sha256 of its entry in manifest.toml, which lies beside it, wherever it came
+Every file that leaves this module has the sha256 of its entry in manifest.toml (entries.py reads it), wherever it came
 from (sources.py has the kinds of source). COMPRESSIBLE_DATA names the local folder, COMPRESSIBLE_CACHE the cache,
 COMPRESSIBLE_MANIFEST a manifest in the place of the package's own, and COMPRESSIBLE_OFFLINE=1 forbids the network.
 Files with terms that one has to agree to are downloaded only where COMPRESSIBLE_ACCEPT holds the terms' word.
@@ -10,110 +10,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tomllib
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import filelock
-from pydantic import AfterValidator, BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from compressible.data.bounds import is_offline
-from compressible.data.joined import PREFIX, Digest, Joined, Source, joined_name, read_joined
+from compressible.data.entries import DataError, DataSet, Entry, Terms, load_joined, load_manifest, load_sets
+from compressible.data.joined import PREFIX, joined_name, read_joined
 from compressible.data.sources import read, shared_archives
-from compressible.runtime.checks import mistake, one_line, requirement, unknown, unmet
+from compressible.runtime.checks import one_line, unknown, unmet
 from compressible.runtime.paths import atomic_path, cache_dir
 
+__all__ = [
+    "DataError",
+    "DataSet",
+    "Entry",
+    "Terms",
+    "cached_path",
+    "fetch",
+    "fetch_all",
+    "fetch_first",
+    "find",
+    "load_manifest",
+    "load_sets",
+    "sha256",
+]
+
 LOCK_SECONDS = 900
-
-# Every part of a name begins with a letter, a digit or a dash: so none is "..", and the whole is a relative path.
-Name = Annotated[str, Field(pattern=r"^[\w-][\w .-]*(/[\w-][\w .-]*)*$")]
-
-
-class DataError(RuntimeError):
-    """A data file, or the manifest that describes it, is missing, unreachable or not what it should be."""
-
-
-class Terms(BaseModel, strict=True, extra="forbid", frozen=True):
-    """On what terms files may be used, and what to cite.
-
-    accept: the word by which COMPRESSIBLE_ACCEPT says that a user agrees to the terms at `address`, where they ask it.
-    """
-
-    licence: str
-    citation: str
-    accept: Annotated[str, Field(pattern="^[a-z0-9-]*$")] = ""
-    address: str = ""
-
-
-class Entry(Terms, frozen=True):
-    """One data file: its name below a data folder, sha256, size in bytes, terms of use, sources (or none).
-
-    reader: what reads it right, as pip has it, where other versions of that package read something else.
-    """
-
-    name: Name
-    sha256: Digest
-    size: PositiveInt
-    description: str
-    reader: Annotated[str, AfterValidator(requirement)] = ""
-    sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-
-
-class DataSet(Terms, frozen=True):
-    """What the files of one set must amount to: rows, users, items and the sha256 of the rows ("" if unknown)."""
-
-    name: str
-    rows: PositiveInt
-    users: PositiveInt
-    items: PositiveInt
-    sha256: Digest | Literal[""] = ""
-
-
-class _Manifest(BaseModel, extra="forbid"):
-    sets: dict[str, DataSet]
-    terms: dict[str, Terms]
-    joined: dict[str, Joined]
-    files: dict[str, Entry]
-
-    @model_validator(mode="after")
-    def _joined_known(self) -> _Manifest:
-        for entry in self.files.values():
-            for source in entry.sources:
-                if source.startswith(PREFIX) and joined_name(source) not in self.joined:
-                    raise ValueError(f"{entry.name}: {unknown('joined file', joined_name(source), self.joined)}")
-        return self
-
-
-class _Written(BaseModel, extra="forbid"):
-    """The tables of a manifest as they are written."""
-
-    sets: dict[str, dict[str, Any]] = {}
-    terms: dict[str, dict[str, Any]] = {}
-    joined: dict[str, dict[str, Any]] = {}
-    files: dict[str, dict[str, Any]] = {}
-
-    def complete(self) -> _Manifest:
-        """Every table has its name, a file the terms of the set, or of the terms, that its folder names."""
-        kept = {name: {key: of[key] for key in Terms.model_fields if key in of} for name, of in self.sets.items()}
-        owners = self.terms | kept
-        sets = {name: {"name": name} | table for name, table in self.sets.items()}
-        files = {
-            name: {"name": name} | owners.get(name.partition("/")[0], {}) | table for name, table in self.files.items()
-        }
-        tables = {"sets": sets, "terms": self.terms, "joined": self.joined, "files": files}
-        return _Manifest.model_validate(tables)
-
-
-def load_manifest() -> dict[str, Entry]:
-    """Entries of the manifest by name; DataError if it is not valid."""
-    return _read().files
-
-
-def load_sets() -> dict[str, DataSet]:
-    """Data sets of the manifest by name; DataError if it is not valid."""
-    return _read().sets
 
 
 def sha256(path: str | Path) -> str:
@@ -172,17 +96,6 @@ def find(name: str) -> Path | None:
 def cached_path(name: str) -> Path:
     """Where the cache keeps (or would keep) the file `name`."""
     return cache_dir() / "data" / name
-
-
-def _read() -> _Manifest:
-    named = os.environ.get("COMPRESSIBLE_MANIFEST")
-    file = Path(named).expanduser() if named else resources.files("compressible.data") / "manifest.toml"
-    try:
-        return _Written(**tomllib.loads(file.read_text(encoding="utf-8"))).complete()
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise DataError(f"cannot read the data manifest {file}: {error}") from error
-    except ValidationError as error:
-        raise DataError(f"data manifest {file}: {'; '.join(map(mistake, error.errors()))}") from None
 
 
 def _select(names: Iterable[str]) -> list[Entry]:
@@ -278,7 +191,7 @@ def _fill_cache(entry: Entry, path: Path, tried: list[str]) -> Path | None:
         try:
             with atomic_path(path) as temporary:
                 if source.startswith(PREFIX):
-                    read_joined(source, _read().joined[joined_name(source)], temporary, entry.size)
+                    read_joined(source, load_joined()[joined_name(source)], temporary, entry.size)
                 else:
                     read(source, temporary, entry.size)
                 _verify(temporary, entry)

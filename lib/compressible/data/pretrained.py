@@ -23,6 +23,7 @@ from compressible.data import gguf_files, hub
 from compressible.data.bounds import SourceError
 from compressible.data.manifest import DataError
 from compressible.data.tasks import PROTOCOLS, Task, load_task
+from compressible.data.word_pieces import expect_words
 from compressible.runtime import checks, devices
 
 KNOWN = ("minilm", "mpnet", "gemma3-270m", "bert-base-cased", "google-t5/t5-base")
@@ -174,7 +175,7 @@ def load_tokenizer(name: str) -> Any:
         A tokenizer of transformers.
 
     Raises:
-        DataError: if it cannot be had; it says what was tried and what to do.
+        DataError: if it cannot be had, or has lost its merges; it says what was tried and what to do.
 
     Example:
         >>> import compressible as cd
@@ -182,6 +183,7 @@ def load_tokenizer(name: str) -> Any:
         [101, 1037, 2158, 2003, 5983, 1012, 102]
     """
     tokenizer = _load("AutoTokenizer", name, {"padding_side": "right"})
+    expect_words(tokenizer)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
-from compressible.data.manifest import DataError
 from compressible.data.tasks import IGNORED, PROTOCOLS, Examples, Task, padded, references_of
 from compressible.data.text import SETS, SPLITS, Rows, read_rows
+from compressible.data.word_pieces import expect_words
 from compressible.runtime import checks
-from compressible.runtime.paths import cache_dir
 
 PROMPT = "Data: {}\nText:"
-WORDS = 1000  # entries of a vocabulary that must hold parts of words: bytes and characters are fewer
-LOST = 0.9  # word pieces a character, of texts that are cut into single ones; about .25 with parts of words
 
 
 def load_causal_task(
@@ -74,9 +71,9 @@ def continued(rows: Rows, tokenizer: Any, protocol: str, max_length: int) -> Exa
     """Rows as prompt and answer, by the protocol cut or dropped above `max_length`; ValueError if none is left."""
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
     checks.expect("the tokenizer's mark of the end", end, end is not None, "one: set tokenizer.eos_token")
+    expect_words(tokenizer)
     written = [f" {label}" for label in rows.labels]
     pieces = tokenizer(written, verbose=False, add_special_tokens=False)["input_ids"]
-    _expect_words(len(tokenizer), sum(map(len, written)), sum(map(len, pieces)))
     answers = [[*ids, end] for ids in pieces]
     keep = list(range(len(answers)))
     if protocol == "authors":
@@ -88,18 +85,6 @@ def continued(rows: Rows, tokenizer: Any, protocol: str, max_length: int) -> Exa
     starts = tokenizer(prompts(kept), verbose=False)["input_ids"]
     tokens, labels = _tensors(starts, [answers[row][:max_length] for row in keep], padding)
     return Examples(tokens, labels, kept, references_of(rows, keep), {"input_ids": padding})
-
-
-def _expect_words(entries: int, characters: int, pieces: int) -> None:
-    """Raise DataError for a tokenizer that has parts of words and cuts texts into single characters all the same.
-
-    A model that was trained on parts of words understands nothing then, and no error tells of it.
-    """
-    if entries > WORDS and pieces > LOST * characters:
-        told = f"the tokenizer, of {entries} entries, cuts texts of {characters} characters into {pieces} pieces"
-        why = "expected parts of words: its merges are lost, as transformers before 5.18 loses those of a GGUF file"
-        what = f"pip install 'transformers>=5.18', and remove {cache_dir() / 'widened'}, which keeps what was read"
-        raise DataError(f"{told}, {why}; what to do: {what}")
 
 
 def _tensors(

@@ -14,9 +14,10 @@ from typing import Any
 def when_imported(name: str, then: Callable[[], object]) -> None:
     """Call `then` at once where the module `name` is imported already, else right after its first import.
 
+    None in its place in `sys.modules` blocks the import of it: then `then` waits, until somebody takes that away.
     During that import loggers say errors alone: peft imports whatever quantises, which tells of kernels it lacks.
     """
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:
         then()
     else:
         sys.meta_path.insert(0, _Waiting(name, then))
