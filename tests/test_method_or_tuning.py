@@ -25,6 +25,7 @@ from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import top_frames
 
 VOCABULARY, LENGTH = 40, 8
+ONES = ([1.0, 1.0], [1.0, 1.0], 1.0)  # losses, norms and seconds of two seeds
 
 
 def rows(count: int, seed: int) -> cd.Examples:
@@ -229,6 +230,22 @@ def test_a_grid_whose_best_rate_is_at_an_end_grows_and_a_search_that_lacks_a_rat
     cells.put(Cell("one", 8, 4, "standard", "choose", 1.0), Scored([0], [0.0], [1.0], [1.0], 1.0))
     assert chosen_rate(small, cells, "one", 8, 4, "standard") == 1e-1
     assert chosen_rate(small, cells, "one", 8, 4, "thin") is None
+
+
+def test_chosen_rates_at_an_end_of_their_grids_are_told_by_task_method_and_place(tmp_path):
+    methods = ["standard", "paper"]
+    small = sweep(sample_sizes=[8], ranks=[4], methods=methods, more_rates=0, learning_rate=1e-2)
+    cells = Cells(small.setting(), tmp_path)
+    best = {("one", "standard"): 1e-2, ("one", "paper"): 1e-1, ("two", "standard"): 1e-3}  # two lacks the other
+    for (task, name), rate in best.items():
+        for tried in small.learning_rates:
+            cells.put(Cell(task, 8, 4, name, "choose", tried), Scored([0, 1], [0.1 + (tried == rate)] * 2, *ONES))
+        for judged in {rate, 1e-2}:
+            cells.put(Cell(task, 8, 4, name, "judge", judged), Scored([1000, 1001], [0.5, 0.6], *ONES))
+    found = outcome(small, cells)
+    np.testing.assert_array_equal(found["rates inside, one"], [True, False])
+    np.testing.assert_array_equal(found["rates inside, other tasks"], [False])
+    assert found["rates at an end"] == ["paper on one, n = 8", "standard on two, n = 8"]
 
 
 @pytest.mark.parametrize("scores, expected", [
