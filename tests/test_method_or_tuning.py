@@ -284,6 +284,16 @@ def test_every_method_trains_in_one_pass_but_for_what_goes_alone(name, precision
         assert history.shared == (1 if name in tuned_methods.ALONE else 2)
 
 
+@pytest.mark.parametrize("name", tuned_methods.METHODS)
+def test_a_head_that_stays_as_it_is_has_no_rate(name):
+    model, task = loaded("", "one", "authors", 0, 0, "")
+    rates = {}
+    for protocol in ("authors", "clean"):
+        way = method(name, model, 4, ["query", "value"], protocol, 0.1)
+        rates[protocol] = way.run(1e-2, 0, task.subset(8, 0), 1e-3).head_lr
+    assert rates == {"authors": None, "clean": 1e-3}
+
+
 def nothing():
     import contextlib
 
