@@ -157,6 +157,7 @@ def test_the_rule_of_numpy_is_the_plain_one():
 def test_ranks_of_trained_updates_are_told_by_method_and_seed(encoder, task, tmp_path):
     ways = update_ranks.methods(encoder, *ADAPTED, 2, 1e-2, few_shot.Rates(1e-2, 1e-2, 1e-2, 1e-2))
     runs = few_shot.planned_runs(ways, task, [8], range(2))
+    assert {run.head_lr for run in runs} == {None}  # the head stays as it is
     watched = {"watch_at": [3], "watch": update_ranks.watch_values, "evaluate_at": [3]}
     watched |= {"checkpoint": tmp_path / "state"}  # which must hold what is watched
     histories = cd.fine_tune(encoder, runs, task, 3, 4, **watched, show_progress=False)

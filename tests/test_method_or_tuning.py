@@ -25,6 +25,7 @@ from compressible.runtime.starting_factors import compressed_chain
 from compressible.runtime.weight_gradients import top_frames
 
 VOCABULARY, LENGTH = 40, 8
+ONES = ([1.0, 1.0], [1.0, 1.0], 1.0)  # losses, norms and seconds of two seeds
 
 
 def rows(count: int, seed: int) -> cd.Examples:
@@ -231,6 +232,22 @@ def test_a_grid_whose_best_rate_is_at_an_end_grows_and_a_search_that_lacks_a_rat
     assert chosen_rate(small, cells, "one", 8, 4, "thin") is None
 
 
+def test_chosen_rates_at_an_end_of_their_grids_are_told_by_task_method_and_place(tmp_path):
+    methods = ["standard", "paper"]
+    small = sweep(sample_sizes=[8], ranks=[4], methods=methods, more_rates=0, learning_rate=1e-2)
+    cells = Cells(small.setting(), tmp_path)
+    best = {("one", "standard"): 1e-2, ("one", "paper"): 1e-1, ("two", "standard"): 1e-3}  # two lacks the other
+    for (task, name), rate in best.items():
+        for tried in small.learning_rates:
+            cells.put(Cell(task, 8, 4, name, "choose", tried), Scored([0, 1], [0.1 + (tried == rate)] * 2, *ONES))
+        for judged in {rate, 1e-2}:
+            cells.put(Cell(task, 8, 4, name, "judge", judged), Scored([1000, 1001], [0.5, 0.6], *ONES))
+    found = outcome(small, cells)
+    np.testing.assert_array_equal(found["rates inside, one"], [True, False])
+    np.testing.assert_array_equal(found["rates inside, other tasks"], [False])
+    assert found["rates at an end"] == ["paper on one, n = 8", "standard on two, n = 8"]
+
+
 @pytest.mark.parametrize("scores, expected", [
     ([0.0, 0.5, 0.0], 0.08), ([0.5, 0.5, 0.5], 2.0), ([0.49, 0.5, math.nan], 1.0), ([math.nan] * 3, 0.0),
     ([0.5, 0.0, 0.49], 0.04),
@@ -265,6 +282,16 @@ def test_every_method_trains_in_one_pass_but_for_what_goes_alone(name, precision
     for history in found:
         assert np.isfinite(history.losses).all() and history.watched[4] != history.watched[0] >= 0
         assert history.shared == (1 if name in tuned_methods.ALONE else 2)
+
+
+@pytest.mark.parametrize("name", tuned_methods.METHODS)
+def test_a_head_that_stays_as_it_is_has_no_rate(name):
+    model, task = loaded("", "one", "authors", 0, 0, "")
+    rates = {}
+    for protocol in ("authors", "clean"):
+        way = method(name, model, 4, ["query", "value"], protocol, 0.1)
+        rates[protocol] = way.run(1e-2, 0, task.subset(8, 0), 1e-3).head_lr
+    assert rates == {"authors": None, "clean": 1e-3}
 
 
 def nothing():

@@ -137,7 +137,10 @@ def gains(scores: Mapping[str, np.ndarray], sizes: Sequence[int]) -> dict[str, n
     return out | {name: score.mean(1) for name, score in scores.items()} | {"gain shrinks": first - second}
 
 
-def _head_rate(way: Method) -> float:
+def _head_rate(way: Method) -> float | None:
+    """That of the outer factors, none where the head stays as it is."""
+    if not getattr(way.config, "modules_to_save", None):
+        return None
     return way.rate * min(1, getattr(way.config, "lr_ratio", 1))
 
 

@@ -58,8 +58,12 @@ class Method:
     lr_ratio: float | None = None
 
     def run(self, rate: float, seed: int, subset: Tensor, head_rate: float) -> FineTuningRun:
-        """Return a run at a rate, which is that of A, of B but in LoRA+, of Deep LoRA's inner factors."""
-        return FineTuningRun(self.config, rate, seed, subset, head_rate, lr_ratio=self.lr_ratio, start=self.start)
+        """Return a run at a rate, which is that of A, of B but in LoRA+, of Deep LoRA's inner factors.
+
+        head_rate: of a head that the configuration trains; where it trains none, the run has no such rate.
+        """
+        of_head = head_rate if getattr(self.config, "modules_to_save", None) else None
+        return FineTuningRun(self.config, rate, seed, subset, of_head, lr_ratio=self.lr_ratio, start=self.start)
 
 
 def method(name: str, model: nn.Module, rank: int, matrices: Sequence[str], protocol: str, eps: float) -> Method:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from compressible.experiments.rate_grid import is_inside
 from compressible.experiments.tuned_methods import ALONE, CONTROLS, DEEP, LORA
 from compressible.experiments.tuning_cells import Cell, Cells
 from compressible.experiments.tuning_rates import (
@@ -54,8 +55,9 @@ def outcome(sweep: Sweep, cells: Cells) -> dict[str, Any]:
     """Return arrays and metrics of the cells that there are.
 
     The `Parts` of each finished method at a place as `stacked` has them, what `differences` gives of them, means over
-    places, and of the cells themselves: "cells", "cell seconds", "commits", "uncommitted cells", "cells of another
-    library", "missing" and "missing parts".
+    places; "rates inside, <first task>" and "rates inside, other tasks", a truth value a method and place, and "rates
+    at an end", which of them are not; of the cells themselves "cells", "cell seconds", "commits", "uncommitted cells",
+    "cells of another library", "missing" and "missing parts".
     """
     done = {(place, name): own for place, name, own in finished(sweep, cells)}
     parts = {(label(sweep, place), name): _part(sweep, cells, place, name) for place, name in done}
@@ -64,10 +66,13 @@ def outcome(sweep: Sweep, cells: Cells) -> dict[str, Any]:
     for place in places:
         found |= differences({name: part for (at, name), part in parts.items() if at == place}, place)
     found |= _means(sweep, found)
+    inside = {(place, name): is_inside(_mean_scores(part)) for (place, name), part in parts.items()}
+    found |= _by_task(inside, sweep.tasks[0])
     all_cells = [cell for own in done.values() for cell in own]
     seconds = sum(one.seconds for cell in all_cells if (one := cells.get(cell)) is not None)
     lacking = [f"{name} on {label(sweep, place)}" for place, name in planned(sweep) if (place, name) not in done]
     told = {"cells": len(all_cells), "cell seconds": seconds, "missing": lacking, "missing parts": len(lacking)}
+    told["rates at an end"] = [f"{name} on {place}" for (place, name), lies in inside.items() if not lies]
     return {**found, **stacked(parts, places, sweep.methods), **told, **cells.made_by(all_cells)}
 
 
@@ -213,6 +218,18 @@ def _judged(cells: Cells, place: Place, name: str, rate: float) -> np.ndarray:
     found = cells.get(Cell(*place, name, "judge", rate))
     assert found is not None
     return np.array(found.scores)
+
+
+def _mean_scores(part: Arrays) -> dict[float, float]:
+    return dict(zip(part["rates"].tolist(), part["scores"].mean(1).tolist(), strict=True))
+
+
+def _by_task(inside: Mapping[tuple[str, str], bool], first: str) -> Arrays:
+    """Whether rates lie inside their grids, those of the first task apart from those of the others."""
+    of_first = [lies for (place, _), lies in inside.items() if place.startswith(f"{first}, ")]
+    others = [lies for (place, _), lies in inside.items() if not place.startswith(f"{first}, ")]
+    named = {first: of_first, "other tasks": others}
+    return {f"rates inside, {task}": np.array(each) for task, each in named.items() if each}
 
 
 def _means(sweep: Sweep, found: Mapping[str, np.ndarray]) -> Arrays:

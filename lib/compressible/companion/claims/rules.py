@@ -31,6 +31,12 @@ and a number within the bound can be at both ends only if these are one, so that
 PASS by rule 5 is p(inside) <= .025, that is p <= .05; FAIL is p(outside) < .025; and each is wrong in at most 5 % of
 cases. Where neither was shown, the smaller one is taken. Holm's correction keeps 5 % for all of a question together.
 What rules 3 and 4 decide has no p value, and takes no part.
+
+Two claims of a question that come to be judged on the same numbers, such as one at a network's own rate and one at a
+rate for all where tuning chose that same rate, still count as two. To count them once would keep the 5 % only where
+what makes the numbers equal does not hang on them, as a choice by other seeds does not; but a largest of several
+values and one of these are equal by what was observed, and counts and shares by chance, and the numbers do not tell
+which it is. Counting both errs on the side of INCONCLUSIVE.
 """
 
 from __future__ import annotations
