@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import compressible as cd
 from compressible.experiments.compare import compare_starts, share_stacks, stack_starts, stacking_gain
-from compressible.experiments.outcomes import first_below, milestones, worst_ratio
+from compressible.experiments.outcomes import first_below, milestones, times_the_iterations, worst_ratio
 from compressible.experiments.starts import completion_starts
 
 
@@ -46,6 +46,18 @@ def test_milestones_by_hand():
     np.testing.assert_array_equal(milestones(curves, ["b", "a"], level=1.0)["a/iteration_ratio"], [2.0, np.inf])
     np.testing.assert_allclose(out["b/worst_ratio"], [1.0, 1.0])
     np.testing.assert_allclose(out["b/final"], [0.5, 0.1])
+
+
+def test_a_baseline_that_stops_in_a_wrong_interpolant_has_no_lead():
+    ends = {"a": [0.1, 0.1, 0.5], "b": [0.1, 5.0, 5.0], "c": [5.0, 0.1, 5.0]}  # of three seeds
+    curves = {f"{name}/iterations": np.array([0, 10 if name == "a" else 30]) for name in ends}
+    curves |= {f"{name}/error": np.array([[4.0, end] for end in row]) for name, row in ends.items()}
+    for name in ends:
+        curves |= {f"{name}/seconds": curves[f"{name}/error"], f"{name}/diverged": np.zeros(3, bool)}
+    marks = milestones(curves, ["c", "a", "b"], level=1.0)
+    assert marks["a/iteration_ratio"][2] == 10 / 30  # over what the baseline took at least
+    np.testing.assert_array_equal(times_the_iterations(marks, "c", "b"), [np.inf, 0.0, np.nan])
+    np.testing.assert_array_equal(times_the_iterations(marks, "b", "a"), [3.0, np.inf, np.inf])
 
 
 @pytest.mark.parametrize(("wild", "worst"), [("a", np.nan), ("b", np.inf)])

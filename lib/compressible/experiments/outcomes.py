@@ -76,7 +76,8 @@ def milestones(curves: Curves, names: Sequence[str], level: float) -> dict[str, 
     "<name>/to_level" and "<name>/seconds_to_level", where the error falls below `level` (inf if never), "<name>/final"
     error; against the baseline "<name>/iteration_ratio", "<name>/speedup" in seconds, and "<name>/worst_ratio", the
     largest ratio of the errors at a common record. All are NaN or infinite where a run that they need diverges. A
-    baseline that never gets there counts with all that it took, so that the network's lead over it is told too small.
+    baseline that never gets there counts with all that it took, so that the network's lead over it is told too small;
+    where the baseline's own lead is asked for that is too large, and `times_the_iterations` takes the ratio's place.
     """
     out: dict[str, np.ndarray] = {}
     baseline = names[0]
@@ -91,6 +92,16 @@ def milestones(curves: Curves, names: Sequence[str], level: float) -> dict[str, 
         ratio = np.where(curves[f"{baseline}/diverged"], np.nan, ratio)
         out[f"{name}/worst_ratio"] = np.where(curves[f"{name}/diverged"], np.inf, ratio)
     return out
+
+
+def times_the_iterations(marks: Mapping[str, np.ndarray], name: str, baseline: str) -> np.ndarray:
+    """Return how many times the baseline's iterations a network needs (S,), of `milestones`, to claim that it is more.
+
+    0 where the baseline alone never gets there, infinite where the network alone does not, NaN where neither does: a
+    baseline that stops in a wrong interpolant is not ahead of what arrives later.
+    """
+    with np.errstate(invalid="ignore"):
+        return marks[f"{name}/to_level"] / marks[f"{baseline}/to_level"]
 
 
 def outcomes(curves: Curves, names: Sequence[str], tolerance: float, recovered: float) -> dict[str, np.ndarray]:
