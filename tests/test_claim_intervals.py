@@ -130,6 +130,21 @@ def test_values_that_are_all_the_same_leave_nothing_open(scale: str, value: floa
     assert (found.below(value - 0.01), found.above(value - 0.01)) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("scale", "values", "value"),
+    [
+        ("correlation", [1.0, 1.0, 1 - 2**-53], 1.0),  # as orders of the same kind have, whose mean rounds to 1
+        ("correlation", [-1.0, -1.0, 2**-53 - 1], -1.0),
+        ("log", [0.0, 1e-320], float(np.finfo(float).tiny)),
+        ("linear", [1e-200, 3e-200], 2e-200),  # the square of their difference is zero
+    ],
+)
+def test_values_that_differ_by_rounding_alone_are_judged(scale: str, values: list[float], value: float) -> None:
+    found = mean(np.array(values), scale)
+    assert (found.value, found.low, found.high) == pytest.approx((value,) * 3, rel=1e-12)
+    assert (found.below(0.5), found.above(0.5)) == ((1.0, 0.0) if value == 1 else (0.0, 1.0))
+
+
 def estimates() -> list[Estimate]:
     generator = np.random.default_rng(2)
     values = generator.uniform(0.05, 0.95, (40, 7))

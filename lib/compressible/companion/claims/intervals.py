@@ -90,8 +90,12 @@ def mean(values: np.ndarray, scale: str = "linear", test_over_train: float = 0.0
     error = float(values.std(ddof=1)) * math.sqrt(1 / len(values) + test_over_train)
     if scale == "abs":
         centre, error = math.log(centre), error / centre
-    elif scale == "correlation":
+    elif scale == "correlation" and abs(centre) < 1:
         centre, error = math.atanh(centre), error / (1 - centre**2)
+    elif scale == "correlation":
+        error = 0.0
+    if error == 0:  # values that differ by less than their mean, or the square of a difference, can hold
+        return _certain(centre if scale in ("linear", "correlation") else math.exp(centre))
     return _student(centre, error, len(values) - 1, scale)
 
 
