@@ -163,6 +163,7 @@ CENSORED = claim(bound=900, censored=True)
         (CENSORED, [INF] * 6, FAIL),
         (CENSORED, [INF] * 5, INCONCLUSIVE),
         (CENSORED, [INF], INCONCLUSIVE),
+        (claim(censored=True, scale="log"), [0.0], INCONCLUSIVE),  # the divisor was stopped
         (CENSORED, [math.nan] + [100] * 8, FAIL),  # diverged
         (CENSORED, [-INF] + [100] * 8, FAIL),
         (CENSORED, [880, 890, 885], PASS),  # no value is censored: Student's interval

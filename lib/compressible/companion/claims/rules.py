@@ -125,14 +125,19 @@ def _without_value(claim: Claim, outcome: str, count: int, reason: str) -> Found
 def _estimate(claim: Claim, values: np.ndarray) -> Estimate:
     if claim.judge in ("true", "share"):
         return share(values)
-    if np.isinf(values).any() or (claim.censored and claim.scale == "log" and not values.all()):
+    if _stopped(claim, values):
         return median(values)
     return mean(values, claim.scale, claim.test_over_train or 0.0)
 
 
+def _stopped(claim: Claim, values: np.ndarray) -> bool:
+    """Whether a value is censored: infinite, or a ratio of 0, which is one to a run that was stopped."""
+    return bool(np.isinf(values).any() or (claim.censored and claim.scale == "log" and not values.all()))
+
+
 def _each(claim: Claim, values: np.ndarray) -> tuple[str, str]:
     """Rules 3 and 4."""
-    if np.isinf(values).any():
+    if _stopped(claim, values):
         return INCONCLUSIVE, "stopped before it arrived"
     inside = (lambda value: value == 1) if claim.judge == "true" else _holds(claim)
     wrong = sum(not inside(value) for value in values)
