@@ -164,8 +164,8 @@ def test_interval_and_p_value_say_the_same(bound: float) -> None:
 def test_inside_needs_both_sides_and_outside_one() -> None:
     found = mean(np.array([0.4, 0.5, 0.6]))
     assert found.inside(0.3, 0.9) == found.above(0.3) > found.below(0.9)
-    assert found.outside(0.3, 0.45) == found.above(0.45) < found.below(0.3)
-    assert found.inside(-math.inf, 0.9) == found.below(0.9) == found.outside(0.9, math.inf)
+    assert found.outside(0.3, 0.45) == pytest.approx(found.above(0.45)) and found.above(0.45) < found.below(0.3)
+    assert found.inside(-math.inf, 0.9) == found.below(0.9) == pytest.approx(found.outside(0.9, math.inf))
 
 
 def test_holm_is_the_stepwise_bonferroni() -> None:

@@ -53,8 +53,12 @@ class Estimate:
         return max(0.0 if low == -math.inf else self.above(low), 0.0 if high == math.inf else self.below(high))
 
     def outside(self, low: float, high: float) -> float:
-        """The p value of lying outside of [low, high]: one side is enough, so the smaller one counts."""
-        return min(1.0 if low == -math.inf else self.below(low), 1.0 if high == math.inf else self.above(high))
+        """The p value of lying outside of [low, high]: one side is enough, so the smaller one counts.
+
+        The ends are inside, so that a value at one, as where two runs took the same steps, is no evidence of that.
+        """
+        under, over = math.nextafter(low, -math.inf), math.nextafter(high, math.inf)
+        return min(1.0 if low == -math.inf else self.below(under), 1.0 if high == math.inf else self.above(over))
 
 
 def interval(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
