@@ -153,7 +153,8 @@ def holds(claim: dict, value: float, key: str = "bound") -> bool:
 
 def of_each(claim: dict, values: np.ndarray) -> str:
     """One value, or what is said of every value."""
-    if np.isinf(values).any():
+    ratios = claim.get("censored", False) and claim.get("scale") == "log"
+    if np.isinf(values).any() or (ratios and (values == 0).any()):  # of a ratio, the divisor was stopped
         return "INCONCLUSIVE"
     if all(holds(claim, value) for value in values):
         return "PASS"

@@ -130,6 +130,21 @@ def test_values_that_are_all_the_same_leave_nothing_open(scale: str, value: floa
     assert (found.below(value - 0.01), found.above(value - 0.01)) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("scale", "values", "value"),
+    [
+        ("correlation", [1.0, 1.0, 1 - 2**-53], 1.0),  # as orders of the same kind have, whose mean rounds to 1
+        ("correlation", [-1.0, -1.0, 2**-53 - 1], -1.0),
+        ("log", [0.0, 1e-320], float(np.finfo(float).tiny)),
+        ("linear", [1e-200, 3e-200], 2e-200),  # the square of their difference is zero
+    ],
+)
+def test_values_that_differ_by_rounding_alone_are_judged(scale: str, values: list[float], value: float) -> None:
+    found = mean(np.array(values), scale)
+    assert (found.value, found.low, found.high) == pytest.approx((value,) * 3, rel=1e-12)
+    assert (found.below(0.5), found.above(0.5)) == ((1.0, 0.0) if value == 1 else (0.0, 1.0))
+
+
 def estimates() -> list[Estimate]:
     generator = np.random.default_rng(2)
     values = generator.uniform(0.05, 0.95, (40, 7))
@@ -149,8 +164,8 @@ def test_interval_and_p_value_say_the_same(bound: float) -> None:
 def test_inside_needs_both_sides_and_outside_one() -> None:
     found = mean(np.array([0.4, 0.5, 0.6]))
     assert found.inside(0.3, 0.9) == found.above(0.3) > found.below(0.9)
-    assert found.outside(0.3, 0.45) == found.above(0.45) < found.below(0.3)
-    assert found.inside(-math.inf, 0.9) == found.below(0.9) == found.outside(0.9, math.inf)
+    assert found.outside(0.3, 0.45) == pytest.approx(found.above(0.45)) and found.above(0.45) < found.below(0.3)
+    assert found.inside(-math.inf, 0.9) == found.below(0.9) == pytest.approx(found.outside(0.9, math.inf))
 
 
 def test_holm_is_the_stepwise_bonferroni() -> None:

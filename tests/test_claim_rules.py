@@ -163,6 +163,7 @@ CENSORED = claim(bound=900, censored=True)
         (CENSORED, [INF] * 6, FAIL),
         (CENSORED, [INF] * 5, INCONCLUSIVE),
         (CENSORED, [INF], INCONCLUSIVE),
+        (claim(censored=True, scale="log"), [0.0], INCONCLUSIVE),  # the divisor was stopped
         (CENSORED, [math.nan] + [100] * 8, FAIL),  # diverged
         (CENSORED, [-INF] + [100] * 8, FAIL),
         (CENSORED, [880, 890, 885], PASS),  # no value is censored: Student's interval
@@ -237,6 +238,19 @@ def test_holms_correction_takes_what_was_shown() -> None:
     for p, expected in ((0.01, [FAIL, WEAK, WEAK]), (0.03, [INCONCLUSIVE] * 3)):
         found = together(fails, weak, far, a=-gap(p), b=gap(p), c=gap(p))
         assert [verdict.verdict for verdict in found] == expected
+
+
+def test_values_at_an_end_of_a_bound_are_no_evidence_of_lying_outside() -> None:
+    more: Any = {"question": "which", "scale": "log", "censored": True}
+    tested = claim("at_least", 1.0, metric="a", **more)
+    others = [positive(metric=name, question="which") for name in "bc"]
+    ratios = [0.0, 0.6, 0.5, 0.7, 0.4, 0.8, 0.9, 0.3, 0.2, 1.0]  # the last pair took the same steps
+    p_value = scipy.stats.binomtest(9, 10).pvalue
+    assert 0.05 / 3 < p_value < 0.05
+    assert outcome(claim("at_least", 1.0, scale="log", censored=True), np.array(ratios)) == FAIL
+    found = together(tested, *others, a=ratios, b=gap(0.5), c=gap(0.6))
+    assert found[0].verdict == INCONCLUSIVE
+    assert together(tested, *others, a=[*ratios[:-1], 0.95], b=gap(0.5), c=gap(0.6))[0].verdict == FAIL
 
 
 def test_what_has_no_p_value_takes_no_part_in_a_correction() -> None:

@@ -172,6 +172,14 @@ def test_the_best_rates_are_compared_seed_by_seed():
     np.testing.assert_allclose(rates_compared.best_minus_best(found, "Deep LoRA", "LoRA"), [0.2, -0.3])
 
 
+def test_a_rate_at_which_a_seed_diverged_is_not_the_best_whatever_the_order():
+    lost, whole = np.array([[0.9], [np.nan]]), np.array([[0.5], [0.4]])
+    other = {"LoRA, 1/pearson": np.zeros((2, 1))}
+    for first, second in ((lost, whole), (whole, lost)):
+        found = other | {"Deep LoRA, 1/pearson": first, "Deep LoRA, 2/pearson": second}
+        np.testing.assert_allclose(rates_compared.best_minus_best(found, "Deep LoRA", "LoRA"), [0.5, 0.4])
+
+
 def test_merging_and_peft_keep_the_logits(encoder):
     config = cd.DeepLoraConfig(r=4, variant="thin", init_scale=0.3, task_type="SEQ_CLS")
     model = peft.get_peft_model(copy.deepcopy(encoder), config)

@@ -211,6 +211,16 @@ def test_a_task_with_a_diverged_run_has_no_p_value_and_still_counts() -> None:
     assert found["holm"][0] == pytest.approx(2 * found["p"][0])
 
 
+def test_runs_that_all_end_alike_are_no_sign_of_a_gain() -> None:
+    alike, gained = np.zeros(5), np.array([0.01, 0.05, 0.02, 0.06, 0.04])  # as where all runs answer with one class
+    rows = {"full - paper, cola": alike, "full - paper, rte": gained}
+    found = glue_table.compared(rows, ["cola", "rte"], "full", "paper")
+    assert (found["gain"][0], found["p"][0], found["holm"][0]) == (0.0, 1.0, 1.0)
+    assert found["holm"][1] == pytest.approx(2 * found["p"][1]), "the other task has the smaller p value"
+    always = glue_table.compared({"full - paper, cola": alike + 0.1}, ["cola"], "full", "paper")
+    assert always["p"][0] == 0.0
+
+
 def test_the_table_stacks_its_tasks_and_says_how_much_longer_peft_takes() -> None:
     one = {"scores": np.array([[0.1, 0.2], [0.3, 0.5]]), "device seconds": 4.0, "peft seconds": 30.0}
     other = one | {"scores": one["scores"] + 0.1, "device seconds": 6.0}

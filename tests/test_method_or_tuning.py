@@ -17,7 +17,7 @@ from compressible.companion.library import REACHED
 from compressible.experiments import tuned_methods, tuning_sweep, tuning_worker
 from compressible.experiments.tuned_methods import first_step, method, random_frames
 from compressible.experiments.tuning_cells import Cell, Cells, Scored, merge, pack
-from compressible.experiments.tuning_outcome import label, outcome, stacked, unstacked, window
+from compressible.experiments.tuning_outcome import differences, label, outcome, stacked, unstacked, window
 from compressible.experiments.tuning_rates import chosen_rate
 from compressible.experiments.tuning_sweep import Sweep
 from compressible.experiments.tuning_worker import Worker, halves
@@ -322,6 +322,17 @@ def test_outcomes_of_nothing_say_what_is_missing(tmp_path):
     found = outcome(small, Cells(small.setting(), tmp_path))
     assert found["missing parts"] == len(found["missing"]) == len(tuning_sweep.planned(small))
     assert not any(isinstance(value, np.ndarray) for value in found.values())
+
+
+def test_a_method_that_diverges_at_every_rate_is_the_worst_that_tuning_found():
+    scores = {"standard": 0.3, "rslora": 0.9, "plus": math.nan, "pissa": 0.5, "lora_ga": 0.7}
+    judged = scores | {"plus": 0.1}  # with fresh seeds it did not
+    parts = {
+        name: {"chosen score": np.array([score]), "judged": np.full(2, judged[name])}
+        | dict.fromkeys(("published", "window"), np.zeros(2))
+        for name, score in scores.items()
+    }
+    np.testing.assert_allclose(differences(parts, "one")["variants apart, one"], 0.8)
 
 
 def test_parts_come_back_as_they_were_stacked():

@@ -58,8 +58,8 @@ def compared(found: Mapping[str, Any] | Any, tasks: Sequence[str], method: str, 
     """Return how a method compares with another, task by task: each (T,).
 
     "gain" with its 95 % interval "low" and "high" by Student's t, the standard deviation "deviation" of the seeds'
-    differences, the two-sided "p" that the gain is none, and "holm", these p corrected over the tasks. NaN where a run
-    diverged; such a task still counts in the correction.
+    differences, the two-sided "p" that the gain is none (1 where all differences are zero), and "holm", these p
+    corrected over the tasks. NaN where a run diverged; such a task still counts in the correction.
     """
     each = np.stack([found[f"{method} - {other}, {task}"] for task in tasks])
     middle, low, high = interval(each, axis=1)
@@ -132,8 +132,10 @@ def bracketed(middle: Iterable[float], low: Iterable[float], high: Iterable[floa
 
 
 def _two_sided(values: np.ndarray) -> float:
-    """The p value of Student's paired test of no difference."""
+    """The p value of Student's paired test of no difference; 1 where no run differs from its partner."""
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
+    if not values.any():
+        return 1.0  # the whole of the interval is zero, of which both one-sided tests are sure
     found = mean(values)
     return min(1.0, 2 * min(found.below(0.0), found.above(0.0)))

@@ -84,12 +84,15 @@ def curves(histories: Sequence[RunHistory]) -> dict[str, np.ndarray]:
 
 
 def best_minus_best(found: Mapping[str, np.ndarray], first: str, second: str) -> np.ndarray:
-    """Return by how much the method `first` at its best rate ends above `second` at its own, (S,), of `curves`."""
+    """Return by how much the method `first` at its best rate ends above `second` at its own, (S,), of `curves`.
+
+    A rate at which a seed diverged is the best only where all are such.
+    """
     ends = [
         [scores[:, -1] for key, scores in found.items() if key.startswith(f"{name}, ") and key.endswith("/pearson")]
         for name in (first, second)
     ]
-    best, other = (max(each, key=np.mean) for each in ends)
+    best, other = (max(each, key=lambda scores: np.nan_to_num(scores.mean(), nan=-np.inf)) for each in ends)
     return best - other
 
 

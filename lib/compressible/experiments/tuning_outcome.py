@@ -89,7 +89,7 @@ def differences(parts: Mapping[str, Arrays], place: str) -> Arrays:
     <method>, <place>": over LoRA with the paper's start, both at the published rate; "cost of the published rate,
     <method>, <place>", of LoRA, too; "window of <method> over standard, <place>" in decades; "compressed - <control>,
     <place>"; "<method> at LoRA's step - standard, <place>"; "variants apart" and "all apart, <place>": the method that
-    tuning found best over the one that it found worst.
+    tuning found best over the one that it found worst, such as one that diverges at every rate.
     """
     out: Arrays = {}
     for name in (name for name in ("standard", "paper", *DEEP) if name in parts):
@@ -107,9 +107,15 @@ def differences(parts: Mapping[str, Arrays], place: str) -> Arrays:
             out[f"compressed - {control}, {place}"] = paired(parts, "compressed", control, "judged")
     for title, group in (("variants", VARIANTS), ("all", EVERYTHING)):
         if all(name in parts for name in group):
-            ranked = sorted(group, key=lambda name: float(parts[name]["chosen score"][0]))
+            ranked = sorted(group, key=lambda name: _rank(parts[name]))
             out[f"{title} apart, {place}"] = paired(parts, ranked[-1], ranked[0], "judged")
     return out
+
+
+def _rank(part: Arrays) -> float:
+    """The score by which tuning chose, the least of all where runs diverged at every rate: NaN has no order."""
+    score = float(part["chosen score"][0])
+    return score if math.isfinite(score) else -math.inf
 
 
 def paired(parts: Mapping[str, Arrays], one: str, other: str, key: str) -> np.ndarray:

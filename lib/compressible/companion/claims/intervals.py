@@ -53,8 +53,12 @@ class Estimate:
         return max(0.0 if low == -math.inf else self.above(low), 0.0 if high == math.inf else self.below(high))
 
     def outside(self, low: float, high: float) -> float:
-        """The p value of lying outside of [low, high]: one side is enough, so the smaller one counts."""
-        return min(1.0 if low == -math.inf else self.below(low), 1.0 if high == math.inf else self.above(high))
+        """The p value of lying outside of [low, high]: one side is enough, so the smaller one counts.
+
+        The ends are inside, so that a value at one, as where two runs took the same steps, is no evidence of that.
+        """
+        under, over = math.nextafter(low, -math.inf), math.nextafter(high, math.inf)
+        return min(1.0 if low == -math.inf else self.below(under), 1.0 if high == math.inf else self.above(over))
 
 
 def interval(values: Any, axis: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -90,8 +94,12 @@ def mean(values: np.ndarray, scale: str = "linear", test_over_train: float = 0.0
     error = float(values.std(ddof=1)) * math.sqrt(1 / len(values) + test_over_train)
     if scale == "abs":
         centre, error = math.log(centre), error / centre
-    elif scale == "correlation":
+    elif scale == "correlation" and abs(centre) < 1:
         centre, error = math.atanh(centre), error / (1 - centre**2)
+    elif scale == "correlation":
+        error = 0.0
+    if error == 0:  # values that differ by less than their mean, or the square of a difference, can hold
+        return _certain(centre if scale in ("linear", "correlation") else math.exp(centre))
     return _student(centre, error, len(values) - 1, scale)
 
 

@@ -135,8 +135,8 @@ class Claim:
 
     @property
     def goal(self) -> tuple[float, float]:
-        """Ends of the interval that the value must lie in; that above zero is open."""
-        return (0.0, math.inf) if self.judge == "greater_than_zero" else self.ends(self.bound)
+        """Ends of the interval that the value must lie in, which belong to it: above zero it begins beside it."""
+        return (_LEAST, math.inf) if self.judge == "greater_than_zero" else self.ends(self.bound)
 
     def ends(self, bound: Any) -> tuple[float, float]:
         """Ends of the interval that `bound`, or `weak` in its place, stands for."""
