@@ -168,9 +168,14 @@ def moves(factors: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def steps_to(histories: Sequence[RunHistory], level: float) -> np.ndarray:
-    """Return how many steps (S,) runs took until their smoothed loss was at most `level`; infinite if it never was."""
-    below = np.array([smooth(run.losses) <= level for run in histories])
-    return np.where(below.any(1), below.argmax(1) + 1.0, np.inf)
+    """Return how many steps (S,) runs took until their smoothed loss was at most `level`.
+
+    Infinite if it never was, NaN where the run diverged before: that is no late arrival, but none at all.
+    """
+    curves = np.array([smooth(run.losses) for run in histories])
+    below = curves <= level
+    never = np.where(np.isfinite(curves).all(1), np.inf, np.nan)
+    return np.where(below.any(1), below.argmax(1) + 1.0, never)
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:
@@ -180,7 +185,7 @@ def smooth(losses: np.ndarray) -> np.ndarray:
 
 
 def quotient(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return one / other of step counts; where neither arrived NaN, where only the other did not 0."""
+    """Return one / other of step counts; NaN where neither arrived or one diverged, 0 where only the other did not."""
     with np.errstate(invalid="ignore"):
         return one / other
 
