@@ -31,6 +31,7 @@ from compressible.experiments.methods_compared import split_rows
 from compressible.experiments.rate_grid import best_of, is_inside, search_each
 from compressible.finetuning.finetune import fine_tune
 from compressible.finetuning.lora import paper_lora_start
+from compressible.finetuning.peft_models import of_factors_alone
 from compressible.finetuning.run import FineTuningRun
 from compressible.runtime.checks import expect
 
@@ -81,6 +82,7 @@ def methods(
     return {case: made[case] for case in setting.cases}
 
 
+@of_factors_alone
 @torch.no_grad()
 def scaled_paper_start(model: nn.Module, generator: torch.Generator) -> None:
     """Start LoRA with the very factors of the paper's start where the config scales them."""
