@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import peft
 import pytest
@@ -18,6 +20,7 @@ from compressible.data.pretrained import load_encoder
 from compressible.experiments import compression_pace, early_subspaces, few_shot, rank_robustness, update_ranks
 from compressible.experiments.rank_robustness import Setting
 from compressible.experiments.update_ranks import Values
+from compressible.finetuning.trainer import Trainer
 
 RATES = few_shot.Rates(1e-4, 1e-3, 1e-2, 2e-3)
 ADAPTED = (["value"], "authors")
@@ -282,6 +285,54 @@ def test_tiny_models_go_through_the_whole_protocol(encoder, task):
     assert np.isfinite(found["fixed"]).all() and np.isfinite(found["grid scores"]).all()
     same = found["factors"] == 1
     np.testing.assert_array_equal(found["own"][same], found["fixed"][same])
+
+
+def test_a_killed_comparison_trains_only_what_is_left(monkeypatch, encoder, task, tmp_path):
+    kept = {"checkpoint": tmp_path / "state", "checkpoint_every": 2}
+    options = {"batch_size": 4, "show_progress": False, "max_stack": 8} | kept
+    setting = Setting([2, 4], 8, 2, 1e-3, 1e-2, [1.0, 3.0], 3, options)
+    arguments = (task, rank_robustness.methods(encoder, *ADAPTED, 1e-2, setting), setting, [2, 3], [0, 1], 6)
+    steps, advance = [], Trainer.advance
+
+    def counted(trainer, step):
+        if steps.count("taken") == last:
+            raise KeyboardInterrupt
+        steps.append("taken")
+        advance(trainer, step)
+
+    monkeypatch.setattr(Trainer, "advance", counted)
+    last = None
+    expected = rank_robustness.compare(encoder, *arguments)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len({file.name.split(".")[1] for file in files}) > 2  # of a call each: rates, those beyond, what judges
+    assert len(steps) == 2 * len(files)
+    for file in files:
+        file.unlink()
+    last, total = len(steps) - 1, len(steps)
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        rank_robustness.compare(encoder, *arguments)
+    last = None
+    steps.clear()
+    found = rank_robustness.compare(encoder, *arguments)
+    assert len(steps) == 2 < total  # of the last pass, whose second step the kill took
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+def test_the_notebook_on_ranks_keeps_what_it_has_trained(monkeypatch):
+    book_path = REPOSITORY / "notebooks/yaras2024/10_rank_robustness.ipynb"
+    book = nbformat.read(book_path, as_version=4)
+    [code] = [cell.source for cell in book.cells if "def setting_of" in cell.source]
+    [function] = [node for node in ast.parse(code).body if getattr(node, "name", "") == "setting_of"]
+    space = {"cd": cd, "robust": rank_robustness}
+    exec(compile(ast.Module([function], []), "setting_of", "exec"), space)
+    given = notebooks.defaults(book_path)
+    monkeypatch.setattr(cd.runs, "checkpoint", lambda every: {"checkpoint": "place", "checkpoint_every": every})
+    options = space["setting_of"](SimpleNamespace(**given)).options
+    assert (options["checkpoint"], options["checkpoint_every"]) == ("place", given["steps"])
+    assert options["devices"] is None
 
 
 def test_a_seed_may_not_choose_and_judge(encoder, task):

@@ -164,6 +164,19 @@ def test_claims_and_notebooks_name_each_other(monkeypatch):
     assert judged == set(IDS)
 
 
+def test_counts_of_the_authors_records_are_drawn_without_the_initial_one(code):
+    """They hold it, so that iterations are (records - 1) * record_every."""
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    less = [node.left for node in nodes if isinstance(node, ast.BinOp) and ast.unparse(node).endswith(" - 1")]
+    right = {part for left in less for part in ast.walk(left)}
+    assert [ast.unparse(node) for node in nodes if is_count_of_records(node) and node not in right] == []
+
+
+def is_count_of_records(node):
+    counted = isinstance(node, ast.Subscript) and ast.unparse(node.value) == "authors"
+    return counted and "records" in ast.unparse(node.slice)
+
+
 def test_notebook_runs_saves_and_judges_under_its_own_id(id, code):
     source = "\n".join(cell.source for cell in code)
     others = [other for other in IDS if other != id and f'"{other}"' in source]

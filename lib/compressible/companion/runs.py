@@ -103,8 +103,8 @@ def _keep(result: Result, checkpoint: Path) -> None:
 def checkpoint(every: int) -> dict[str, Any]:
     """Arguments of the one `fine_tune` of the run in progress, so that it goes on after a kill: a file, steps between.
 
-    The file is in the cache under the run's key, and goes when the result is stored; {} outside of a cached run, and
-    where the cache cannot be written.
+    Several calls of a run append something of their own to the file's name. The files are in the cache under the run's
+    key, and go when the result is stored; {} outside of a cached run, and where the cache cannot be written.
     """
     return {} if (place := _PLACE.get()) is None else {"checkpoint": place, "checkpoint_every": max(1, every)}
 

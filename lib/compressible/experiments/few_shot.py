@@ -20,6 +20,7 @@ from compressible.adapters.config import DeepLoraConfig
 from compressible.data.pretrained import head_layers
 from compressible.data.tasks import Task
 from compressible.finetuning.lora import paper_lora_start
+from compressible.finetuning.peft_models import of_factors_alone
 from compressible.finetuning.run import FineTuningRun, RunHistory
 
 STARTS = ("paper", "standard", "peft")  # of LoRA: the paper's; Kaiming and zeros everywhere; peft's own
@@ -77,6 +78,7 @@ def methods(
     }
 
 
+@of_factors_alone
 @torch.no_grad()
 def standard_start(model: nn.Module, generator: torch.Generator) -> None:
     """Start LoRA of embeddings as of linear layers, Kaiming A (r, n) and B zero; peft has A zero and B from N(0, 1)."""

@@ -14,6 +14,7 @@ c r^k, P1's one rate for all ranks is wrong by r^k; theory for unscaled LoRA has
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,7 @@ from compressible.experiments.methods_compared import split_rows
 from compressible.experiments.rate_grid import best_of, is_inside, search_each
 from compressible.finetuning.finetune import fine_tune
 from compressible.finetuning.lora import paper_lora_start
+from compressible.finetuning.peft_models import of_factors_alone
 from compressible.finetuning.run import FineTuningRun
 from compressible.runtime.checks import expect
 
@@ -51,7 +53,8 @@ class Setting:
         outer, inner: published rates of all factors but compressed inner ones, and of those.
         factors: of the published rate, ascending, 1 usually among them: the grid to begin with.
         most: rates of a case that may be tried in all.
-        options: of `fine_tune`: batch_size, precision, max_stack, devices.
+        options: of `fine_tune`: batch_size, precision, max_stack, devices; checkpoint and checkpoint_every, where the
+            calls of a comparison append a name of their own to the file.
     """
 
     ranks: Sequence[int]
@@ -81,6 +84,7 @@ def methods(
     return {case: made[case] for case in setting.cases}
 
 
+@of_factors_alone
 @torch.no_grad()
 def scaled_paper_start(model: nn.Module, generator: torch.Generator) -> None:
     """Start LoRA with the very factors of the paper's start where the config scales them."""
@@ -206,10 +210,18 @@ def _scores(
     """The last score (S,) of each pair of a case and a factor of its rate; a run that diverged has NaN."""
     ways = {pair: replace(chosen[pair[0]], rate=chosen[pair[0]].rate * pair[1]) for pair in pairs}
     runs: list[FineTuningRun] = few_shot.planned_runs(ways, task, [setting.rows], seeds)
-    options = {"evaluate_at": [setting.steps], "keep_factors": False, **setting.options}
+    options = {"evaluate_at": [setting.steps], "keep_factors": False, **_of_call(setting.options, pairs, seeds)}
     histories = fine_tune(model, runs, task, setting.steps, **options)
     scores = np.array([history.scores[setting.steps] for history in histories]).reshape(len(pairs), -1)
     return dict(zip(pairs, scores, strict=True))
+
+
+def _of_call(options: Mapping[str, Any], pairs: Sequence[tuple[Case, float]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Options of one call of `fine_tune` among several, whose states lie in files of its own, by what it trains."""
+    if "checkpoint" not in options:
+        return dict(options)
+    called = hashlib.sha256(repr((list(pairs), list(seeds))).encode()).hexdigest()[:16]
+    return {**options, "checkpoint": f"{options['checkpoint']}.{called}"}
 
 
 def _arrays(

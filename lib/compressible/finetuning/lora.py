@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compressible.adapters.layer import DeepLoraLayer, Embedding
+from compressible.finetuning.peft_models import of_factors_alone
 from compressible.runtime.chain import product
 from compressible.runtime.checks import expect, expect_generator
 from compressible.runtime.module_names import plain_name
@@ -27,6 +28,7 @@ from compressible.runtime.ranks import whole
 PREFIX = "base_model.model."
 
 
+@of_factors_alone
 @torch.no_grad()
 def paper_lora_start(model: nn.Module, generator: torch.Generator | None = None, adapter_name: str = "default") -> None:
     """Start peft's LoRA as P1's baseline does: N(0, 1) on the output side, zeros on the input side, no scaling.

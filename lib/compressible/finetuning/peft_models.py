@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -23,8 +23,10 @@ from compressible.adapters.config import DeepLoraConfig
 from compressible.adapters.layer import DeepLoraLayer
 
 DRAWN = (True, False, "gaussian", "orthogonal")  # LoRA's starts that read neither weights nor data
-TAKEN_OFF = ("pissa", "olora", "lora_ga")  # its starts B0 A0 that peft takes off the frozen weight
+OF_WEIGHTS = ("pissa", "olora")  # those that read the weights and nothing else, the seed neither
+TAKEN_OFF = (*OF_WEIGHTS, "lora_ga")  # its starts B0 A0 that peft takes off the frozen weight
 Start = Callable[[Any, torch.Generator], None]  # gives a PeftModel's factors other values, as paper_lora_start does
+AnyStart = TypeVar("AnyStart", bound=Callable)
 ADAPTER = "default"  # peft's own name of a model's first adapter
 
 
@@ -49,18 +51,31 @@ def adapted_by_peft(
     Its draws are those after torch.manual_seed(seed); torch's generators are left as they were. start then changes
     the factors, from a generator of that seed; empty: whether they hold nothing yet.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     place = torch.device("meta") if empty else nullcontext()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings(), place:
+    with drawing(model, seed), warnings.catch_warnings(), place:
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft asks it
         warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
-        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would seed every GPU of the caller's, too
-        if device.type == "cuda":
-            torch.cuda.default_generators[device.index].manual_seed(int(seed))
         adapted = peft.get_peft_model(model, copy.deepcopy(config), low_cpu_mem_usage=empty)
     if start is not None:
         start(adapted, torch.Generator().manual_seed(int(seed)))
     return adapted
+
+
+@contextmanager
+def drawing(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within it torch draws as after torch.manual_seed(seed), behind it as it would have without."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(int(seed))  # torch.manual_seed would seed every GPU of the caller's, too
+        if device.type == "cuda":
+            torch.cuda.default_generators[device.index].manual_seed(int(seed))
+        yield
+
+
+def of_factors_alone(start: AnyStart) -> AnyStart:
+    """Mark a `Start` that reads and changes factors alone, so that runs of several seeds may start in one model."""
+    vars(start)["of_factors_alone"] = True
+    return start
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -178,6 +193,11 @@ def is_taken_off(config: peft.PeftConfig) -> bool:
     """Return whether LoRA's start is taken off the frozen weight, as PiSSA, OLoRA and LoRA-GA have it."""
     start = getattr(config, "init_lora_weights", True)
     return isinstance(start, str) and (start in TAKEN_OFF or start.startswith("pissa_niter_"))
+
+
+def is_of_weights(config: peft.PeftConfig) -> bool:
+    """Return whether LoRA's start, but of embeddings, hangs on the frozen weights alone."""
+    return getattr(config, "init_lora_weights", None) in OF_WEIGHTS
 
 
 def starts_from_gradient(config: peft.PeftConfig) -> bool:

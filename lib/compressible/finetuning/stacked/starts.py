@@ -17,8 +17,8 @@ from compressible.finetuning.peft_models import (
     GradientStart,
     adapted_by_peft,
     base_of,
-    chain_of,
     drawn_start,
+    is_of_weights,
     is_taken_off,
     on_meta,
     scaling_of,
@@ -28,6 +28,7 @@ from compressible.finetuning.peft_models import (
 )
 from compressible.finetuning.run import FineTuningRun
 from compressible.finetuning.stacked.layers import Chain
+from compressible.finetuning.stacked.redrawn import Redrawn, copied, is_redrawable
 from compressible.runtime.orthogonal_batches import OrthogonalBatches
 
 
@@ -47,7 +48,7 @@ def drawn_starts(source: nn.Module, runs: Sequence[FineTuningRun]) -> list[Start
     """Return what `get_peft_model` gives each run; runs that differ in their rates alone share their tensors."""
     different = {run_key(run): run for run in runs}
     deep = {key: run for key, run in different.items() if _is_deep(run)}
-    found = {key: _by_peft(source, run) for key, run in different.items() if key not in deep}
+    found = _by_peft(source, {key: run for key, run in different.items() if key not in deep})
     layers: dict[str, dict[str, Any]] = {}
     for config in {repr(run.config): run.config for run in deep.values()}.values():
         layers[repr(config)] = tuner_layers(base_of(adapted_by_peft(on_meta(source), config, empty=True)))
@@ -63,11 +64,39 @@ def _is_deep(run: FineTuningRun) -> bool:
     return isinstance(run.config, DeepLoraConfig) and (run.start is None or isinstance(run.start, GradientStart))
 
 
-def _by_peft(source: nn.Module, run: FineTuningRun) -> Start:
+def _by_peft(source: nn.Module, runs: Mapping[tuple, FineTuningRun]) -> dict[tuple, Start]:
     """What peft draws, or what stands for it until a gradient is known."""
+    groups: dict[tuple, dict[tuple, FineTuningRun]] = {}
+    for key, run in runs.items():
+        plain = _without_gradient(run)
+        groups.setdefault((repr(plain.config), plain.start), {})[key] = plain
+    return {key: start for group in groups.values() for key, start in _of_seeds(source, group).items()}
+
+
+def _of_seeds(source: nn.Module, runs: Mapping[tuple, FineTuningRun]) -> dict[tuple, Start]:
+    """The starts of runs that differ in their seeds alone, in one model where that does."""
+    first, *others = runs.values()
+    if others and is_redrawable(first):
+        model = Redrawn(source, first)
+        if model.holds:
+            return {key: Start(*model.drawn(run)) for key, run in runs.items()}
+    start = of_peft(source, first)
+    if _is_seedless(source, first, start):
+        return dict.fromkeys(runs, start)
+    return dict(zip(runs, [start, *(of_peft(source, run) for run in others)], strict=True))
+
+
+def _is_seedless(source: nn.Module, run: FineTuningRun, start: Start) -> bool:
+    """Whether factors are of the frozen weights alone, which peft does not read of embeddings."""
+    embeddings = any(isinstance(source.get_submodule(name), nn.Embedding) for name in start.chains)
+    return is_of_weights(run.config) and run.start is None and not embeddings
+
+
+def _without_gradient(run: FineTuningRun) -> FineTuningRun:
+    """The run, without a start that reads a first gradient."""
     if starts_from_gradient(run.config) or isinstance(run.start, GradientStart):
-        return of_peft(source, replace(run, config=drawn_start(run.config), start=None))
-    return of_peft(source, run)
+        return replace(run, config=drawn_start(run.config), start=None)
+    return run
 
 
 def run_key(run: FineTuningRun) -> tuple:
@@ -84,24 +113,22 @@ def of_peft(source: nn.Module, run: FineTuningRun, gradients: Mapping[str, Tenso
     places = {name: module.weight.data_ptr() for name, module in _weighed(model)}
     adapted = adapted_by_peft(model, run.config, run.seed)
     layers = tuner_layers(base_of(adapted))
-    drawn = {name: _copied(layer) for name, layer in layers.items()}
+    drawn = {name: copied(layer) for name, layer in layers.items()}
     changed = [name for name, layer in layers.items() if _is_changed(source, name, layer, places)]
     if run.start is not None:
         assert not isinstance(run.start, GradientStart)  # such runs are Deep LoRA's
         run.start(adapted, torch.Generator().manual_seed(int(run.seed)))
-    chains = {name: _copied(layer) for name, layer in layers.items()}
+    chains = {name: copied(layer) for name, layer in layers.items()}
     scalings = {name: scaling_of(layer) for name, layer in layers.items()}
     return Start(chains, scalings, {name: drawn[name] for name in changed})
-
-
-def _copied(layer: Any) -> Chain:
-    return [factor.detach().clone() for factor in chain_of(layer)]
 
 
 def _is_changed(source: nn.Module, name: str, layer: Any, places: Mapping[str, int]) -> bool:
     """Whether peft gave the frozen layer another weight, or wrote on the one that it had."""
     given: Any = source.get_submodule(name)
     weight = layer.get_base_layer().weight
+    if weight.data_ptr() == given.weight.data_ptr():  # a look at every number would take a quarter of the time
+        return False
     return weight.data_ptr() != places[name] or not torch.equal(weight, given.weight)
 
 
