@@ -30,6 +30,7 @@ from compressible.networks.optim.galore import GaLoreAdamW, GaLoreSGD
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {"gd": GaLoreSGD, "adam": partial(GaLoreAdamW, eps=1e-8)}
 RELORA = ("frozen", "trained", "published")
 METHODS = ("full", "galore", *RELORA)
+RESTARTS = 10_000  # seeds of restarts lie so far behind those of networks, whose first matrices they would resemble
 Loss = Callable[[nn.Module], Tensor]
 Directions = list[list[Tensor]]  # P (m, r) of each matrix, at each refresh
 
@@ -140,7 +141,8 @@ def _relora(base: nn.Sequential, loss: Loss, how: Steps, directions: Directions 
     model = peft.get_peft_model(base, peft.LoraConfig(r=how.rank, lora_alpha=how.rank, target_modules=targets))
     layers = relora.lora_layers(model)
     weights = [weight for name, weight in model.named_parameters() if "lora_" in name]
-    optimizer, generator = RULES[how.rule](weights, lr=how.rate), torch.Generator().manual_seed(how.seed)
+    optimizer = RULES[how.rule](weights, lr=how.rate)
+    generator = torch.Generator().manual_seed(RESTARTS + how.seed)
     for step in range(how.steps + 1):
         yield [(layer.base_layer.weight + layer.get_delta_weight("default")).detach() for layer in layers.values()]
         period, begins = divmod(step, how.period)
