@@ -86,7 +86,8 @@ def test_networks_that_all_diverge_pass_no_claim():
     assert all(curves[f"{name}/diverged"].all() for name in names)
     marks = milestones(curves, names, level=1e-6)
     marks["worst_final"] = np.max([marks[f"{name}/final"] for name in names], 0)
-    found = SimpleNamespace(parameters=setting | {"tolerance": 1e-12}, arrays=curves | marks, metrics={})
+    claimed = {"step_size": 10.0, "tolerance": 1e-12, "record_every": 50, "outer_ratios": [1.0, 5.0]}  # or not tested
+    found = SimpleNamespace(parameters=setting | claimed, arrays=curves | marks, metrics={})
     verdicts = {verdict.id.split(".")[1]: verdict for verdict in cd.claims.judge("kwon2024/05_completion", found)}
     judged = {name: verdict.verdict for name, verdict in verdicts.items() if not name.endswith("own_steps")}
     assert set(judged.values()) == {"FAIL"} and "compressed_never_behind" in judged
