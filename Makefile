@@ -18,6 +18,8 @@ PRESET ?= quick
 LABEL ?= $(PRESET)
 GPUS ?= 0
 JOBS ?= $(if $(filter 0 1 2,$(GPUS)),2,$(GPUS))
+# One more than two cores, since tests of batches, set-ups and clusters mostly wait for what they have started.
+TEST_JOBS ?= $(if $(filter command,$(firstword $(origin JOBS))),$(JOBS),3)
 GPU ?= $(if $(filter-out 0,$(GPUS)),1,0)
 ID ?=
 ARGS ?=
@@ -106,12 +108,12 @@ lint: $(STAMP)  ## ruff, format, imports between the rooms, types
 # The figures of a test go to a folder of their own, so that the checkout stays as it was.
 test: lint tests  ## lint, unit tests, every notebook against its stored outputs
 
-# LEAVE='batch build': without these files of tests.
+# LEAVE='batch build': without these files of tests; TEST_JOBS: processes.
 tests: $(STAMP)
 	@figures=$$(mktemp -d); trap 'rm -rf "$$figures"' EXIT; \
 	$(RUN) COMPRESSIBLE_FIGURES="$$figures/figures" HF_HUB_OFFLINE=1 python -m pytest tests notebooks -q \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-kernel-startup-timeout 180 -n $(JOBS) --dist loadfile $(LEAVE:%=--ignore=tests/test_%.py)
+		--nbval-kernel-startup-timeout 180 -n $(TEST_JOBS) --dist loadfile $(LEAVE:%=--ignore=tests/test_%.py)
 
 # On a GPU host as it is: PyTorch, Triton and pytest are all that these need, and nothing is set up.
 test-gpu:  ## the tests of a GPU, a minute or two: GPU_PYTHON, SLOW=1 (all of them), GPU_JOBS (with pytest-xdist)
