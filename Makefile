@@ -109,11 +109,12 @@ lint: $(STAMP)  ## ruff, format, imports between the rooms, types
 test: lint tests  ## lint, unit tests, every notebook against its stored outputs
 
 # LEAVE='batch build': without these files of tests; TEST_JOBS: processes.
+# In the order of the files: by their numbers of tests, few long ones would come last, beside nothing.
 tests: $(STAMP)
 	@figures=$$(mktemp -d); trap 'rm -rf "$$figures"' EXIT; \
 	$(RUN) COMPRESSIBLE_FIGURES="$$figures/figures" HF_HUB_OFFLINE=1 python -m pytest tests notebooks -q \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--nbval-kernel-startup-timeout 180 -n $(TEST_JOBS) --dist loadfile $(LEAVE:%=--ignore=tests/test_%.py)
+		--nbval-kernel-startup-timeout 180 -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(LEAVE:%=--ignore=tests/test_%.py)
 
 # On a GPU host as it is: PyTorch, Triton and pytest are all that these need, and nothing is set up.
 test-gpu:  ## the tests of a GPU, a minute or two: GPU_PYTHON, SLOW=1 (all of them), GPU_JOBS (with pytest-xdist)
